@@ -1,0 +1,178 @@
+"""GRIT's hyperparameters: validated, with the released code's names and named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from grit_impl.errors import GRITError
+
+
+def _option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+# Options of the released code that are not GRIT's: where a user finds them here.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "precision", "num_workers")
+        + ("pin_memory", "drop_last", "max_length", "max_grad_norm", "device"),
+        "it belongs to the training arguments",
+    ),
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"), "it belongs to LoRASettings (recipes/lora.py)"
+    ),
+    **dict.fromkeys(("model_id", "model_name"), "it is the base model, --base-model"),
+    "dataset_name": "it is the data set, --dataset",
+    **dict.fromkeys(
+        ("log_eig_heatmaps", "log_eigs_bar", "log_eig_heatmaps_modules"), "the report draws the spectra of every run"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class GRITConfig:
+    """Every option of GRIT.
+
+    Options that the released code has keep its names and, in `preset("released_defaults")`, its values. A wrong
+    value raises `GRITError` with the option, the value and the accepted range.
+    """
+
+    kfac_update_freq: int = _option(10, "optimizer steps between two inversions of the factors", 1)
+    kfac_damping: float = _option(1e-2, "damping; a fraction of trace(S)/r, or absolute (see damping_mode)", 0.0)
+    damping_mode: Literal["relative", "absolute"] = _option(
+        "relative", "relative: d = kfac_damping * trace(S) / r; absolute: d = kfac_damping"
+    )
+    kfac_min_samples: int = _option(64, "real tokens a factor needs before it is inverted", 1)
+    grit_cov_update_freq: int = _option(1, "optimizer steps between two collections of statistics", 1)
+    factor_decay: float = _option(0.95, "weight of the past in the exponential average, per optimizer step", 0.0, 1.0)
+    pairing: Literal["fisher", "released"] = _option(
+        "fisher", "fisher: (S_g+d)^-1 dA, dB (S_a+d)^-1; released: the published code's swapped factors"
+    )
+    renormalise: Literal["gradient_norm", "none"] = _option(
+        "gradient_norm", "gradient_norm: a preconditioned gradient keeps its raw norm, so that the learning rate does too"
+    )
+    ng_warmup_steps: int = _option(0, "optimizer steps before the first preconditioned gradient", 0)
+    reprojection_freq: int = _option(0, "optimizer steps between reprojections; 0: never", 0)
+    reprojection_k: int | None = _option(None, "directions a reprojection keeps without rank adaptation; None: all", 1)
+    reprojection_warmup_steps: int = _option(0, "optimizer steps before the first reprojection", 0)
+    use_two_sided_reprojection: bool = _option(False, "project B on S_g's directions instead of S_a's")
+    enable_rank_adaptation: bool = _option(False, "let the spectrum decide how many directions a reprojection keeps")
+    rank_adaptation_threshold: float = _option(0.99, "cumulative energy that the kept directions hold", 0.0, 1.0)
+    rank_adaptation_start_step: int = _option(0, "optimizer steps before ranks may shrink", 0)
+    min_lora_rank: int = _option(4, "rank adaptation never goes below", 1)
+    lambda_kfac: float = _option(0.0, "weight of tr(A' S_g A) + tr(B S_a B')", 0.0)
+    lambda_reproj: float = _option(0.0, "weight of |(I-P)A|^2 + |B(I-P)|^2, P from the last reprojection", 0.0)
+    regularizer_warmup_steps: int = _option(0, "optimizer steps over which both weights rise linearly", 0)
+    log_fisher_spectrum: bool = _option(True, "keep the factors' spectra at every inversion")
+    log_top_eigs: int = _option(8, "eigenvalues kept per factor", 0)
+    kfac_inversion_device: str | None = _option(None, "device of the inversion; None: where the factors are")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            _check(f.name, getattr(self, f.name), hints[f.name], f.metadata["low"], f.metadata["high"])
+        if self.reprojection_k is not None and self.enable_rank_adaptation:
+            raise GRITError("reprojection_k and enable_rank_adaptation both choose the rank: set one of them")
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> GRITConfig:
+        """Build from a mapping; an unknown name is refused with the nearest known one.
+
+        Raises:
+            GRITError: an option is unknown, belongs elsewhere, or has a value outside its range.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name in _ELSEWHERE:
+                raise GRITError(f"{name} is no option of GRITConfig: {_ELSEWHERE[name]}")
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                raise GRITError(f"GRITConfig has no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        return cls(**options)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GRITConfig:
+        """A preset by name, with single options replaced.
+
+        Raises:
+            GRITError: the preset is unknown, or an override is wrong.
+        """
+        if name not in PRESETS:
+            raise GRITError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def help(cls) -> dict[str, str]:
+        """One line per option: what it does, its range and its default."""
+        lines = {}
+        for f in dataclasses.fields(cls):
+            low, high = f.metadata["low"], f.metadata["high"]
+            span = "" if low is None else f" [{low:g}, {'inf' if high is None else f'{high:g}'}]"
+            lines[f.name] = f"{f.metadata['help']}{span} (default {f.default})"
+        return lines
+
+
+# released_*: what the authors' code and its examples set, with absolute damping. seed_*: the experiment that started
+# this project. reprojection_k = 8 of the released defaults is left out: there it cut ranks even with adaptation off.
+_RELEASED: dict[str, Any] = {
+    "kfac_update_freq": 50,
+    "kfac_damping": 1e-3,
+    "damping_mode": "absolute",
+    "kfac_min_samples": 64,
+    "grit_cov_update_freq": 15,
+    "renormalise": "none",
+    "reprojection_freq": 50,
+    "use_two_sided_reprojection": True,
+    "enable_rank_adaptation": True,
+    "rank_adaptation_threshold": 0.99,
+    "min_lora_rank": 4,
+    "lambda_kfac": 1e-5,
+    "lambda_reproj": 1e-4,
+}
+_SEED = {**_RELEASED, "grit_cov_update_freq": 1, "enable_rank_adaptation": False, "lambda_reproj": 1e-5}
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "released_defaults": _RELEASED,
+    "seed_aggressive": {
+        **_SEED,
+        "kfac_update_freq": 5,
+        "reprojection_freq": 40,
+        "kfac_damping": 1e-5,
+        "lambda_kfac": 1e-6,
+        "kfac_min_samples": 4,
+    },
+    "seed_pure": {
+        **_SEED,
+        "kfac_update_freq": 150,
+        "kfac_min_samples": 64,
+        "kfac_damping": 1e-4,
+        "reprojection_freq": 300,
+    },
+}
+
+
+def _check(name: str, value: Any, hint: Any, low: float | None, high: float | None) -> None:
+    """Refuse a value of the wrong type or outside [low, high]."""
+    if value is None and type(None) in get_args(hint):
+        return
+    choices = [c for c in get_args(hint) if isinstance(c, str)]
+    if choices:
+        if value not in choices:
+            raise GRITError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
+        return
+    kinds = [c for c in (get_args(hint) or (hint,)) if c is not type(None)]
+    kind = kinds[0]
+    # bool is an int in Python, but `kfac_update_freq=True` is a mistake.
+    good = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not good or (isinstance(value, bool) and kind is not bool):
+        raise GRITError(f"{name} = {value!r}: expected {kind.__name__}")
+    if low is not None and not low <= value <= (float("inf") if high is None else high):
+        span = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+        raise GRITError(f"{name} = {value!r}: accepted are values from {span}")

@@ -1,0 +1,360 @@
+"""GRITManager: factors -> inverses -> preconditioning -> reprojection -> rank adaptation, for one model.
+
+Derivation. With dA = sum_t g_t x_t' and dB = sum_t dy_t s a_t', the Fisher block of A is, in K-FAC's approximation,
+E[x x'] (x) S_g and that of B is S_a (x) E[dy dy']. Preconditioning with the r x r side of each gives the natural
+gradient in rank space: dA <- (S_g + d I)^-1 dA and dB <- dB (S_a + d I)^-1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grit_impl.autograd import LossTap, ModuleTap, RankStatistics
+from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
+from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank
+from grit_impl.rank import Reprojection
+
+# Sums over tokens in float32 (bf16 products) against dA A': measured 0.011 at worst; a layer that misses one of two
+# micro-batches is off by 0.3 or more.
+COMPLETENESS_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class LoRAFactorPair:
+    """One LoRA layer and adapter.
+
+    Attributes:
+        path: The module's name in the base model, e.g. `model.layers.0.self_attn.q_proj`.
+        module: peft's LoRA layer.
+        adapter: Name of the adapter.
+    """
+
+    path: str
+    module: Any
+    adapter: str
+
+    @property
+    def a(self) -> nn.Parameter:
+        """lora_A's weight, (r, d_in), looked up each time: peft may re-create it."""
+        return self.module.lora_A[self.adapter].weight  # type: ignore[no-any-return]
+
+    @property
+    def b(self) -> nn.Parameter:
+        """lora_B's weight, (d_out, r)."""
+        return self.module.lora_B[self.adapter].weight  # type: ignore[no-any-return]
+
+    @property
+    def rank(self) -> int:
+        """r of this layer."""
+        return int(self.module.r[self.adapter])
+
+
+def find_layers(model: nn.Module) -> list[LoRAFactorPair]:
+    """All trainable LoRA layers of a PEFT model, in the model's order.
+
+    Raises:
+        GRITError: there are none, or one is of a kind whose statistics GRIT cannot take (embeddings, convolutions,
+            several devices).
+    """
+    from peft.tuners.lora import Linear, LoraLayer
+
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        path = name.removeprefix("base_model.model.")
+        if len(getattr(module, "lora_embedding_A", ())):
+            raise GRITError(f"GRIT does not support LoRA on an embedding ({path}): leave it out of target_modules")
+        for adapter, lora_a in module.lora_A.items():
+            if not lora_a.weight.requires_grad:
+                continue
+            # Quantised layers (bitsandbytes, GPTQ, ...) are no subclass of Linear but hold plain lora_A and lora_B.
+            if not isinstance(lora_a, nn.Linear) or (isinstance(module, Linear) and module.fan_in_fan_out):
+                kind = type(module.get_base_layer()).__name__
+                raise GRITError(f"GRIT supports LoRA on linear layers; {path} is {kind}: leave it out of target_modules")
+            layers.append(LoRAFactorPair(path, module, adapter))
+    if not layers:
+        raise GRITError("GRIT found no trainable LoRA layer: add an adapter with peft.get_peft_model first")
+    devices = {str(layer.a.device) for layer in layers}
+    if len(devices) > 1:
+        raise GRITError(f"GRIT needs all adapters on one device; found {', '.join(sorted(devices))}")
+    return layers
+
+
+class GRITManager:
+    """Everything GRIT keeps about a model.
+
+    Attach it, train, and call `precondition` once per optimizer step when the gradients are ready, then
+    `after_step` when the parameters have moved. `GRITOptimizer`, `GRITTrainer` and `GRITCallback` do this.
+
+    Args:
+        model: A PEFT model with LoRA adapters.
+        config: The hyperparameters.
+
+    Attributes:
+        layers: The layers, in order; every stacked tensor uses this order.
+        step: Optimizer steps preconditioned so far.
+        applied: Optimizer steps in which at least one gradient was preconditioned by a ready factor.
+
+    Raises:
+        GRITError: the model has no LoRA layer, or one of a kind that GRIT does not support.
+    """
+
+    def __init__(self, model: nn.Module, config: GRITConfig | None = None) -> None:
+        self.model, self.config = model, config or GRITConfig()
+        self.layers = find_layers(model)
+        ranks = [layer.rank for layer in self.layers]
+        self.rank = max(ranks)
+        device = self.layers[0].a.device
+        self.statistics = RankStatistics(len(ranks), self.rank, device)
+        self.factors = KroneckerFactors(ranks, self.config, device)
+        self.reprojection = Reprojection(self.layers, self.config, self.rank, device)
+        self.step = 0
+        # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
+        self.applied = torch.zeros(2, len(ranks), device=device)
+        self.completeness: Tensor | None = None
+        self.spectra: list[tuple[int, Tensor]] = []
+        self._loss_tokens: float | None = None
+        self._taps: list[Any] = []
+
+    @property
+    def loss_tokens(self) -> float | None:
+        """Tokens that the loss is averaged over, for training loops whose model returns no loss; None: found out."""
+        return self._loss_tokens
+
+    @loss_tokens.setter
+    def loss_tokens(self, value: float | None) -> None:
+        self._loss_tokens = value
+        for tap in self._taps:
+            if isinstance(tap, LossTap):
+                tap.loss_tokens = value
+
+    def attach(self) -> GRITManager:
+        """Put the hooks in place; a second call does nothing."""
+        if not self._taps:
+            loss = LossTap(self.model, self._begin_window)
+            loss.loss_tokens = self._loss_tokens
+            self._taps = [loss, self._statistics_tap(loss)]
+            # A pointer that observers may read; nothing in training depends on it.
+            self.model._grit_manager = self  # type: ignore[assignment]
+        return self
+
+    def _statistics_tap(self, loss: LossTap) -> Any:
+        return ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
+
+    def detach(self) -> None:
+        """Remove the hooks; factors and counts stay."""
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
+
+    def _begin_window(self) -> None:
+        """At each forward: gradients that are gone mean that a new accumulation window begins."""
+        if all(layer.a.grad is None for layer in self.layers[:1]):
+            self.statistics.reset()
+            self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
+            # B is zero at first, and with it g: the second step is the first that can be checked.
+            self.statistics.check_completeness = self.step == 1 and self.statistics.collecting
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Update the factors and replace the gradients of all layers, in place.
+
+        Call it once per optimizer step, after the last backward and before clipping.
+
+        Raises:
+            GRITError: the statistics of the second step do not add up to the gradients (a layer was bypassed).
+        """
+        if self.statistics.check_completeness:
+            self._check_completeness()
+        if self.statistics.collecting:
+            self.factors.absorb(self.statistics)
+        self.statistics.reset()
+        self.step += 1
+        if self.step % self.config.kfac_update_freq == 0:
+            self.factors.invert()
+            if self.config.log_fisher_spectrum:
+                self.spectra.append((self.step, self.factors.spectra()))
+        self._regularise()
+        if self.step > self.config.ng_warmup_steps and self.factors.inversions:
+            self._apply()
+
+    def _sides(self) -> tuple[int, int]:
+        """Which factor (0: S_a, 1: S_g) preconditions A and which B."""
+        return (1, 0) if self.config.pairing == "fisher" else (0, 1)
+
+    def _apply(self) -> None:
+        side_a, side_b = self._sides()
+        inverse = self.factors.inverse
+        grads, new = [], []
+        for i, layer in enumerate(self.layers):
+            r, a, b = layer.rank, layer.a.grad, layer.b.grad
+            if a is not None:
+                grads.append(a)
+                new.append(inverse[side_a, i, :r, :r] @ a.float())
+            if b is not None:
+                grads.append(b)
+                new.append(b.float() @ inverse[side_b, i, :r, :r])
+        if not grads:
+            return
+        if self.config.renormalise == "gradient_norm":
+            old_norms = torch.stack(torch._foreach_norm([g.float() for g in grads]))
+            new_norms = torch.stack(torch._foreach_norm(new))
+            # A gradient of zero stays zero; everything else keeps its raw norm.
+            ratios = torch.where(new_norms > 0, old_norms / new_norms, 0.0)
+            torch._foreach_mul_(new, list(ratios.unbind()))
+        torch._foreach_copy_(grads, new)
+        ready = self.factors.status == READY
+        self.applied += torch.stack((ready[side_a], ready[side_b]))
+
+    def _regularise(self) -> None:
+        """Add the gradient of lambda_kfac [tr(A' S_g A) + tr(B S_a B')] + lambda_reproj [|(I-P)A|^2 + |B(I-P)|^2]."""
+        config = self.config
+        if not (config.lambda_kfac or config.lambda_reproj):
+            return
+        warm = min(1.0, self.step / config.regularizer_warmup_steps) if config.regularizer_warmup_steps else 1.0
+        kfac, reproj = 2 * warm * config.lambda_kfac, 2 * warm * config.lambda_reproj
+        s, p = self.factors.covariances(), self.reprojection.projector
+        # Gradients of both terms are one r x r matrix times A (left) or B (right).
+        left = kfac * s[1] + reproj * (self.factors.eye - p[0])
+        right = kfac * s[0] + reproj * (self.factors.eye - p[1])
+        for i, layer in enumerate(self.layers):
+            r = layer.rank
+            if layer.a.grad is not None and layer.b.grad is not None:
+                layer.a.grad += (left[i, :r, :r] @ layer.a.float()).to(layer.a.grad.dtype)
+                layer.b.grad += (layer.b.float() @ right[i, :r, :r]).to(layer.b.grad.dtype)
+
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After the parameters have moved: reproject when due, and keep dropped directions dropped.
+
+        Args:
+            optimizer: The optimizer whose moments are projected with the parameters.
+        """
+        if self.reprojection.due(self.step) and self.factors.inversions:
+            self.reprojection.reproject(self.factors.covariances(), self.step, optimizer)
+        else:
+            self.reprojection.enforce()
+
+    def _check_completeness(self) -> None:
+        """Compare sum_t g_t a_t' with dA A' and B' dB: equal if and only if every token of every layer was seen."""
+        errors = []
+        for i, layer in enumerate(self.layers):
+            a, b, r = layer.a, layer.b, layer.rank
+            seen = self.statistics.cross[i, :r, :r]
+            for truth in (
+                a.grad.float() @ a.float().T if a.grad is not None else None,
+                b.float().T @ b.grad.float() if b.grad is not None else None,
+            ):
+                if truth is None:
+                    continue
+                # The best common factor removes a loss scale and a mean over processes.
+                factor = (seen * truth).sum() / (seen * seen).sum().clamp_min(1e-38)
+                errors.append((factor * seen - truth).norm() / truth.norm().clamp_min(1e-38))
+        self.completeness = torch.stack(errors).view(len(self.layers), -1).amax(-1)
+        worst = int(self.completeness.nan_to_num(0.0).argmax())
+        value = float(self.completeness[worst])
+        if value > COMPLETENESS_TOLERANCE:
+            raise GRITError(
+                f"GRIT's statistics do not add up to the gradients: {self.layers[worst].path} is off by {value:.2f} "
+                f"(tolerance {COMPLETENESS_TOLERANCE}). Something computes this layer without calling its modules "
+                "(fused kernels), or changed the gradients before GRIT saw them"
+            )
+
+    def factor_report(self) -> dict[str, Any]:
+        """The state of every factor, for people and for the ledger; waits for the device.
+
+        Returns:
+            `step`, `inversions`, `coverage` (share of A and B gradients per step that a ready inverse changed),
+            `statuses` (counts), and `layers`: per layer name, samples (tokens), trace, condition number of the
+            damped factor, distance from c x identity (0: no preconditioning), effective rank, rank kept, status.
+        """
+        s = self.factors.covariances()
+        damped = s + self.factors.damping(s)[..., None, None] * self.factors.eye
+        traces = s.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
+        spectra, damped_host, status = self.factors.spectra().cpu(), damped.cpu(), self.factors.status.cpu()
+        seen = (self.factors.seen * self.factors.processes).cpu()
+        dropped, applied = self.factors.dropped.cpu(), self.applied.cpu()
+        rows = []
+        for i, layer in enumerate(self.layers):
+            row: dict[str, Any] = {
+                "name": f"{layer.path}:{layer.adapter}",
+                "samples": float(seen[i]),
+                "rank": self.reprojection.ranks[i],
+                "dropped_steps": float(dropped[i]),
+                "applied_a": float(applied[0, i]),
+                "applied_b": float(applied[1, i]),
+            }
+            for side, key in ((0, "a"), (1, "g")):
+                values = torch.linalg.eigvalsh(damped_host[side, i, : layer.rank, : layer.rank].double())
+                row[f"trace_{key}"] = float(traces[side, i])
+                row[f"condition_{key}"] = float(values[-1] / values[0]) if values[0] > 0 else float("inf")
+                inverse = self.factors.inverse[side, i, : layer.rank, : layer.rank].cpu().double()
+                mean = inverse.diagonal().mean()
+                eye = torch.eye(layer.rank, dtype=torch.float64)
+                row[f"identity_distance_{key}"] = float((inverse / mean - eye).norm() / eye.norm())
+                row[f"effective_rank_{key}"] = float(effective_rank(spectra[side, i]))
+                row[f"status_{key}"] = STATUS[int(status[side, i])]
+            both = {row["status_a"], row["status_g"]}
+            row["status"] = "ready" if both == {"ready"} else next(x for x in STATUS[1:] if x in both)
+            rows.append(row)
+        total = max(1, self.step) * 2 * len(self.layers)
+        return {
+            "step": self.step,
+            "inversions": self.factors.inversions,
+            "reprojections": self.reprojection.count,
+            "coverage": float(self.applied.sum()) / total,
+            "completeness_error": float(self.completeness.max()) if self.completeness is not None else None,
+            "statuses": dict(Counter(row["status"] for row in rows)),
+            "layers": rows,
+        }
+
+    def spectrum_history(self) -> list[dict[str, Any]]:
+        """Per inversion: step, the top eigenvalues and the effective rank of S_a and S_g, averaged over layers."""
+        history = []
+        for step, spectra in self.spectra:
+            values = spectra.cpu().flip(-1)
+            ranks = effective_rank(values)
+            top = values[..., : self.config.log_top_eigs].mean(1)
+            history.append(
+                {
+                    "step": step,
+                    "top_a": top[0].tolist(),
+                    "top_g": top[1].tolist(),
+                    "effective_rank_a": float(ranks[0].mean()),
+                    "effective_rank_g": float(ranks[1].mean()),
+                }
+            )
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """GRIT's state for a checkpoint: tensors and plain values only."""
+        return {
+            "layers": [f"{layer.path}:{layer.adapter}" for layer in self.layers],
+            "step": self.step,
+            "applied": self.applied,
+            "factors": self.factors.state_dict(),
+            "reprojection": self.reprojection.state_dict(),
+            "spectra": [[step, values] for step, values in self.spectra],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a checkpoint.
+
+        Raises:
+            GRITError: the checkpoint is of a model with other LoRA layers.
+        """
+        names = [f"{layer.path}:{layer.adapter}" for layer in self.layers]
+        if state["layers"] != names:
+            odd = next(iter(set(state["layers"]) ^ set(names)), "their order")
+            raise GRITError(f"the GRIT checkpoint does not fit this model: they differ in {odd}")
+        self.step = state["step"]
+        self.applied = state["applied"].to(self.applied.device).clone()
+        self.factors.load_state_dict(state["factors"])
+        self.reprojection.load_state_dict(state["reprojection"])
+        self.spectra = [(step, values) for step, values in state["spectra"]]

@@ -1,0 +1,197 @@
+"""Pretraining of the tiny base: a real LlamaForCausalLM, small enough to live in the repository."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grit_impl.errors import GRITError
+from grit_impl.recipes.tiny_llama.corpus import documents
+from grit_impl.recipes.tiny_llama.tokenizer import train_tokenizer
+from grit_impl.record import sha256_file, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+MANIFEST = "CHECKSUM"
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines the tiny base.
+
+    Args:
+        seed: Of the corpus, the weights and the order.
+        steps: Optimizer steps.
+        batch_tokens: Tokens per step (padding included).
+        lr: Peak learning rate (AdamW, warm-up, cosine decay to zero).
+        hidden, layers, heads, kv_heads, ffn: Shape; widths are multiples of 32, the block size of q8_0.
+        vocab_size: Tokens, special ones included.
+        threads: Threads of torch; the result depends on it in the last bits.
+    """
+
+    seed: int = 3407
+    steps: int = 1600
+    batch_tokens: int = 4096
+    lr: float = 4e-3
+    warmup: int = 60
+    weight_decay: float = 0.05
+    hidden: int = 192
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 2
+    ffn: int = 512
+    vocab_size: int = 1536
+    threads: int = 2
+
+
+def build_tokenizer(settings: Settings, sample: int = 20_000) -> PreTrainedTokenizerFast:
+    """The tokenizer of the settings' corpus."""
+    return train_tokenizer((p + c for p, c in islice(documents(settings.seed), sample)), settings.vocab_size)
+
+
+def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model in float32, with tied embeddings."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden,
+            intermediate_size=settings.ffn,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            head_dim=settings.hidden // settings.heads,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (input_ids, labels), each `(N, T)` with N x T <= `batch_tokens`.
+
+    Documents of like length share a batch, so that little is padding. Only completions are learnt (and whole plain
+    sentences): the numbers of a question are noise.
+    """
+    import torch
+
+    stream = documents(settings.seed + 1)
+    random_ = random.Random(settings.seed)
+    while True:
+        chunk = list(islice(stream, 4000))
+        prompts = tokenizer([prompt for prompt, _ in chunk])["input_ids"]
+        completions = tokenizer([completion for _, completion in chunk], add_special_tokens=False)["input_ids"]
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = [*prompt, *completion, tokenizer.eos_token_id]
+            rows.append((ids, [IGNORE] * len(prompt) + ids[len(prompt) :]))
+        rows.sort(key=lambda row: len(row[0]))
+        groups: list[list[tuple[list[int], list[int]]]] = [[]]
+        for row in rows:
+            if (len(groups[-1]) + 1) * len(row[0]) > settings.batch_tokens:
+                groups.append([])
+            groups[-1].append(row)
+        random_.shuffle(groups)
+        for group in groups:
+            width = max(len(ids) for ids, _ in group)
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in group]),
+                torch.tensor([labels + [IGNORE] * (width - len(labels)) for _, labels in group]),
+            )
+
+
+def pretrain(settings: Settings, progress: bool = True) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]:
+    """Train from scratch on the CPU.
+
+    Returns:
+        Model (float32, in evaluation mode), tokenizer, and the mean loss per supervised token of every step.
+    """
+    import torch
+    from tqdm import tqdm
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        tokenizer = build_tokenizer(settings)
+        model = build_model(settings, tokenizer)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            settings.lr,
+            settings.steps,
+            pct_start=min(settings.warmup / settings.steps, 0.5),
+            cycle_momentum=False,
+        )
+        losses = []
+        model.train()
+        bar = tqdm(islice(batches(settings, tokenizer), settings.steps), total=settings.steps, disable=not progress)
+        for input_ids, labels in bar:
+            # Right padding needs no mask under a causal one: no real token can see it.
+            loss = model(input_ids=input_ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+        return model.eval(), tokenizer, losses
+    finally:
+        torch.set_num_threads(threads)
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, settings: Settings, out: Path) -> None:
+    """Write the folder (bfloat16 weights) file by file, atomically, the manifest of checksums last.
+
+    Raises:
+        GRITError: the folder cannot be written.
+    """
+    import copy
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    files["pretraining.json"] = (json.dumps(asdict(settings), indent=2) + "\n").encode()
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name, data in files.items():
+        write_atomic(out / name, data)
+    write_atomic(out / MANIFEST, "".join(f"{sha256_file(out / name)}  {name}\n" for name in sorted(files)))
+
+
+def verify(folder: Path) -> None:
+    """Compare a folder with its manifest (`sha256sum -c CHECKSUM` does the same).
+
+    Raises:
+        GRITError: no manifest, or a file that is missing or differs; the message names it.
+    """
+    try:
+        lines = (folder / MANIFEST).read_text().splitlines()
+    except OSError:
+        raise GRITError(f"{folder} has no {MANIFEST}: rebuild it with python -m grit_impl.recipes.tiny_llama") from None
+    for line in lines:
+        digest, name = line.split("  ", 1)
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != digest:
+            state = "differs from" if path.is_file() else "is missing, unlike in"
+            raise GRITError(f"{path} {state} {MANIFEST}: restore it, or rebuild with python -m grit_impl.recipes.tiny_llama")
