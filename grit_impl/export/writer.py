@@ -1,0 +1,386 @@
+"""Llama to GGUF: a merged model or a LoRA adapter, written tensor by tensor.
+
+Source of the layout: llama.cpp's `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py`, whose tensors ours equal byte
+for byte where those scripts accept the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grit_impl.errors import GRITError
+from grit_impl.export.checkpoint import Checkpoint, TensorReader
+from grit_impl.export.lora import Adapter
+from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
+from grit_impl.record import sha256_file
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+# llama.cpp's LLAMA_FTYPE numbers.
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+FINGERPRINT_KEY = "grit.base_fingerprint"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished GGUF file.
+
+    `merge_base` says into which weights the adapter went: "stored" (the base as it is), "dequantised-nf4" (what QLoRA
+    trained on) or "sixteen-bit" (the original weights of a QLoRA run).
+    """
+
+    path: Path
+    kind: str
+    dtype: str
+    sha256: str
+    size: int
+    tensors: int
+    base_fingerprint: str
+    adapter_sha256: str | None = None
+    merge_base: str = "stored"
+    stops: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a run record."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to write: its GGUF name, its shape, and how to get its float32 value."""
+
+    name: str
+    shape: tuple[int, ...]
+    value: Callable[[], torch.Tensor]
+
+
+def export_merged(
+    base: Path | str,
+    adapter: Path | str | None,
+    out: Path | str,
+    dtype: str = "q8_0",
+    progress: Progress | None = None,
+    *,
+    four_bit: bool | None = None,
+    sixteen_bit_base: bool = False,
+) -> Export:
+    """Write a base model, with an adapter merged into it, as one GGUF file.
+
+    Args:
+        base: Folder of a Hugging Face Llama.
+        adapter: PEFT folder, or None for the base itself.
+        out: The file; it appears when it is complete.
+        dtype: "f32", "f16", "bf16" or "q8_0", for matrices; vectors stay f32.
+        progress: Called with (tensors done, tensors in all, name).
+        four_bit: Whether the adapter was trained on NF4 weights (QLoRA). The merge then starts from the dequantised
+            weights, the ones training saw. None: only if the base is stored in 4 bits.
+        sixteen_bit_base: Merge a QLoRA adapter into the 16-bit weights all the same; the difference is recorded by
+            the export's verification.
+
+    Raises:
+        GRITError: the model, the adapter or the tokenizer cannot be exported (named), or the disk is full.
+    """
+    kinds = _check_dtype(dtype)
+    model = Checkpoint(base)
+    lora = Adapter(adapter) if adapter is not None else None
+    if lora is not None:
+        lora.check_fits(model)
+    if sixteen_bit_base and model.four_bit:
+        raise GRITError(f"{base} is stored in 4 bits and holds no 16-bit weights: give the original model's folder")
+    simulate = bool(four_bit) and not model.four_bit and not sixteen_bit_base and lora is not None
+    merge_base = "dequantised-nf4" if simulate or model.four_bit else "sixteen-bit" if sixteen_bit_base else "stored"
+    vocabulary = read_vocabulary(model, model.shape(EMBEDDING)[0])
+    fingerprint = model.fingerprint()
+
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, "llama")
+    writer.add_type("model")
+    writer.add_name(model.folder.name)
+    writer.add_file_type(FILE_TYPES[dtype])
+    writer.add_quantization_version(2)
+    _write_architecture(writer, model.config, model.shape(EMBEDDING)[0])
+    vocabulary.write(writer)
+    writer.add_string(FINGERPRINT_KEY, fingerprint)
+    writer.add_string("grit.merge_base", merge_base)
+    if lora is not None:
+        writer.add_string("grit.adapter_sha256", lora.sha256)
+    with model.reader() as reader:
+        items = list(_merged_items(model, lora, reader, simulate))
+        _stream(writer, items, Path(out), kinds, progress)
+    return _finished(out, "model", dtype, len(items), fingerprint, lora, merge_base, vocabulary)
+
+
+def export_adapter(
+    base: Path | str, adapter: Path | str, out: Path | str, dtype: str = "f16", progress: Progress | None = None
+) -> Export:
+    """Write a LoRA adapter as GGUF, for `ADAPTER` in a Modelfile or llama.cpp's `--lora`.
+
+    PEFT's true scaling (rsLoRA, alpha_pattern, rank_pattern) is folded into B, since llama.cpp computes alpha / rank.
+
+    Raises:
+        GRITError: as `export_merged`; also for what an adapter file cannot hold: DoRA, saved modules, embeddings, and
+            a tied head. The message says to merge instead.
+    """
+    if dtype not in ("f32", "f16"):
+        raise GRITError(f"an adapter is written as f32 or f16, not {dtype}: its inner dimension is no multiple of 32")
+    kinds = _check_dtype(dtype)
+    model, lora = Checkpoint(base), Adapter(adapter)
+    lora.check_fits(model)
+    reason = (
+        "DoRA" if lora.uses_dora
+        else f"modules_to_save ({next(iter(lora.replaced))})" if lora.replaced
+        else "LoRA on the embedding" if "model.embed_tokens" in lora.pairs
+        else "LoRA on a tied head" if model.tied and "lm_head" in lora.pairs
+        else None
+    )  # fmt: skip
+    if reason:
+        raise GRITError(f"{lora.folder} uses {reason}, which a GGUF adapter cannot hold: export the merged model")
+    vocabulary = read_vocabulary(model, model.shape(EMBEDDING)[0])
+    fingerprint = model.fingerprint()
+
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, "llama")
+    writer.add_type("adapter")
+    writer.add_name(lora.folder.name)
+    writer.add_file_type(FILE_TYPES[dtype])
+    writer.add_string("adapter.type", "lora")
+    alpha = float(lora.config["lora_alpha"]) or 1.0
+    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_string(FINGERPRINT_KEY, fingerprint)
+    writer.add_string("grit.adapter_sha256", lora.sha256)
+    items = list(_adapter_items(model, lora, alpha))
+    _stream(writer, items, Path(out), kinds, progress)
+    return _finished(out, "adapter", dtype, len(items), fingerprint, lora, "stored", vocabulary)
+
+
+def check_same_base(model: Path | str, adapter: Path | str) -> None:
+    """Refuse an adapter file made for another base than a model file.
+
+    Raises:
+        GRITError: the fingerprints differ. Files without a fingerprint (made elsewhere) pass: nothing is known.
+    """
+    from grit_impl.export.metadata import read_metadata
+
+    ours, theirs = (read_metadata(Path(p)).get(FINGERPRINT_KEY) for p in (model, adapter))
+    if ours and theirs and ours != theirs:
+        raise GRITError(f"adapter on the wrong base: {adapter} was trained on {theirs[:12]}, {model} is {ours[:12]}")
+
+
+def _check_dtype(dtype: str) -> dict[str, GGMLQuantizationType]:
+    from gguf import GGMLQuantizationType as Kind
+
+    if dtype not in DTYPES:
+        raise GRITError(f"unknown GGUF type {dtype!r}: one of {', '.join(DTYPES)}")
+    wanted = Kind[dtype.upper()]
+    # A row that is no multiple of q8_0's block goes to f16, as in llama.cpp.
+    return {"matrix": wanted, "vector": Kind.F32, "ragged": Kind.F16 if dtype == "q8_0" else wanted}
+
+
+def _write_architecture(writer: GGUFWriter, config: dict[str, Any], rows: int) -> None:
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(rows)
+    writer.add_rope_dimension_count(head_dim)
+    rope = rope_settings(config)
+    writer.add_rope_freq_base(rope["theta"])
+    if rope["type"] == "linear":
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4): theta, type, ...
+
+    Raises:
+        GRITError: a scaling that cannot be written to GGUF (yarn, dynamic, longrope).
+    """
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise GRITError(f"cannot export rope scaling {kind!r}: default, linear and llama3 are supported")
+    return {**scaling, "theta": float(theta), "type": kind}
+
+
+def _rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
+    """Llama 3's frequency divisors (head_dim / 2), `modeling_rope_utils._compute_llama3_parameters` in float32."""
+    rope = rope_settings(config)
+    if rope["type"] != "llama3":
+        return None
+    import torch
+
+    dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    frequencies = 1.0 / (rope["theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    context = float(rope["original_max_position_embeddings"])
+    divisors = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < context / high:
+            divisors.append(1.0)
+        elif wavelength > context / low:
+            divisors.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(divisors, dtype=torch.float32)
+
+
+def permute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of a query or key matrix (rows, ...) from Hugging Face's rotary layout to llama.cpp's."""
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _rotary_heads(name: str, config: dict[str, Any]) -> int | None:
+    if ".q_proj" in name:
+        return int(config["num_attention_heads"])
+    if ".k_proj" in name:
+        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return None
+
+
+def _gguf_name(name: str, config: dict[str, Any]) -> str:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    found = get_tensor_name_map(MODEL_ARCH.LLAMA, int(config["num_hidden_layers"])).get_name(name, (".weight", ".bias"))
+    if found is None:
+        raise GRITError(f"cannot export tensor {name}: it has no place in a GGUF Llama")
+    return str(found)
+
+
+def _merged_items(model: Checkpoint, lora: Adapter | None, reader: TensorReader, simulate: bool) -> Iterator[Item]:
+    pairs = lora.pairs if lora is not None else {}
+    replaced = lora.replaced if lora is not None else {}
+
+    def value(name: str, stored: str) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            module = name.removesuffix(".weight")
+            weight = replaced[name] if name in replaced else reader(stored)
+            if simulate and name not in replaced and name not in (EMBEDDING, HEAD) and weight.ndim == 2:
+                from grit_impl.export.four_bit import round_trip
+
+                weight = round_trip(weight)
+            if module in pairs:
+                weight = pairs[module].merged(weight)
+            heads = _rotary_heads(name, model.config)
+            return permute(weight, heads) if heads else weight
+
+        return load
+
+    factors = _rope_factors(model.config)
+    if factors is not None:
+        yield Item("rope_freqs.weight", tuple(factors.shape), lambda: factors)
+    for name in model.names():
+        yield Item(_gguf_name(name, model.config), model.shape(name), value(name, name))
+    changed = {EMBEDDING, HEAD} & {*replaced, *(f"{module}.weight" for module in pairs)}
+    if model.tied and changed:
+        # One of the two was trained, so they are no longer the same matrix.
+        if lora is not None and lora.config.get("ensure_weight_tying"):
+            raise GRITError(f"cannot export {lora.folder}: ensure_weight_tying on {sorted(changed)[0]} is not merged")
+        yield Item("output.weight", model.shape(EMBEDDING), value(HEAD, EMBEDDING))
+
+
+def _adapter_items(model: Checkpoint, lora: Adapter, alpha: float) -> Iterator[Item]:
+    for module, pair in lora.pairs.items():
+        name = _gguf_name(f"{module}.weight", model.config)
+        heads = _rotary_heads(f"{module}.", model.config)
+        folded = pair.b * (pair.scaling / (alpha / pair.rank))
+        b = permute(folded, heads) if heads else folded
+        yield Item(f"{name}.lora_a", tuple(pair.a.shape), lambda a=pair.a: a)  # type: ignore[misc]
+        yield Item(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)  # type: ignore[misc]
+
+
+def _stream(
+    writer: GGUFWriter, items: list[Item], out: Path, kinds: dict[str, GGMLQuantizationType], progress: Progress | None
+) -> None:
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, quants
+
+    types = []
+    for item in items:
+        matrix = "ragged" if item.shape[-1] % 32 else "matrix"
+        kind = kinds["vector" if len(item.shape) == 1 else matrix]
+        block, size = GGML_QUANT_SIZES[kind]
+        writer.add_tensor_info(item.name, item.shape, np.dtype(np.float32), math.prod(item.shape) // block * size, kind)
+        types.append((kind, math.prod(item.shape) // block * size))
+    needed = sum(nbytes for _, nbytes in types)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.parent).free) < needed:
+            raise GRITError(f"not enough space for {out}: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+        # A file cut short here cannot be loaded: llama.cpp refuses tensors that lie beyond the end.
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, (item, (kind, _)) in enumerate(zip(items, types, strict=True)):
+            if progress is not None:
+                progress(done, len(items), item.name)
+            array = item.value().contiguous().numpy()
+            if not np.isfinite(array).all():
+                raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
+            writer.write_tensor_data(quants.quantize(array, kind))
+        writer.flush()
+        assert writer.fout is not None
+        os.fsync(writer.fout[0].fileno())
+        writer.close()
+        partial.replace(out)
+    except OSError as error:
+        raise GRITError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        for handle in writer.fout or []:
+            handle.close()
+        partial.unlink(missing_ok=True)
+    if progress is not None:
+        progress(len(items), len(items), "done")
+
+
+def _finished(
+    out: Path | str,
+    kind: str,
+    dtype: str,
+    tensors: int,
+    fingerprint: str,
+    lora: Adapter | None,
+    merge_base: str,
+    vocabulary: Vocabulary,
+) -> Export:
+    path = Path(out)
+    return Export(
+        path=path,
+        kind=kind,
+        dtype=dtype,
+        sha256=sha256_file(path),
+        size=path.stat().st_size,
+        tensors=tensors,
+        base_fingerprint=fingerprint,
+        adapter_sha256=lora.sha256 if lora is not None else None,
+        merge_base=merge_base,
+        stops=vocabulary.stops,
+    )
