@@ -191,6 +191,11 @@ class Claim:
         return self.decide(evidence)
 
 
+def supported_if(holds: bool) -> Outcome:
+    """`supported` or `refuted`."""
+    return "supported" if holds else "refuted"
+
+
 def decide_at_least(metric: Metric, bound: float, what: str, *, strictly: bool = False) -> Judgement:
     """Supported if the whole interval lies at or above `bound`, refuted if it lies below, else inconclusive.
 
