@@ -1,0 +1,168 @@
+"""The arms: ways of training from the same base, on the same batches."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
+
+Moment = Literal["on_pre_optimizer_step", "on_optimizer_step", "on_step_end"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        name: Its name in records, claims and reports.
+        description: One line for people.
+        grit: How GRIT enters: not at all, as the trainer's own optimizer, or from a callback.
+        moment: When the callback preconditions.
+        unsloth: Whether the model is Unsloth's where there is a GPU. Without one, every arm uses plain peft.
+        module_hooks: Take statistics from module hooks even where fused kernels bypass them (the seed's mistake).
+    """
+
+    name: str
+    description: str
+    grit: Literal["none", "trainer", "callback"] = "none"
+    moment: Moment = "on_pre_optimizer_step"
+    unsloth: bool = False
+    module_hooks: bool = False
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("baseline", "LoRA: SFTTrainer and AdamW (on a GPU: Unsloth)", unsloth=True),
+        Arm("rerun", "the baseline once more: the noise floor", unsloth=True),
+        Arm("pure", "GRITTrainer, plain peft", "trainer"),
+        Arm("hybrid", "SFTTrainer with GRITCallback before the step (on a GPU: Unsloth)", "callback", unsloth=True),
+        Arm(
+            "hybrid_late",
+            "the seed experiment's mistake: the callback preconditions after the step",
+            "callback",
+            moment="on_optimizer_step",
+            unsloth=True,
+        ),
+        Arm(
+            "hybrid_starved",
+            "the seed experiment's other mistake: statistics from module hooks that fused kernels bypass",
+            "callback",
+            unsloth=True,
+            module_hooks=True,
+        ),
+        Arm("baseline_peft", "LoRA: SFTTrainer and AdamW, plain peft: what pure is timed against on a GPU"),
+    )
+}
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of this name.
+
+    Raises:
+        GRITError: there is none.
+    """
+    if name not in ARMS:
+        raise GRITError(f"unknown arm {name!r}: choose one of {', '.join(ARMS)}")
+    return ARMS[name]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How every arm trains.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Sequences per micro-batch.
+        accumulation: Micro-batches per optimizer step.
+        learning_rate: Peak learning rate; linear decay to zero.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: AdamW's.
+        max_grad_norm: Total norm that gradients are clipped to.
+        max_length: Tokens per sequence at most.
+        optimizer: transformers' name, e.g. `adamw_torch`, `adamw_8bit`, `sgd`.
+        rank: LoRA's r.
+        alpha: LoRA's alpha.
+        precision: `fp32`, `bf16` or `fp16`.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        threads: CPU threads of the training process.
+        save_every: Optimizer steps between checkpoints; 0: none.
+    """
+
+    steps: int = 200
+    batch_size: int = 2
+    accumulation: int = 4
+    learning_rate: float = 2e-4
+    warmup_steps: int = 5
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int = 2048
+    optimizer: str = "adamw_torch"
+    rank: int = 16
+    alpha: int = 16
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    threads: int = 1
+    save_every: int = 0
+
+
+# A model of a few million parameters needs a larger step than the 2e-4 of real models.
+TINY_LEARNING_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that determines a run's result.
+
+    Attributes:
+        arm: Name of the arm.
+        base_model: What `load_base` takes.
+        dataset: What `load_instructions` takes.
+        seed: Seed of adapters, data order and dropout.
+        training: How to train.
+        grit: GRIT's options; None for arms without it.
+    """
+
+    arm: str
+    base_model: str = "tiny"
+    dataset: str = "aqi"
+    seed: int = 3407
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    grit: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> RunSpec:
+        """The spec that `to_dict` wrote."""
+        return cls(**{**value, "training": TrainingSettings(**value["training"])})
+
+
+def default_training(base_model: str, *, cuda: bool, **overrides: Any) -> TrainingSettings:
+    """The plan's settings for a base model, on this kind of machine.
+
+    Args:
+        base_model: What `load_base` takes.
+        cuda: Whether there is a GPU: bf16, 8-bit AdamW, checkpointing and checkpoints of the run.
+        **overrides: Fields of `TrainingSettings`.
+    """
+    tiny = base_model == "tiny" or base_model.endswith("tiny_llama")
+    chosen: dict[str, Any] = {"learning_rate": TINY_LEARNING_RATE if tiny else 2e-4}
+    if cuda and not tiny:
+        chosen |= {
+            "precision": "bf16",
+            "optimizer": "adamw_8bit",
+            "gradient_checkpointing": True,
+            "save_every": 50,
+            "threads": 4,
+        }
+    return TrainingSettings(**{**chosen, **overrides})
+
+
+def grit_options(arm: Arm, config: GRITConfig) -> dict[str, Any] | None:
+    """The options that a run of this arm records."""
+    return None if arm.grit == "none" else config.to_dict()

@@ -1,0 +1,297 @@
+"""One run of one arm, in this process: base, adapter, data, trainer, run record."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+import zlib
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
+from grit_impl.recipes.arms import Arm, RunSpec, TrainingSettings, find_arm
+from grit_impl.record import RunRecord
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "unsloth", "grit-verify")
+Observer = Callable[[Any], contextlib.AbstractContextManager[Any]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What a run was measured on."""
+    about: dict[str, Any] = {"platform": platform.platform(), "cpus": os.cpu_count(), "processor": platform.machine()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        about |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return about
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with `+` if it has changes; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory() -> int:
+    """Peak memory in bytes: the GPU's allocations where there is one, else this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StepLog(TrainerCallback):  # type: ignore[misc]
+    """Writes `steps.jsonl`: the unrounded loss, tokens, seconds and memory of every optimizer step.
+
+    The loss is summed where `training_step` returns it, because some versions of transformers round what they log.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self._row: dict[str, Any] = {}
+        self._loss = torch.zeros(())
+        self._tokens, self._batch, self._began = 0, 0, 0.0
+
+    def watch(self, trainer: Any) -> None:
+        """Wrap the trainer's `training_step` to see each micro-batch and its loss."""
+        original = trainer.training_step
+
+        def training_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            ids = inputs["input_ids"]
+            mask = inputs.get("attention_mask")
+            self._tokens += int(mask.sum()) if mask is not None else ids.numel()
+            self._batch = zlib.crc32(ids.cpu().numpy().tobytes(), self._batch)
+            loss = original(model, inputs, *args, **kwargs)
+            self._loss = self._loss.to(loss.device) + loss.detach().float()
+            return loss
+
+        trainer.training_step = training_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Start the clock."""
+        self._loss, self._tokens, self._batch = torch.zeros(()), 0, 0
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Collect; the gradient norm comes with the log that follows."""
+        loss = float(self._loss)  # waits for the device, so that the clock is honest
+        self._row = {
+            "step": state.global_step,
+            "loss": loss,
+            "tokens": self._tokens,
+            "batch": f"{self._batch:08x}",
+            "seconds": time.perf_counter() - self._began,
+            "memory_bytes": peak_memory(),
+        }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
+        """Write the row."""
+        if self._row and logs and "loss" in logs:
+            for name in ("grad_norm", "learning_rate"):
+                self._row[name] = float(logs[name]) if name in logs else None
+            self.record.append_step(self._row)
+            self._row = {}
+
+
+def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRecord:
+    """Train one arm and leave a complete run record.
+
+    Args:
+        spec: What to train.
+        path: The record's folder. Checkpoints of an unfinished run of the same spec are continued from.
+        observer: Called with the model, returns a context that encloses the training (the gradient ledger).
+
+    Returns:
+        The record, complete.
+
+    Raises:
+        GRITError: the base model, the data set or the settings are wrong.
+    """
+    arm = find_arm(spec.arm)
+    settings = spec.training
+    cuda = torch.cuda.is_available()
+    use_unsloth = arm.unsloth and cuda and spec.base_model != "tiny"
+    if not cuda:
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(settings.threads)
+    set_seed(spec.seed)
+    model, tokenizer = _model(spec, use_unsloth)
+    record = RunRecord.create(
+        path,
+        arm=arm.name,
+        base_model=spec.base_model,
+        seed=spec.seed,
+        steps=settings.steps,
+        config=spec.to_dict(),
+        grit=spec.grit,
+        versions=versions(),
+        git_commit=git_commit(),
+        machine=machine(),
+        unsloth=use_unsloth,
+        started=_now(),
+        finished=None,
+        train_seconds=None,
+        peak_memory_bytes=None,
+        grit_report=None,
+    )
+    from grit_impl.recipes.datasets import load_instructions, tokenize
+
+    examples = settings.steps * settings.batch_size * settings.accumulation
+    instructions = load_instructions(spec.dataset, "train", examples, spec.seed)
+    data = tokenize(instructions, tokenizer, settings.max_length)
+    log = StepLog(record)
+    checkpoints = path / "checkpoints"
+    trainer, grit = _trainer(arm, spec, model, tokenizer, data, checkpoints, log)
+    last = _last_checkpoint(checkpoints)
+    record.truncate_steps(int(last.name.rpartition("-")[2]) if last else 0)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    with observer(model) if observer else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    seconds = time.perf_counter() - began
+
+    from grit_impl.rank import save_adapter
+
+    manager = grit()
+    save_adapter(model, record.adapter, manager.reprojection if manager else None)
+    report = None
+    if manager is not None:
+        report = {**manager.factor_report(), "spectra": manager.spectrum_history()}
+    record.update(
+        finished=_now(),
+        train_seconds=seconds,
+        peak_memory_bytes=peak_memory(),
+        peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+        grit_report=report,
+    )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return record
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
+    """Base model with its adapter, and the tokenizer. The adapter's initial weights depend on the seed alone."""
+    from grit_impl.recipes.lora import LoRASettings, add_lora
+
+    settings = spec.training
+    lora = LoRASettings(r=settings.rank, alpha=settings.alpha)
+    if use_unsloth:
+        from grit_impl.recipes.unsloth import load_unsloth
+
+        return load_unsloth(spec.base_model, lora, settings, spec.seed)
+    from grit_impl.recipes.bases import load_base
+
+    base, tokenizer = load_base(spec.base_model)
+    if getattr(base, "is_loaded_in_4bit", False):
+        from peft import prepare_model_for_kbit_training
+
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=settings.gradient_checkpointing)
+    return add_lora(base, lora, spec.seed), tokenizer
+
+
+def _arguments(settings: TrainingSettings, seed: int, folder: Path) -> dict[str, Any]:
+    """Every training argument that has a default which differs between libraries, set explicitly."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": settings.optimizer,
+        "bf16": settings.precision == "bf16",
+        "fp16": settings.precision == "fp16",
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 500,
+        "save_total_limit": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+
+
+def _trainer(
+    arm: Arm, spec: RunSpec, model: Any, tokenizer: Any, data: Any, folder: Path, log: StepLog
+) -> tuple[Any, Callable[[], Any]]:
+    """The arm's trainer, and a function that returns its GRITManager (or None) once training has begun."""
+    from transformers import DataCollatorForSeq2Seq
+
+    arguments = _arguments(spec.training, spec.seed, folder)
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    common = {
+        "model": model,
+        "train_dataset": data,
+        "data_collator": collator,
+        "processing_class": tokenizer,
+        "callbacks": [log],
+    }
+    config = GRITConfig.from_dict(spec.grit or {})
+    if arm.grit == "trainer":
+        from transformers import TrainingArguments
+
+        from grit_impl.trainer import GRITTrainer
+
+        trainer: Any = GRITTrainer(args=TrainingArguments(**arguments), grit_config=config, **common)
+        manager = trainer.grit_manager
+        log.watch(trainer)
+        return trainer, lambda: manager
+    from trl import SFTConfig, SFTTrainer
+
+    sft = SFTConfig(
+        max_length=spec.training.max_length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments
+    )
+    trainer = SFTTrainer(args=sft, **common)
+    log.watch(trainer)
+    if arm.grit == "none":
+        return trainer, lambda: None
+    from grit_impl.trainer import GRITCallback
+
+    callback = GRITCallback(config, moment=arm.moment)
+    trainer.add_callback(callback)
+    return trainer, lambda: callback.manager
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    try:
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    except OSError as error:
+        raise GRITError(f"cannot read checkpoints in {folder}: {error}") from error
+    return Path(found) if found else None

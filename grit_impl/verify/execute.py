@@ -1,0 +1,186 @@
+"""Runs arms, each in a process of its own, and finds again what is finished.
+
+An arm gets its own process because Unsloth patches transformers, peft and trl when it is imported, and because peak
+memory is a property of a process. This module is both sides: `run_arms` starts `python -m grit_impl.verify.execute`,
+which trains one arm under the gradient ledger. The parent imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from grit_impl.errors import GRITError
+from grit_impl.recipes.arms import RunSpec, find_arm
+from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
+
+Progress = Callable[[str, int, int], None]
+"""Called with a label, what is done and the total."""
+
+# A change in these can change a trained adapter; a change in the reports cannot.
+_SOURCES = ("config.py", "autograd.py", "factors.py", "manager.py", "rank.py", "optim.py", "trainer.py", "recipes")
+_POLL_SECONDS = 0.5
+
+
+def source_fingerprint() -> str:
+    """Hash of the code that determines what an arm learns and what its ledger says."""
+    root = Path(__file__).parent.parent
+    files: list[Path] = [root / "verify" / "ledger.py", root / "evaluate" / "aqi.py"]
+    for name in _SOURCES:
+        files += [root / name] if name.endswith(".py") else sorted((root / name).rglob("*.py"))
+    return fingerprint({str(f.relative_to(root)): sha256_file(f) for f in files if f.is_file()})
+
+
+def spec_fingerprint(spec: RunSpec, base: str | Path) -> str:
+    """Hash of everything that determines a run: spec, base weights, data file, and code."""
+    weights = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    data = [sha256_file(spec.dataset)] if Path(spec.dataset).is_file() else []
+    contents = [sha256_file(f) for f in weights] + data
+    return fingerprint({"spec": spec.to_dict(), "contents": contents, "source": source_fingerprint()})
+
+
+def finished(path: Path, wanted: str | None) -> RunRecord | None:
+    """The complete record at `path`, if it is of the wanted fingerprint (None: of any)."""
+    record = RunRecord(path)
+    if not record.complete:
+        return None
+    if wanted is not None and (path / "COMPLETE").read_text().strip() != wanted:
+        return None
+    return record
+
+
+def run_arms(
+    specs: Iterable[RunSpec],
+    folder: Path,
+    *,
+    base: str | Path,
+    jobs: int,
+    progress: Progress,
+) -> dict[str, RunRecord | str]:
+    """Train the arms that have no finished record.
+
+    Args:
+        specs: What to train; records go to `folder/<arm>-seed<seed>`.
+        folder: Where run records are kept.
+        base: The base model's folder or hub id, for the fingerprint.
+        jobs: Arms that train at the same time.
+        progress: Told about optimizer steps.
+
+    Returns:
+        By arm, the complete record, or why there is none.
+
+    Raises:
+        GRITError: bad input, as the arm's process reported it.
+    """
+    results: dict[str, RunRecord | str] = {}
+    waiting: list[tuple[RunSpec, Path, str]] = []
+    for spec in specs:
+        path, wanted = folder / f"{spec.arm}-seed{spec.seed}", spec_fingerprint(spec, base)
+        if (record := finished(path, wanted)) is not None:
+            results[spec.arm] = record
+        else:
+            waiting.append((spec, path, wanted))
+    running: dict[subprocess.Popen[bytes], tuple[RunSpec, Path]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                spec, path, wanted = waiting.pop(0)
+                running[_start(spec, path, wanted)] = (spec, path)
+            time.sleep(_POLL_SECONDS)
+            for process, (spec, path) in list(running.items()):
+                progress(f"training {spec.arm}", _steps_done(path), spec.training.steps)
+                if (status := process.poll()) is None:
+                    continue
+                del running[process]
+                if status == 2:
+                    raise GRITError(_last_line(path / "log.txt").removeprefix("error: "))
+                record = finished(path, None)
+                results[spec.arm] = record or (
+                    f"its process ended with status {status}: {_last_line(path / 'log.txt')} (see {path / 'log.txt'})"
+                )
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    return results
+
+
+def _start(spec: RunSpec, path: Path, wanted: str) -> subprocess.Popen[bytes]:
+    """Start one arm. Leftovers of another spec are removed; those of the same spec are continued from."""
+    marker = path / "spec.json"
+    request = json.dumps({"spec": spec.to_dict(), "fingerprint": wanted}, indent=2)
+    if path.exists() and (not marker.is_file() or marker.read_text() != request):
+        shutil.rmtree(path)
+    (path / "COMPLETE").unlink(missing_ok=True)
+    write_atomic(marker, request)
+    threads = str(spec.training.threads)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    command = [sys.executable, "-m", "grit_impl.verify.execute", str(path)]
+    with open(path / "log.txt", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _steps_done(path: Path) -> int:
+    try:
+        return (path / "steps.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+    return lines[-1] if lines else "it printed nothing"
+
+
+def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:
+    """Train one arm in this process, under the gradient ledger, and complete its record."""
+    if find_arm(spec.arm).unsloth and spec.base_model != "tiny":
+        import torch
+
+        if torch.cuda.is_available():
+            from grit_impl.recipes.unsloth import import_unsloth
+
+            import_unsloth()  # before transformers, peft and trl, which it patches
+    from grit_impl.recipes.train import train
+    from grit_impl.verify.ledger import gradient_ledger
+
+    path.mkdir(parents=True, exist_ok=True)
+    target = RunRecord(path).ledger
+
+    def observer(model: Any) -> Any:
+        return gradient_ledger(model, path=target)
+
+    record = train(spec, path, observer if ledger else None)
+    record.update(fingerprint=wanted)
+    record.finish()
+    return record
+
+
+def main() -> int:
+    """Entry of an arm's process: one argument, the record's folder with its `spec.json`."""
+    path = Path(sys.argv[1])
+    request = json.loads((path / "spec.json").read_text())
+    try:
+        run_here(path, RunSpec.from_dict(request["spec"]), request["fingerprint"])
+    except GRITError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
