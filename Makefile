@@ -1,0 +1,53 @@
+# Two commands: `make verify` judges GRIT on the embedded default, `make test` tests this project.
+# Both set up what they need: a virtual environment in .venv, with CPU torch where there is no GPU.
+# Options of the verification go in ARGS: make verify ARGS="--min-delta-aqi 10 --strict-claims"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/cpu.txt)
+
+.PHONY: verify test bench fixtures lint clean help
+
+help:
+	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (15 minutes on 2 cores)"
+	@echo "make test     the project's own tests, through tox (25 minutes on 2 cores)"
+	@echo "make bench    cost of GRIT's parts against plain LoRA, as ratios"
+	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
+	@echo "make lint     ruff and mypy"
+
+verify: $(VENV)/.verify
+	$(BIN)/python -m pytest suites -m "verify and not gpu" $(ARGS)
+
+test: $(VENV)/.tox
+	$(BIN)/tox run -e cpu
+
+bench: $(VENV)/.verify
+	$(BIN)/python -m pytest suites/benchmarks --benchmark-only $(ARGS)
+
+fixtures: $(VENV)/.verify
+	$(BIN)/python -m grit_impl.recipes.tiny_llama --out fixtures/tiny_llama
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: a package that asks for "any torch" would otherwise pull in a CUDA build on a machine without a GPU.
+$(VENV)/.verify: pyproject.toml requirements/cpu.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.verify
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.tox: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "tox>=4"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .tox build dist *.egg-info

@@ -1,0 +1,70 @@
+"""`grit`: one command, each subcommand imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from grit_impl.errors import GRITError
+
+# name: (module, attribute, one line for `grit --help`)
+COMMANDS = {
+    "verify": ("grit_impl.verify.commands", "verify", "Train, export, evaluate and judge all arms (runs pytest)."),
+    "train": ("grit_impl.recipes.commands", "train", "Train one arm and leave a run record."),
+    "export": ("grit_impl.export.commands", "export", "Write a run as GGUF, adapter or Ollama model, and verify it."),
+    "serve": ("grit_impl.export.commands", "serve", "Serve GGUF files through Ollama's API."),
+    "deploy": ("grit_impl.export.commands", "deploy", "Create a model in a real Ollama."),
+    "evaluate": ("grit_impl.evaluate.commands", "evaluate", "Evaluate models behind an Ollama API."),
+    "compare": ("grit_impl.verify.compare", "compare", "Compare runs that already exist, from their logs."),
+    "faults": ("grit_impl.verify.faults", "faults", "Print the confusion matrix of the fault zoo."),
+    "report": ("grit_impl.verify.commands", "report", "Write the report again, or against an earlier one."),
+    "baseline": ("grit_impl.verify.commands", "baseline", "Promote results to the baseline of later reports."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, line = COMMANDS[cmd_name]
+        if ctx.resilient_parsing or "--help" in sys.argv[1:2]:
+            return click.Command(cmd_name, short_help=line)
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="grit-verify", prog_name="grit")
+def cli() -> None:
+    """GRIT: Fisher-preconditioned LoRA, and evidence for every claim about it.
+
+    Start with `grit verify` (or `make verify`): it needs no GPU, no model hub and no Ollama.
+    """
+
+
+def main() -> None:
+    """Run the command line: bad input is one line on stderr and exit status 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except GRITError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
