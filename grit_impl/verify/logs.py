@@ -1,9 +1,10 @@
 """Training logs of any origin, read into one shape. What a path is gets found by looking, not by flags.
 
 Read are: run records of this project; TensorBoard event files, in the scalar encoding (`simple_value`: torch and
-tensorboardX) and the tensor encoding (TensorFlow 2, and what TensorBoard migrates to); `trainer_state.json` of transformers 4 (loss
-rounded to 4 decimals, learning rate logged after the scheduler's step) and 5 (neither); CSV and JSON lines with
-recognisable columns. A log that cannot support a comparison raises `GRITError` instead of being repaired in silence.
+tensorboardX) and the tensor encoding (TensorFlow 2, and what TensorBoard migrates to); `trainer_state.json` of
+transformers 4 (loss rounded to 4 decimals, learning rate logged after the scheduler's step) and 5 (neither); CSV and
+JSON lines with recognisable columns. A log that cannot support a comparison raises `GRITError`; none is repaired in
+silence.
 """
 
 from __future__ import annotations
@@ -334,6 +335,9 @@ def _build(rows: Rows, path: Path, kind: str, name: str, until: int | None, meta
         at = int(np.argmax(gaps <= 0))
         raise _restarted(path, int(steps[at]), int(steps[at + 1]))
     stride = float(np.median(gaps))
+    if stride > 1 and steps[0] == 1 and gaps[0] == stride - 1:
+        # logging_first_step adds an entry that is no mean over `stride` steps.
+        kept, steps, gaps = kept[1:], steps[1:], gaps[1:]
     if (gaps[:-1] != stride).any() or gaps[-1] > stride:
         at = int(np.argmax(gaps != stride))
         raise GRITError(

@@ -200,6 +200,11 @@ def holm(pvalues: Sequence[float] | ArrayLike) -> list[float]:
 # -- paired measurements (one difference per seed, block or item) ----------------------------------------------------
 
 
+def t_critical(freedom: float, confidence: float = 0.95) -> float:
+    """Two-sided critical value of Student's t."""
+    return float(stats.t.ppf(0.5 + confidence / 2, freedom))
+
+
 def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean (Student, Biometrika 6, 1908); unbounded for a single value."""
     _check(confidence)
@@ -207,7 +212,7 @@ def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Interval:
     mean, method = float(d.mean()), f"paired t {confidence:.0%}"
     if d.size == 1:
         return Interval(mean, -np.inf, np.inf, 1, method)
-    half = float(stats.t.ppf(0.5 + confidence / 2, d.size - 1) * d.std(ddof=1) / np.sqrt(d.size))
+    half = t_critical(d.size - 1, confidence) * float(d.std(ddof=1)) / np.sqrt(d.size)
     return Interval(mean, mean - half, mean + half, int(d.size), method)
 
 
