@@ -24,18 +24,21 @@ from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
 
-# A change in these can change a trained adapter; a change in the reports cannot.
-_SOURCES = ("config.py", "autograd.py", "factors.py", "manager.py", "rank.py", "optim.py", "trainer.py", "recipes")
+# What determines a result, by stage: a change in a report must not train anything again.
+_SOURCES = {
+    "train": ("config.py", "autograd.py", "factors.py", "manager.py", "rank.py", "optim.py", "trainer.py", "recipes/*.py")
+    + ("evaluate/aqi.py", "verify/ledger.py"),
+    "export": ("export/*.py",),
+    "evaluate": ("evaluate/*.py",),
+}
 _POLL_SECONDS = 0.5
 
 
-def source_fingerprint() -> str:
-    """Hash of the code that determines what an arm learns and what its ledger says."""
+def source_fingerprint(stage: str = "train") -> str:
+    """Hash of the code that determines a stage's results: `train`, `export` or `evaluate`."""
     root = Path(__file__).parent.parent
-    files: list[Path] = [root / "verify" / "ledger.py", root / "evaluate" / "aqi.py"]
-    for name in _SOURCES:
-        files += [root / name] if name.endswith(".py") else sorted((root / name).rglob("*.py"))
-    return fingerprint({str(f.relative_to(root)): sha256_file(f) for f in files if f.is_file()})
+    files = sorted(f for pattern in _SOURCES[stage] for f in root.glob(pattern))
+    return fingerprint({str(f.relative_to(root)): sha256_file(f) for f in files})
 
 
 def spec_fingerprint(spec: RunSpec, base: str | Path) -> str:

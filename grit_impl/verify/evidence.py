@@ -1,0 +1,230 @@
+"""Live evidence: trains, exports and evaluates what a claim requires, and finds again what is already there.
+
+Nothing is done twice: a run record, an export and an evaluation are reused if they were made from the same inputs
+by the same code, and only a finished one counts. Several processes (pytest-xdist) take turns through a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
+from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
+from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
+from grit_impl.verify.claims.base import Evidence
+from grit_impl.verify.execute import Progress, finished, run_arms, source_fingerprint
+from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
+
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+
+
+def no_progress(label: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver is loaded; asks without importing torch."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+@dataclass
+class LiveEvidence(Evidence):
+    """Evidence that is made when it is asked for.
+
+    Attributes:
+        progress: Told what is going on.
+        config: GRIT's options for the arms that use it.
+    """
+
+    progress: Progress = no_progress
+    config: GRITConfig = field(default_factory=lambda: GRITConfig.preset("recommended"))
+
+    def __post_init__(self) -> None:
+        self.records, self.verdicts, self.exports, self.missing = {}, {}, {}, {}
+        self._failed: dict[str, str] = {}
+
+    @property
+    def reports(self) -> Path:
+        """The folder of run records and reports."""
+        return Path(self.options.reports_dir)
+
+    def gather(self, requires: Iterable[str]) -> Evidence:
+        """Make what these requirements need and does not exist yet.
+
+        Raises:
+            GRITError: bad input: an unknown base model, a corrupt record, an unreachable Ollama.
+        """
+        wanted = [tuple(requirement.partition(":")[::2]) for requirement in requires]
+        models = {name for kind, name in wanted if kind == "export"}
+        evaluate = any(kind == "evaluation" for kind, _ in wanted)
+        if evaluate:
+            models |= set(PLAN_MODELS)
+        arms = {name for kind, name in wanted if kind in ("record", "verdict")} | (models - {"base"})
+        with self._lock():
+            self._train([name for name in ARMS if name in arms])
+            for name in [name for name in PLAN_MODELS if name in models]:
+                self._export(name)
+            if evaluate and self.evaluation is None and "evaluation" not in self.missing:
+                self._evaluate()
+        return self
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        from filelock import FileLock
+
+        try:
+            self.reports.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.reports / ".lock"):
+                yield
+        except OSError as error:
+            raise GRITError(f"cannot use {self.reports}: {error.strerror or error}") from error
+
+    # Training
+
+    def _specs(self, arms: Iterable[str]) -> list[RunSpec]:
+        options = self.options
+        training = default_training(options.base_model, cuda=has_gpu(), steps=options.steps)
+        return [
+            RunSpec(
+                arm=name,
+                base_model=options.base_model,
+                seed=options.seed,
+                training=training,
+                grit=grit_options(find_arm(name), self.config),
+            )
+            for name in arms
+        ]
+
+    def _train(self, arms: list[str]) -> None:
+        todo = [name for name in arms if name not in self.records and name not in self._failed]
+        if not todo:
+            return
+        specs = self._specs(todo)
+        folder = self.reports / "runs"
+        if self.options.reuse_runs:
+            found: dict[str, RunRecord | str] = {}
+            for spec in specs:
+                record = finished(folder / f"{spec.arm}-seed{spec.seed}", None)
+                found[spec.arm] = record or f"no finished run in {folder}, and --reuse-runs trains none"
+        else:
+            # One at a time where they would share a GPU; else one per core, for a run of one thread each.
+            jobs = 1 if has_gpu() else max(1, min(2, os.cpu_count() or 1))
+            found = run_arms(specs, folder, base=self.base, jobs=jobs, progress=self.progress)
+        for name, result in found.items():
+            if isinstance(result, str):
+                self._failed[name] = result
+                self.missing = {**self.missing, name: result}
+                continue
+            self.records = {**self.records, name: result}
+            self._judge(name, result)
+
+    def _judge(self, name: str, record: RunRecord) -> None:
+        from grit_impl.verify.verdict import judge_ledger
+
+        if not record.ledger.is_file():
+            self.missing = {**self.missing, f"verdict:{name}": f"{record.path} has no gradient ledger"}
+            return
+        self.verdicts = {**self.verdicts, name: judge_ledger(record.ledger)}
+
+    # Export
+
+    @property
+    def base(self) -> Path | str:
+        """The base model's folder, or its hub id."""
+        from grit_impl.recipes.bases import resolve_base
+
+        return resolve_base(self.options.base_model)
+
+    def _export(self, name: str) -> None:
+        key = f"export:{name}"
+        if name in self.exports or key in self.missing:
+            return
+        record = self.records.get(name)
+        if name != "base" and record is None:
+            return  # why is known under the arm's name
+        base = self.base
+        if not Path(base).is_dir():
+            reason = f"{base} is not a folder: export it with `grit export` where its weights are"
+            self.missing = {**self.missing, key: reason}
+            return
+        from grit_impl.export import export_merged, write_modelfile
+
+        folder = record.gguf if record is not None else self.reports / "runs" / "base" / "gguf"
+        adapter = record.adapter if record is not None else None
+        inputs = fingerprint(
+            {
+                "base": [sha256_file(f) for f in sorted(Path(base).glob("*.safetensors"))],
+                "adapter": sha256_file(adapter / "adapter_model.safetensors") if adapter else None,
+                "source": source_fingerprint("export"),
+            }
+        )
+        note, gguf, modelfile = folder / "export.json", folder / "model-q8_0.gguf", folder / "Modelfile"
+        if not (note.is_file() and gguf.is_file() and json.loads(note.read_text()).get("inputs") == inputs):
+            if self.options.reuse_runs:
+                self.missing = {**self.missing, key: f"no export in {folder}, and --reuse-runs makes none"}
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            export = export_merged(
+                base, adapter, gguf, "q8_0", lambda done, total, _: self.progress(f"exporting {name}", done, total)
+            )
+            write_modelfile(gguf, modelfile, stop=export.stops or ("<|end_of_text|>",))
+            # Written last: its presence says that the rest is whole.
+            write_atomic(note, json.dumps({"inputs": inputs, **export.as_dict(), "modelfile": str(modelfile)}, indent=2))
+        self.exports = {**self.exports, name: json.loads(note.read_text())}
+
+    # Evaluation
+
+    def _evaluate(self) -> None:
+        absent = [name for name in PLAN_MODELS if name not in self.exports]
+        if "base" in absent or len(absent) == len(PLAN_MODELS):
+            self.missing = {**self.missing, "evaluation": f"nothing to evaluate: no export of {', '.join(absent)}"}
+            return
+        from grit_impl.evaluate.session import EvaluationOptions, evaluate
+
+        models = [name for name in PLAN_MODELS if name in self.exports]
+        items, knowledge = FIXTURES / "aqi_test.jsonl", FIXTURES / "knowledge_test.jsonl"
+        inputs = fingerprint(
+            {
+                "models": {name: self.exports[name]["sha256"] for name in models},
+                "items": [sha256_file(items), sha256_file(knowledge)],
+                "source": source_fingerprint("evaluate"),
+                "url": self.ollama_url,
+            }
+        )
+        out = self.reports / "evaluation" / inputs[:12]
+        with self._server(models) as (url, names):
+            self.evaluation = evaluate(url, names, items, knowledge, out, EvaluationOptions())
+
+    @property
+    def ollama_url(self) -> str:
+        """The Ollama that was asked for; empty for the embedded server."""
+        return self.options.ollama_url or os.environ.get("OLLAMA_HOST", "")
+
+    @contextlib.contextmanager
+    def _server(self, models: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+        """A server that holds the models: the embedded one, or a real Ollama to which they are deployed."""
+        files = {name: Path(self.exports[name]["modelfile"]) for name in models}
+        if url := self.ollama_url:
+            from grit_impl.export.deploy import deploy
+
+            names = {name: f"grit-{name}" for name in models}
+            for name in models:
+                self.progress(f"deploying {name}", 0, 1)
+                deploy(url, names[name], files[name])
+            yield url, names
+            return
+        from grit_impl.evaluate.server import EmbeddedOllama
+
+        with EmbeddedOllama(files, port=0) as server:
+            yield server.url, {name: name for name in models}
+
+
+__all__ = ["PLAN_ARMS", "LiveEvidence", "has_gpu"]
