@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from grit_impl.autograd import LossTap, ModuleTap, RankStatistics
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank
+from grit_impl.fused import FusedTap, fused_functions
 from grit_impl.rank import Reprojection
 
 # Sums over tokens in float32 (bf16 products) against dA A': measured 0.011 at worst; a layer that misses one of two
@@ -96,6 +97,9 @@ class GRITManager:
     Args:
         model: A PEFT model with LoRA adapters.
         config: The hyperparameters.
+        capture: `auto` takes statistics wherever the layers are computed, and checks in the second step that they are
+            complete. `modules` hooks the modules only and checks nothing: the mistake that fused kernels turn into
+            starvation, kept so that it can be reproduced.
 
     Attributes:
         layers: The layers, in order; every stacked tensor uses this order.
@@ -106,8 +110,13 @@ class GRITManager:
         GRITError: the model has no LoRA layer, or one of a kind that GRIT does not support.
     """
 
-    def __init__(self, model: nn.Module, config: GRITConfig | None = None) -> None:
-        self.model, self.config = model, config or GRITConfig()
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GRITConfig | None = None,
+        capture: Literal["auto", "modules"] = "auto",
+    ) -> None:
+        self.model, self.config, self.capture = model, config or GRITConfig(), capture
         self.layers = find_layers(model)
         ranks = [layer.rank for layer in self.layers]
         self.rank = max(ranks)
@@ -140,13 +149,18 @@ class GRITManager:
         if not self._taps:
             loss = LossTap(self.model, self._begin_window)
             loss.loss_tokens = self._loss_tokens
-            self._taps = [loss, self._statistics_tap(loss)]
+            self._taps = [loss, *self._statistics_taps(loss)]
             # A pointer that observers may read; nothing in training depends on it.
             self.model._grit_manager = self  # type: ignore[assignment]
         return self
 
-    def _statistics_tap(self, loss: LossTap) -> Any:
-        return ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
+    def _statistics_taps(self, loss: LossTap) -> list[Any]:
+        """Hooks on the modules, and where Unsloth is loaded inside its fused functions: a call goes one way only."""
+        modules = ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
+        fused = fused_functions() if self.capture == "auto" else None
+        if fused is None:
+            return [modules]
+        return [modules, FusedTap(self.layers, self.statistics, loss, fused)]
 
     def detach(self) -> None:
         """Remove the hooks; factors and counts stay."""
@@ -160,7 +174,9 @@ class GRITManager:
             self.statistics.reset()
             self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
             # B is zero at first, and with it g: the second step is the first that can be checked.
-            self.statistics.check_completeness = self.step == 1 and self.statistics.collecting
+            self.statistics.check_completeness = (
+                self.capture == "auto" and self.step == 1 and self.statistics.collecting
+            )
 
     @torch.no_grad()
     def precondition(self) -> None:

@@ -70,6 +70,7 @@ class GRITCallback(TrainerCallback):  # type: ignore[misc]
         config: The hyperparameters.
         moment: When to precondition. Only `on_pre_optimizer_step` works. The others reproduce a mistake: gradients
             changed in `on_optimizer_step` or `on_step_end` are never used.
+        capture: Where statistics are taken; see `GRITManager`.
 
     Attributes:
         manager: The GRITManager; None until training begins.
@@ -82,16 +83,17 @@ class GRITCallback(TrainerCallback):  # type: ignore[misc]
         self,
         config: GRITConfig | None = None,
         moment: Literal["on_pre_optimizer_step", "on_optimizer_step", "on_step_end"] = "on_pre_optimizer_step",
+        capture: Literal["auto", "modules"] = "auto",
     ) -> None:
         if moment not in ("on_pre_optimizer_step", "on_optimizer_step", "on_step_end"):
             raise GRITError(f"moment = {moment!r}: choose on_pre_optimizer_step, on_optimizer_step or on_step_end")
-        self.config, self.moment = config or GRITConfig(), moment
+        self.config, self.moment, self.capture = config or GRITConfig(), moment, capture
         self.manager: GRITManager | None = None
         self._clip = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Build the manager, restore it on a resumed run, and take over clipping where its place matters."""
-        self.manager = GRITManager(kw["model"], self.config).attach()
+        self.manager = GRITManager(kw["model"], self.config, self.capture).attach()
         if state.global_step:
             file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
             if not file.is_file():

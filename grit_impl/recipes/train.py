@@ -282,7 +282,7 @@ def _trainer(
         return trainer, lambda: None
     from grit_impl.trainer import GRITCallback
 
-    callback = GRITCallback(config, moment=arm.moment)
+    callback = GRITCallback(config, arm.moment, "modules" if arm.module_hooks else "auto")
     trainer.add_callback(callback)
     return trainer, lambda: callback.manager
 
