@@ -80,7 +80,7 @@ class Options:
     """The options of a verification; `--min-delta-aqi` on the command line is `min_delta_aqi` here."""
 
     base_model: str = _option("tiny", "base model: tiny, a folder, a hub id, or random:llama-1b")
-    reports_dir: Path = _option(REPORTS, "folder of run records and reports", Path)
+    reports_dir: Path = _option(REPORTS, "folder of run records and reports", Path)  # noqa: RUF009 (Path is immutable)
     seed: int = _option(3407, "seed of every arm", seed)
     steps: int = _option(200, "optimizer steps of every arm", count)
     reuse_runs: bool = _option(False, "judge the runs that exist; train, export and evaluate nothing")

@@ -24,8 +24,6 @@ from grit_impl.verify.schema import MIGRATIONS
 SCHEMA_VERSION = len(MIGRATIONS)
 BUSY_SECONDS = 30.0
 """How long to wait for another program's lock: write-ahead logging alone does not prevent 'database is locked'."""
-
-
 @dataclass(frozen=True, slots=True)
 class JudgedClaim:
     """A claim, its judgement and the test that asked for it."""
@@ -256,14 +254,14 @@ def _json(value: Any) -> str:
 
 def _item(session: int, row: Mapping[str, Any]) -> tuple[Any, ...]:
     seconds = row["eval_duration"] / 1e9 if row.get("eval_duration") is not None else None
-    correct = None if row.get("correct") is None else int(row["correct"])
-    identity = (session, row["model"], row["suite"], str(row["item"]))
+    right = row.get("correct")
+    identity = (session, row["label"], row["suite"], str(row["item"]))
     return (
         *identity,
         row.get("prompt"),
         row.get("answer"),
-        _json(row.get("parsed")),
-        correct,
+        _json(row.get("scores")),
+        None if right is None else int(right),
         row.get("eval_count"),
         seconds,
     )
@@ -276,8 +274,8 @@ def _artifacts(session: int, evidence: Evidence) -> Iterator[tuple[Any, ...]]:
             if path.is_file():
                 files[path] = (arm, "ledger" if path == record.ledger else "adapter")
     for model, export in evidence.exports.items():
-        if Path(export.path).is_file():
-            files[Path(export.path)] = (model, "gguf")
+        if Path(export["path"]).is_file():
+            files[Path(export["path"])] = (model, "gguf")
     for path, (subject, kind) in files.items():
         yield session, subject, kind, str(path), sha256_file(path), path.stat().st_size
 

@@ -108,7 +108,7 @@ class Evidence:
         options: Thresholds and what was asked for.
         records: Run records by arm.
         verdicts: The ledger's verdict by arm.
-        exports: Exported models by model name (`base` and the arms).
+        exports: Exported models by model name (`base` and the arms): `path`, `sha256` and what else the export noted.
         evaluation: The evaluation of all models, or None.
         missing: For an arm, or for `evaluation`: why it is not here.
     """
@@ -116,7 +116,7 @@ class Evidence:
     options: Options = field(default_factory=Options)
     records: Mapping[str, RunRecord] = field(default_factory=dict)
     verdicts: Mapping[str, GradientVerdict] = field(default_factory=dict)
-    exports: Mapping[str, Any] = field(default_factory=dict)
+    exports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Any = None
     missing: Mapping[str, str] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, decide_at_least
-from grit_impl.verify.claims.measures import measured
+from grit_impl.verify.claims.measures import measured, unanswered
 from grit_impl.verify.options import PLAN_ARMS
 
 
@@ -43,13 +43,18 @@ def keeps_knowledge(model: str) -> Callable[[Evidence], Judgement]:
 
     def decide(evidence: Evidence) -> Judgement:
         kept = measured(evidence, model, "retention")
-        return decide_at_least(kept, evidence.options.min_retention, f"knowledge kept by {model}")
+        judged = decide_at_least(kept, evidence.options.min_retention, f"knowledge kept by {model}")
+        return _with(judged, evidence, model, "knowledge")
 
     return decide
 
 
 def _with(judged: Judgement, evidence: Evidence, model: str, name: str) -> Judgement:
     beside = (measured(evidence, "base", name), measured(evidence, model, name))
+    silent = unanswered(evidence, "base", model)
+    if silent:
+        text = f"{len(silent)} items have no trustworthy answer, e.g. {silent[0]}"
+        return Judgement("inconclusive", text, judged.metrics + beside, {"unanswered": silent})
     return Judgement(judged.verdict, judged.summary, judged.metrics + beside, judged.evidence, judged.needed)
 
 

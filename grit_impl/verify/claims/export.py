@@ -15,20 +15,20 @@ def generates(model: str) -> Callable[[Evidence], Judgement]:
 
     def decide(evidence: Evidence) -> Judgement:
         export = evidence.exports[model]
-        path = Path(export.path)
+        path = Path(export["path"])
         if not path.is_file():
             return Judgement("refuted", f"{path.name} does not exist")
         size = Metric("gguf_size", path.stat().st_size / 2**20, unit="MiB", subject=model)
-        if sha256_file(path) != export.sha256:
+        if sha256_file(path) != export["sha256"]:
             return Judgement("refuted", f"{path.name} changed after its export", (size,))
-        answers = [row for row in evidence.evaluation.answers if row["model"] == model]
+        answers = [row for suite in ("aqi", "knowledge") for row in evidence.evaluation.rows(model, suite).values()]
         tokens = sum(int(row.get("eval_count") or 0) for row in answers)
         empty = sum(not str(row.get("answer") or "").strip() for row in answers)
         metrics = (Metric("generated_tokens", tokens, unit="tokens", n=len(answers), subject=model), size)
         if not tokens or empty == len(answers):
             return Judgement("refuted", f"{path.name} generated nothing over {len(answers)} prompts", metrics)
         text = f"{path.name} ({size}) answered {len(answers) - empty} of {len(answers)} prompts with {tokens} tokens"
-        return Judgement("supported", text, metrics, {"path": path.name, "sha256": export.sha256})
+        return Judgement("supported", text, metrics, {"path": path.name, "sha256": export["sha256"]})
 
     return decide
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from grit_impl.errors import GRITError
@@ -12,6 +11,7 @@ from grit_impl.verify.claims.base import Evidence, Metric
 UNITS = {
     "aqi_accuracy": "%",
     "delta_aqi": "points",
+    "knowledge": "%",
     "retention": "%",
     "tokens_per_second": "tokens/s",
     "delta_speed": "%",
@@ -20,7 +20,7 @@ UNITS = {
 
 
 def measured(evidence: Evidence, model: str, name: str) -> Metric:
-    """One number of the evaluation.
+    """One number of the evaluation; NaN where it was not measured (the base has no difference to itself).
 
     Args:
         evidence: With an evaluation.
@@ -28,55 +28,43 @@ def measured(evidence: Evidence, model: str, name: str) -> Metric:
         name: One of `UNITS`.
 
     Raises:
-        GRITError: the evaluation has no such model or number.
+        GRITError: the evaluation has no such model.
     """
     if evidence.evaluation is None or model not in evidence.evaluation.metrics:
         raise GRITError(f"the evaluation has no model {model!r}; evaluate it first")
-    value = evidence.evaluation.metrics[model].get(name)
-    if value is None:
-        return Metric(name, math.nan, unit=UNITS[name], subject=model)
+    value = getattr(evidence.evaluation.metrics[model], name)
     return as_metric(name, value, unit=UNITS[name], subject=model)
 
 
-def as_metric(name: str, value: Any, *, unit: str, subject: str, scale: float = 1.0) -> Metric:
-    """A metric from anything with estimate, low, high, n and method (an object or a mapping)."""
-
-    def get(key: str) -> Any:
-        return value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
-
-    def scaled(key: str) -> float | None:
-        number = get(key)
-        return None if number is None else float(number) * scale
-
-    estimate = scaled("estimate")
-    return Metric(
-        name,
-        math.nan if estimate is None else estimate,
-        scaled("low"),
-        scaled("high"),
-        unit=unit,
-        n=get("n"),
-        method=get("method") or "",
-        subject=subject,
-    )
-
-
-def correct(evidence: Evidence, model: str, suite: str = "aqi") -> dict[str, bool]:
-    """Per item id, whether the model was right; suites are `aqi` and `knowledge`."""
-    return {
-        str(row["item"]): bool(row["correct"])
-        for row in evidence.evaluation.answers
-        if row["model"] == model and row["suite"] == suite
-    }
+def as_metric(name: str, value: Any, *, unit: str, subject: str) -> Metric:
+    """A metric from an interval, from a comparison of two models, or from None."""
+    if value is None:
+        return Metric(name, math.nan, unit=unit, subject=subject)
+    interval = getattr(value, "difference", value)
+    return Metric(name, interval.estimate, interval.low, interval.high, unit, interval.n, interval.method, subject)
 
 
 def paired_difference(evidence: Evidence, first: str, second: str, suite: str = "aqi") -> Metric:
-    """Accuracy of `first` minus `second` in points, on the items that both answered, with Tango's paired interval."""
+    """Accuracy of `first` minus `second` in points, on the items that both answered, with Tango's paired interval.
+
+    Raises:
+        GRITError: the two have no answered item in common.
+    """
+    from grit_impl.evaluate.results import paired
     from grit_impl.verify.statistics import paired_difference_interval
 
-    a, b = correct(evidence, first, suite), correct(evidence, second, suite)
-    shared = sorted(a.keys() & b.keys())
-    if not shared:
+    evaluation = evidence.evaluation
+    a, b = (
+        evaluation.correct(model) if suite == "aqi" else evaluation.scores(model, suite, "correct")
+        for model in (first, second)
+    )
+    ours, theirs = paired(a, b)
+    if not ours:
         raise GRITError(f"{first} and {second} have no {suite} item in common; evaluate both on the same items")
-    interval = paired_difference_interval([a[i] for i in shared], [b[i] for i in shared]).scaled(100)
+    interval = paired_difference_interval(ours, theirs).scaled(100)
     return as_metric(f"{suite}_difference", interval, unit="points", subject=f"{first} - {second}")
+
+
+def unanswered(evidence: Evidence, *models: str) -> list[str]:
+    """Items that have no trustworthy answer from one of these models: nothing can be concluded from the rest."""
+    return [f"{model}: {item}" for model in models for item in evidence.evaluation.metrics[model].unanswered]

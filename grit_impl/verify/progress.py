@@ -1,0 +1,61 @@
+"""Progress while arms train and models answer: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TextIO
+
+BAR = 24
+LOG_SECONDS = 20.0
+
+
+class ProgressLine:
+    """Told a label, what is done and the total; writes to stderr.
+
+    Args:
+        stream: Where to; None: standard error at the time of writing.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._started: dict[str, float] = {}
+        self._finished: set[str] = set()
+        self._running: dict[str, str] = {}
+        self._last = 0.0
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Show that `done` of `total` of the work called `label` is done."""
+        if label in self._finished:
+            return
+        began = self._started.setdefault(label, time.monotonic())
+        seconds = time.monotonic() - began
+        stream = self._stream or sys.stderr
+        if done >= total:
+            self._finished.add(label)
+            self._running.pop(label, None)
+            # What was there already needs no line.
+            if seconds > 0.5:
+                self._write(stream, f"{label}: {total} in {_duration(seconds)}", last=True)
+            return
+        left = f", {_duration(seconds / done * (total - done))} left" if done else ""
+        if stream.isatty() and "PYTEST_XDIST_WORKER" not in os.environ:
+            filled = BAR * done // max(total, 1)
+            self._running[label] = f"{label} {'━' * filled}{'╌' * (BAR - filled)} {done}/{total}{left}"
+            self._write(stream, "  ".join(self._running.values()), last=False)
+        elif time.monotonic() - self._last >= LOG_SECONDS:
+            self._write(stream, f"{label}: {done}/{total}{left}", last=True)
+
+    def _write(self, stream: TextIO, text: str, *, last: bool) -> None:
+        self._last = time.monotonic()
+        if stream.isatty():
+            stream.write("\r\x1b[2K" + text + ("\n" if last else ""))
+        else:
+            stream.write(text + "\n")
+        stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

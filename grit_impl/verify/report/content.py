@@ -1,0 +1,153 @@
+"""What a report says, as plain values: the templates only lay it out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grit_impl.record import RunRecord
+from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
+from grit_impl.verify.claims.curves import losses, rms
+from grit_impl.verify.claims.measures import measured
+from grit_impl.verify.options import PLAN_MODELS
+from grit_impl.verify.store import JudgedClaim
+
+DASH = "\N{EN DASH}"
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value of the metrics table, with what stands small beside it."""
+
+    value: str = DASH
+    interval: str = ""
+
+
+def number(value: float | None, digits: int = 1, unit: str = "") -> str:
+    """A number for people; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return DASH
+    return f"{value:.{digits}f}{unit}"
+
+
+def cell(metric: Metric, digits: int = 1, sign: bool = False) -> Cell:
+    """A metric with its interval."""
+    if math.isnan(metric.estimate):
+        return Cell()
+    shape = f"{'+' if sign else ''}.{digits}f"
+    interval = ""
+    if metric.low is not None and metric.high is not None and not math.isinf(metric.high - metric.low):
+        interval = f"[{format(metric.low, shape)}, {format(metric.high, shape)}]"
+    return Cell(format(metric.estimate, shape), interval)
+
+
+def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """The plan's table.
+
+    Returns:
+        Column names (the base and the arms of the plan) and rows: a label with its unit, and a cell per column.
+    """
+    rows: list[tuple[str, list[Cell]]] = []
+
+    def add(label: str, make: Any) -> None:
+        cells = [make(name) or Cell() for name in PLAN_MODELS]
+        if any(each.value != DASH for each in cells):
+            rows.append((label, cells))
+
+    def from_run(read: Any) -> Any:
+        return lambda name: read(evidence.records[name]) if name in evidence.records else None
+
+    def from_evaluation(metric: str, digits: int = 1, sign: bool = False) -> Any:
+        present = evidence.evaluation.metrics if evidence.evaluation is not None else {}
+        return lambda name: cell(measured(evidence, name, metric), digits, sign) if name in present else None
+
+    add("Training time (s)", from_run(lambda record: Cell(number(record.run.get("train_seconds")))))
+    add("Time per step, median (s)", from_run(lambda record: Cell(number(_median_seconds(record), 3))))
+    add("Peak memory (GiB)", from_run(lambda record: Cell(number(_gib(record.run.get("peak_memory_bytes")), 2))))
+    add("Final loss", from_run(lambda record: Cell(number(record.steps[-1]["loss"] if record.steps else None, 4))))
+    add("Fisher inversions", from_run(lambda record: Cell(_grit(record, "inversions", 0))))
+    add("Preconditioning coverage (%)", from_run(lambda record: Cell(_grit(record, "coverage", 1, 100))))
+    add("Loss-curve divergence (RMS)", lambda name: Cell(_divergence(evidence, name)))
+    add("AQI accuracy (%)", from_evaluation("aqi_accuracy"))
+    add("delta_AQI (points)", from_evaluation("delta_aqi", sign=True))
+    add("Knowledge retention (%)", from_evaluation("retention"))
+    add("Speed (tokens/s)", from_evaluation("tokens_per_second"))
+    add("delta_speed (%)", from_evaluation("delta_speed", sign=True))
+    return list(PLAN_MODELS), rows
+
+
+def _median_seconds(record: RunRecord) -> float | None:
+    times = sorted(row["seconds"] for row in record.steps if row.get("seconds") is not None)
+    return times[len(times) // 2] if times else None
+
+
+def _gib(value: float | None) -> float | None:
+    return None if value is None else value / GIB
+
+
+def _grit(record: RunRecord, key: str, digits: int, scale: float = 1) -> str:
+    value = (record.run.get("grit_report") or {}).get(key)
+    return number(None if value is None else float(value) * scale, digits)
+
+
+def _divergence(evidence: Evidence, name: str) -> str:
+    if name == "baseline" or not {name, "baseline"} <= evidence.records.keys():
+        return DASH
+    pairs = zip(losses(evidence, name), losses(evidence, "baseline"), strict=False)
+    return number(rms([a - b for a, b in pairs]), 4)
+
+
+def counts(judged: Sequence[JudgedClaim]) -> dict[str, int]:
+    """How many claims have each verdict, in the order of `OUTCOMES`."""
+    return {outcome: sum(each.judgement.verdict == outcome for each in judged) for outcome in OUTCOMES}
+
+
+def headline(judged: Sequence[JudgedClaim]) -> str:
+    """One sentence: do the gating claims hold?"""
+    gating = [each for each in judged if each.claim.gates]
+    refuted = [each.claim.id for each in gating if each.judgement.verdict == "refuted"]
+    open_ = [each for each in gating if each.judgement.verdict in ("inconclusive", "not exercised")]
+    if refuted:
+        return f"{len(refuted)} of {len(gating)} gating claims refuted: {', '.join(refuted)}"
+    if open_:
+        return f"No gating claim refuted; {len(open_)} of {len(gating)} undecided"
+    return f"All {len(gating)} gating claims supported" if gating else "No gating claim was judged"
+
+
+def metric_rows(metrics: Sequence[Metric]) -> list[dict[str, str]]:
+    """The metrics of a claim, for its table."""
+    return [
+        {
+            "subject": metric.subject,
+            "name": metric.name,
+            "estimate": _plain(metric.estimate),
+            "interval": "" if metric.low is None else f"[{_plain(metric.low)}, {_plain(metric.high)}]",
+            "unit": metric.unit,
+            "n": "" if metric.n is None else str(metric.n),
+            "method": metric.method,
+        }
+        for metric in metrics
+    ]
+
+
+def _plain(value: float | None) -> str:
+    return DASH if value is None else f"{value:.6g}"
+
+
+def evidence_text(value: Mapping[str, Any]) -> str:
+    """Evidence as indented JSON; empty for none."""
+    return json.dumps(value, indent=2, default=str) if value else ""
+
+
+def fault_matrix(folder: Path) -> dict[str, Any] | None:
+    """The confusion matrix of the fault zoo, from the reports or as recorded with the source; None without one."""
+    for path in (folder / "fault_matrix.json", Path("fixtures") / "fault_matrix.json"):
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+    return None

@@ -1,0 +1,246 @@
+"""Figures as SVG text that takes its colours from the page, so that one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from grit_impl.verify.claims import Evidence
+from grit_impl.verify.claims.curves import FLOOR_FACTOR, losses
+
+INK, FAINT = "#010101", "#020202"
+"""Stand-ins that become the page's text and grid colours."""
+ARM_COLOURS = {
+    "base": "#030301",
+    "baseline": "#030302",
+    "rerun": "#030303",
+    "pure": "#030304",
+    "hybrid": "#030305",
+    "hybrid_late": "#030306",
+    "other": "#030307",
+}
+ARM_STYLES = {"rerun": (0, (1, 2)), "hybrid_late": (0, (4, 3)), "hybrid_starved": (0, (4, 2, 1, 2))}
+WIDTH = 5.6
+"""Inches; narrow, so that text stays legible when a phone scales the drawing down."""
+SMOOTHING = 15
+
+_VARIABLES = {INK: "var(--ink)", FAINT: "var(--grid)"} | {
+    colour: f"var(--arm-{arm.replace('_', '-')})" for arm, colour in ARM_COLOURS.items()
+}
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "grit",
+}
+
+
+def colour(arm: str) -> str:
+    """The arm's stand-in colour."""
+    return ARM_COLOURS.get(arm, ARM_COLOURS["other"])
+
+
+@contextmanager
+def _axes(height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` element: no background, colours as CSS variables, ids that no other figure uses."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for stand_in, variable in _VARIABLES.items():
+        text = text.replace(stand_in, variable)
+    text = re.sub(r'id="', f'id="{name}-', text)
+    text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
+    text = re.sub(r"font: ([0-9.]+)px[^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Sized by the page: the view box keeps the proportions.
+    return re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1)
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    window = min(SMOOTHING, max(1, len(values) // 8))
+    padded = np.pad(np.asarray(values, dtype=float), (window // 2, window - 1 - window // 2), mode="edge")
+    return np.convolve(padded, np.ones(window) / window, "valid")
+
+
+def loss_curves(evidence: Evidence) -> str | None:
+    """Loss of every step, faint, with its running mean."""
+    if not evidence.records:
+        return None
+    with _axes() as (figure, axes):
+        for arm in evidence.records:
+            values = losses(evidence, arm)
+            steps = np.arange(1, len(values) + 1)
+            axes.plot(steps, values, color=colour(arm), linewidth=0.6, alpha=0.3)
+            axes.plot(steps, _smooth(values), color=colour(arm), linestyle=ARM_STYLES.get(arm, "-"), label=arm)
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)")
+        axes.legend(ncols=2)
+        return svg(figure, "loss")
+
+
+def loss_differences(evidence: Evidence) -> str | None:
+    """Paired difference of each arm's loss to the baseline's, with the noise floor that reruns set."""
+    others = [arm for arm in evidence.records if arm != "baseline"]
+    if "baseline" not in evidence.records or not others:
+        return None
+    reference = losses(evidence, "baseline")
+    with _axes() as (figure, axes):
+        floor = 0.0
+        for arm in others:
+            gap = np.array([a - b for a, b in zip(losses(evidence, arm), reference, strict=False)])
+            if arm == "rerun":
+                floor = FLOOR_FACTOR * float(np.sqrt(np.mean(gap**2)))
+            style = ARM_STYLES.get(arm, "-")
+            axes.plot(np.arange(1, len(gap) + 1), gap, color=colour(arm), linestyle=style, linewidth=1, label=arm)
+        if floor:
+            axes.axhspan(-floor, floor, color=FAINT, alpha=0.5, linewidth=0, label="noise floor")
+        axes.set(xlabel="optimizer step", ylabel="loss minus the baseline's")
+        axes.legend(ncols=2)
+        return svg(figure, "difference")
+
+
+def aqi_by_category(evidence: Evidence) -> str | None:
+    """Accuracy per true category and model, with its interval."""
+    if evidence.evaluation is None:
+        return None
+    rows = evidence.evaluation.table("category")
+    groups = [g for g in CATEGORIES if any(r["group"] == g for r in rows)]
+    groups += sorted({r["group"] for r in rows} - set(groups))
+    models = list(evidence.evaluation.models)
+    if not groups:
+        return None
+    with _axes(0.9 + 0.62 * len(groups)) as (figure, axes):
+        for place, model in enumerate(models):
+            offset = (place - (len(models) - 1) / 2) * 0.18
+            own = {r["group"]: r for r in rows if r["label"] == model}
+            shown = [(i, own[g]) for i, g in enumerate(groups) if g in own]
+            x = [r["accuracy"] for _, r in shown]
+            spread = [[r["accuracy"] - r["low"] for _, r in shown], [r["high"] - r["accuracy"] for _, r in shown]]
+            y = [i + offset for i, _ in shown]
+            axes.errorbar(x, y, xerr=spread, fmt="o", markersize=4, linewidth=1, color=colour(model), label=model)
+        counts = {g: max(r["n"] for r in rows if r["group"] == g) for g in groups}
+        axes.set_yticks(range(len(groups)), [f"{_wrapped(g)}\n(n = {counts[g]})" for g in groups])
+        axes.set(xlim=(-2, 102), xlabel="items with the right category (%)")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=len(models))
+        return svg(figure, "category")
+
+
+CATEGORIES = (
+    "Good",
+    "Moderate",
+    "Unhealthy for Sensitive Groups",
+    "Unhealthy",
+    "Very Unhealthy",
+    "Hazardous",
+)
+
+
+def _wrapped(text: str) -> str:
+    return text.replace(" for ", "\nfor ").replace("Sensitive Groups", "sens. groups")
+
+
+def fisher_spectra(evidence: Evidence) -> str | None:
+    """Largest eigenvalues of both factors over training, averaged over layers, for arms that recorded them."""
+    histories = {
+        arm: spectra
+        for arm, record in evidence.records.items()
+        if (spectra := (record.run.get("grit_report") or {}).get("spectra"))
+    }
+    if not histories:
+        return None
+    arm = "pure" if "pure" in histories else next(iter(histories))
+    history = histories[arm]
+    steps = [row["step"] for row in history]
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 2.9), layout="constrained", sharex=True)
+        for axes, side, name in zip(panels, ("a", "g"), ("S_a (activations)", "S_g (gradients)"), strict=True):
+            depth = max((len(row[f"top_{side}"]) for row in history), default=0)
+            for rank in range(depth):
+                values = [row[f"top_{side}"][rank] if rank < len(row[f"top_{side}"]) else np.nan for row in history]
+                positive = [value if value > 0 else np.nan for value in values]
+                fade = 1 - 0.75 * rank / max(depth - 1, 1)
+                axes.plot(steps, positive, color=colour(arm), alpha=fade, marker="." if len(steps) < 12 else None)
+            axes.set(title=name, xlabel="optimizer step")
+            if any(value > 0 for row in history for value in row[f"top_{side}"]):
+                axes.set_yscale("log")
+        panels[0].set_ylabel(f"eigenvalues, mean over layers ({arm})")
+        text = svg(figure, "spectra")
+        plt.close(figure)
+        return text
+
+
+def figures(evidence: Evidence) -> list[dict[str, str]]:
+    """All figures that the evidence has data for, each with a title and a caption."""
+    drawn: list[tuple[Callable[[Evidence], str | None], str, str]] = [
+        (
+            loss_curves,
+            "Loss",
+            "Every step (faint) and its running mean. Curves of the same batches look alike whatever happened to the "
+            "gradients: shape is no evidence.",
+        ),
+        (
+            loss_differences,
+            "Paired difference of the loss",
+            "Each arm minus the baseline at the same step, so that the batch cancels. Arms that lie on zero trained "
+            "exactly like the baseline.",
+        ),
+        (
+            aqi_by_category,
+            "AQI accuracy by category",
+            "Share of items with the right category, with Wilson 95% intervals.",
+        ),
+        (
+            fisher_spectra,
+            "Fisher spectra",
+            "Largest eigenvalues of the two rank-space factors at each inversion. A flat bundle means a preconditioner "
+            "close to a multiple of the identity, which AdamW divides out.",
+        ),
+    ]
+    found = []
+    for draw, title, caption in drawn:
+        drawing = draw(evidence)
+        if drawing is not None:
+            found.append({"svg": drawing, "title": title, "caption": caption})
+    return found
+
+
+def legend(models: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Model names with their CSS colours."""
+    return [(name, _VARIABLES[colour(name)]) for name in models]

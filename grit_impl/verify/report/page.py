@@ -1,0 +1,64 @@
+"""Fills the templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from grit_impl.verify.claims import Evidence
+from grit_impl.verify.report import content
+from grit_impl.verify.store import JudgedClaim, Session
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("grit_impl.verify.report", "."),
+        autoescape=jinja2.select_autoescape(["html.j2", "html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def _common(
+    session: Session, judged: Sequence[JudgedClaim], evidence: Evidence, folder: Path, changes: Any
+) -> dict[str, Any]:
+    columns, rows = content.metrics_table(evidence)
+    winner = evidence.evaluation.winner()[1] if evidence.evaluation is not None else ""
+    return {
+        "session": session,
+        "headline": content.headline(judged),
+        "counts": content.counts(judged),
+        "judged": judged,
+        "columns": columns,
+        "rows": rows,
+        "winner": winner,
+        "records": evidence.records,
+        "changes": changes,
+        "faults": content.fault_matrix(folder),
+        "metric_rows": content.metric_rows,
+        "evidence_text": content.evidence_text,
+    }
+
+
+def render_html(
+    session: Session, judged: Sequence[JudgedClaim], evidence: Evidence, folder: Path, changes: Any = None
+) -> str:
+    """The page."""
+    from grit_impl.verify.report.figures import figures
+
+    values = _common(session, judged, evidence, folder, changes)
+    return _environment().get_template("index.html.j2").render(**values, figures=figures(evidence))
+
+
+def render_markdown(
+    session: Session, judged: Sequence[JudgedClaim], evidence: Evidence, folder: Path, changes: Any = None
+) -> str:
+    """The summary for a pull request: GitHub-flavoured Markdown, no figures."""
+    values = _common(session, judged, evidence, folder, changes)
+    return _environment().get_template("grit_evaluation.md.j2").render(**values)

@@ -1,0 +1,119 @@
+"""What a verification leaves in its reports folder, written when the session ends, by one process."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from grit_impl.record import write_atomic
+from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
+from grit_impl.verify.junit import TestOutcome, junit_xml
+from grit_impl.verify.options import Options
+from grit_impl.verify.store import JudgedClaim, Session, Store
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "unsloth",
+    "bitsandbytes",
+    "xllamacpp",
+    "gguf",
+    "numpy",
+    "scipy",
+    "pytest",
+)
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit of the repository that `folder` is in, `+` appended if files differ from it; None without one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD").strip()
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment() -> dict[str, str]:
+    """Versions of what can change a result, without importing any of it."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class Results:
+    """Collects what tests report and writes it: database, JUnit XML, HTML and Markdown.
+
+    Attributes:
+        options: Of the session.
+        started: ISO 8601, UTC.
+        judged: Claims in the order in which they were judged.
+        outcomes: How tests ended, by node id.
+    """
+
+    options: Options
+    started: str = field(default_factory=now)
+    judged: list[JudgedClaim] = field(default_factory=list)
+    outcomes: dict[str, TestOutcome] = field(default_factory=dict)
+
+    def add(self, claim: Claim, judgement: Judgement, node_id: str) -> None:
+        """Remember a judgement; a test that runs again (a rerun, a retry) replaces its own."""
+        self.judged = [each for each in self.judged if (each.claim.id, each.node_id) != (claim.id, node_id)]
+        self.judged.append(JudgedClaim(claim, judgement, node_id))
+
+    def ordered(self) -> list[JudgedClaim]:
+        """Judged claims in the catalogue's order, so that a report does not depend on who ran first."""
+        place = {name: number for number, name in enumerate(catalogue())}
+        return sorted(self.judged, key=lambda each: (place.get(each.claim.id, len(place)), each.claim.id, each.node_id))
+
+    @property
+    def report(self) -> Path:
+        """The page that a person opens."""
+        return self.options.reports_dir / "index.html"
+
+    def write(self, evidence: Evidence, exit_status: int) -> None:
+        """Write `results.db`, `junit.xml`, `index.html` and `grit_evaluation.md`.
+
+        Raises:
+            GRITError: a file cannot be written; none of them is ever left half-written.
+        """
+        from grit_impl.verify.report import write_report
+
+        folder = self.options.reports_dir
+        session = Session(self.started, now(), git_commit(), self.options.to_dict(), environment(), exit_status)
+        judged = self.ordered()
+        with Store(folder / "results.db") as store:
+            store.add(session, judged, evidence)
+        write_atomic(folder / "junit.xml", junit_xml(session, self.outcomes.values(), judged))
+        write_report(folder, session, judged, evidence)
+
+
+def census(outcomes: Iterable[TestOutcome]) -> Mapping[str, int]:
+    """How many tests were skipped, by reason, most frequent first."""
+    counts: dict[str, int] = {}
+    for outcome in outcomes:
+        if outcome.outcome == "skipped":
+            counts[outcome.message] = counts.get(outcome.message, 0) + 1
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
