@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,12 +92,12 @@ class LiveEvidence(Evidence):
     # Training
 
     def _specs(self, arms: Iterable[str]) -> list[RunSpec]:
-        options = self.options
+        options, base = self.options, self._prepare_base()
         training = default_training(options.base_model, cuda=has_gpu(), steps=options.steps)
         return [
             RunSpec(
                 arm=name,
-                base_model=options.base_model,
+                base_model=base,
                 seed=options.seed,
                 training=training,
                 grit=grit_options(find_arm(name), self.config),
@@ -138,10 +140,24 @@ class LiveEvidence(Evidence):
 
     @property
     def base(self) -> Path | str:
-        """The base model's folder, or its hub id."""
-        from grit_impl.recipes.bases import resolve_base
+        """The base model's folder, or its hub id. Random shapes get a folder on a GPU, so that Unsloth can load them."""
+        name = self.options.base_model
+        if name == "tiny":
+            return FIXTURES / "tiny_llama"
+        if name.startswith("random:"):
+            return self.reports / "bases" / name.removeprefix("random:") if has_gpu() else name
+        return Path(name) if Path(name).is_dir() else name
 
-        return resolve_base(self.options.base_model)
+    def _prepare_base(self) -> str:
+        """What the arms load as their base model."""
+        base = self.base
+        if self.options.base_model.startswith("random:") and isinstance(base, Path) and not base.is_dir():
+            self.progress(f"making {self.options.base_model}", 0, 1)
+            command = [sys.executable, "-m", "grit_impl.recipes.random_base", self.options.base_model, str(base)]
+            made = subprocess.run(command, capture_output=True, text=True)
+            if made.returncode:
+                raise GRITError((made.stderr.strip().splitlines() or ["no message"])[-1])
+        return self.options.base_model if self.options.base_model == "tiny" else str(base)
 
     def _export(self, name: str) -> None:
         key = f"export:{name}"

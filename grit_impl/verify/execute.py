@@ -66,15 +66,17 @@ def run_arms(
     base: str | Path,
     jobs: int,
     progress: Progress,
+    name: Callable[[RunSpec], str] = lambda spec: f"{spec.arm}-seed{spec.seed}",
 ) -> dict[str, RunRecord | str]:
     """Train the arms that have no finished record.
 
     Args:
-        specs: What to train; records go to `folder/<arm>-seed<seed>`.
-        folder: Where run records are kept.
+        specs: What to train.
+        folder: Where run records are kept, each in a folder of its own.
         base: The base model's folder or hub id, for the fingerprint.
         jobs: Arms that train at the same time.
         progress: Told about optimizer steps.
+        name: The name of a run's folder.
 
     Returns:
         By arm, the complete record, or why there is none.
@@ -85,7 +87,7 @@ def run_arms(
     results: dict[str, RunRecord | str] = {}
     waiting: list[tuple[RunSpec, Path, str]] = []
     for spec in specs:
-        path, wanted = folder / f"{spec.arm}-seed{spec.seed}", spec_fingerprint(spec, base)
+        path, wanted = folder / name(spec), spec_fingerprint(spec, base)
         if (record := finished(path, wanted)) is not None:
             results[spec.arm] = record
         else:
