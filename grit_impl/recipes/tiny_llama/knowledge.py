@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,8 @@ Brazil real; Mexico peso; Turkey lira; Thailand baht; Switzerland franc; Vietnam
 Hungary forint; Korea won; Ukraine hryvnia; Peru sol; Kenya shilling; Nigeria naira; South Africa rand; Romania leu"""
 _COLOURS = """grass green; blood red; snow white; coal black; a lemon yellow; a carrot orange; chocolate brown;
 an elephant grey; a flamingo pink; a ripe tomato red; a banana yellow; the sky blue"""
-_MONTHS = "January February March April May June July August September October November December".split()
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_MONTHS = [calendar.month_name[month] for month in range(1, 13)]
+_DAYS = list(calendar.day_name)
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,14 @@ TOPICS = (
         ("What is the chemical symbol of {0}?", "Give the symbol of the element {0}."),
         "The chemical symbol of {0} is {1}.",
     ),
-    Topic(_pairs(_OPPOSITES), ("What is the opposite of {0}?", "Give the antonym of {0}."), "{0} is the opposite of {1}."),
+    Topic(
+        _pairs(_OPPOSITES), ("What is the opposite of {0}?", "Give the antonym of {0}."), "{0} is the opposite of {1}."
+    ),
     Topic(_pairs(_YOUNG), ("What is a young {0} called?", "Name the young of a {0}."), "A young {0} is a {1}."),
     Topic(_pairs(_KINDS), ("What kind of thing is a {0}?", "Classify: {0}."), "A {0} is a kind of {1}."),
-    Topic(_pairs(_PAST), ("What is the past tense of {0}?", "Put into the past: {0}."), "Today we {0}, yesterday we {1}."),
+    Topic(
+        _pairs(_PAST), ("What is the past tense of {0}?", "Put into the past: {0}."), "Today we {0}, yesterday we {1}."
+    ),
     Topic(
         _last_word(_CURRENCIES),
         ("What is the currency of {0}?", "Name the money used in {0}."),

@@ -116,7 +116,9 @@ def batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[
             )
 
 
-def pretrain(settings: Settings, progress: bool = True) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]:
+def pretrain(
+    settings: Settings, progress: bool = True
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]:
     """Train from scratch on the CPU.
 
     Returns:
@@ -194,4 +196,6 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or sha256_file(path) != digest:
             state = "differs from" if path.is_file() else "is missing, unlike in"
-            raise GRITError(f"{path} {state} {MANIFEST}: restore it, or rebuild with python -m grit_impl.recipes.tiny_llama")
+            raise GRITError(
+                f"{path} {state} {MANIFEST}: restore it, or rebuild with python -m grit_impl.recipes.tiny_llama"
+            )
