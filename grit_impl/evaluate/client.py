@@ -1,0 +1,363 @@
+"""A distrustful client for the Ollama HTTP API: an answer is either whole and coherent, or it is a fault.
+
+A measurement must not depend on the weather between two processes. Every reply is therefore checked: it is JSON, it is
+finished, it comes from the model that was asked, its counters fit its text, and the prompt was not cut. Anything else
+is a `Fault`, which is retried with exponential backoff and full jitter (tenacity) and, at worst, reported as a fault;
+it never becomes an answer.
+
+API: https://github.com/ollama/ollama/blob/main/docs/api.md. The `ollama` package speaks it as well, but cannot send
+`truncate: false` to /api/generate, without which the server cuts long prompts silently; so this is `httpx`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import anyio
+import httpx
+from anyio.from_thread import start_blocking_portal
+from tenacity import RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from grit_impl.errors import GRITError
+
+DEFAULT_PORT = 11434
+MAX_BODY = 8 * 2**20
+"""Bytes: no evaluation answer is longer, an endless stream of garbage is."""
+T = TypeVar("T")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Fault(Exception):
+    """One request that gave no trustworthy answer.
+
+    Attributes:
+        kind: Short id, e.g. `timeout`, `http-503`, `not-json`, `incomplete`, `wrong-model`, `empty`.
+        retry: Whether the same request may succeed later.
+    """
+
+    def __init__(self, kind: str, message: str, retry: bool = True) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry = retry
+
+
+class Unanswered(Exception):
+    """A request that stayed faulty through all attempts; `faults` are the kinds, in order."""
+
+    def __init__(self, message: str, faults: list[str]) -> None:
+        super().__init__(message)
+        self.faults = faults
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One finished generation.
+
+    Attributes:
+        text: What the model wrote; empty only if the server confirmed it in a second request.
+        done_reason: `stop` or `length` (the answer was cut at `num_predict`).
+        prompt_eval_count: Prompt tokens, with the template's; 0 if the server does not tell.
+        eval_count: Generated tokens.
+        eval_duration: Nanoseconds spent on generating; the first token is free, so the rate is
+            `(eval_count - 1) / eval_duration`.
+        prompt_eval_duration: Nanoseconds spent on the prompt.
+        load_duration: Nanoseconds spent on loading the model.
+        seconds: Wall time of the successful request.
+        faults: Kinds of the failed attempts before it.
+    """
+
+    text: str
+    done_reason: str
+    prompt_eval_count: int
+    eval_count: int
+    eval_duration: int
+    prompt_eval_duration: int
+    load_duration: int
+    seconds: float
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generation rate by the server's own counters; NaN below two tokens, whose duration means nothing."""
+        if self.eval_count < 2 or self.eval_duration <= 0:
+            return float("nan")
+        return (self.eval_count - 1) / self.eval_duration * 1e9
+
+
+def server_url(value: str | None = None) -> str:
+    """The base URL from an argument, else from OLLAMA_HOST, else Ollama's default.
+
+    Accepts what OLLAMA_HOST accepts: `host`, `host:port`, `:port`, `http://host:port`. A server that listens on
+    0.0.0.0 is reached at 127.0.0.1.
+
+    Raises:
+        GRITError: the value is not a http(s) address.
+    """
+    given = (value or os.environ.get("OLLAMA_HOST") or f"127.0.0.1:{DEFAULT_PORT}").strip().rstrip("/")
+    try:
+        parts = urlsplit(given if "://" in given else f"http://{given}")
+        port = parts.port
+    except ValueError as error:
+        raise GRITError(f"{given!r} is not an Ollama address ({error}): use host:port or http://host:port") from None
+    if parts.scheme not in ("http", "https"):
+        raise GRITError(f"{given!r} is not an Ollama address: use host:port, http://host:port or https://host")
+    host = parts.hostname or "127.0.0.1"
+    host = "127.0.0.1" if host == "0.0.0.0" else host
+    host = f"[{host}]" if ":" in host else host
+    default = DEFAULT_PORT if "://" not in given else None
+    suffix = f":{port or default}" if port or default else ""
+    return f"{parts.scheme}://{host}{suffix}{parts.path}"
+
+
+def full_name(model: str) -> str:
+    """Ollama's name for a model: without a tag it is `:latest`."""
+    return model if ":" in model.rsplit("/", 1)[-1] else f"{model}:latest"
+
+
+class Endpoint:
+    """One Ollama server. Safe to use from several threads.
+
+    Args:
+        url: Address, see `server_url`.
+        timeout: Seconds that one request may take as a whole, loading the model included.
+        attempts: How often a faulty request is sent before it counts as unanswered.
+        backoff: Seconds; the wait before attempt k is uniform in [0, backoff * 2**k].
+        backoff_max: Seconds; upper limit of one wait.
+        connections: Requests in flight at most.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        timeout: float = 120.0,
+        attempts: int = 6,
+        backoff: float = 0.25,
+        backoff_max: float = 8.0,
+        connections: int = 16,
+    ) -> None:
+        if timeout <= 0 or attempts < 1 or backoff < 0 or connections < 1:
+            raise GRITError("timeout, attempts and connections must be positive, backoff not negative")
+        self.url = server_url(url)
+        self.timeout, self.attempts = timeout, attempts
+        self._wait = wait_random_exponential(multiplier=backoff, max=backoff_max)
+        key = os.environ.get("OLLAMA_API_KEY")
+        # Asynchronous inside, because only cancellation bounds a whole request: a server that sends a byte now and then
+        # never runs into a read timeout.
+        self._exit = ExitStack()
+        self._portal = self._exit.enter_context(start_blocking_portal())
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            headers={"authorization": f"Bearer {key}"} if key else None,
+            # Certificates take a quarter of a second to load, and plain HTTP needs none.
+            verify=self.url.startswith("https"),
+            # A proxy of the environment is for the outside world; it cannot reach this machine's loopback.
+            trust_env=urlsplit(self.url).hostname not in LOOPBACK,
+        )
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        try:
+            self._portal.call(self._http.aclose)
+        finally:
+            self._exit.close()
+
+    # -- what the server has ------------------------------------------------------------------------------------------
+
+    def version(self) -> str:
+        """The server's version.
+
+        Raises:
+            GRITError: nothing that speaks Ollama's API answers.
+        """
+        return str(self._get("/api/version", "version"))
+
+    def models(self) -> dict[str, str]:
+        """Digest of every model on the server, by full name (`name:tag`).
+
+        Raises:
+            GRITError: nothing that speaks Ollama's API answers.
+        """
+        listed = self._get("/api/tags", "models")
+        return {full_name(str(m.get("model") or m.get("name"))): str(m.get("digest", "")) for m in listed or []}
+
+    def require(self, names: list[str]) -> dict[str, str]:
+        """Digests of the named models.
+
+        Raises:
+            GRITError: one of them is not on the server.
+        """
+        present = self.models()
+        for name in names:
+            if full_name(name) not in present:
+                have = ", ".join(sorted(present)) or "none"
+                raise GRITError(f"model {name!r} is not on {self.url} (it has: {have}): create it with `ollama create`")
+        return {name: present[full_name(name)] for name in names}
+
+    def _get(self, path: str, key: str) -> Any:
+        def ask() -> Any:
+            value = _one_json(self._send("GET", path, None))
+            if key not in value:
+                raise Fault("not-json", f"{path} has no {key!r}")
+            return value[key]
+
+        try:
+            return self._retry(ask, [])
+        except Unanswered as error:
+            raise GRITError(
+                f"no Ollama server answers at {self.url} ({error}): start `ollama serve` or `grit serve`, "
+                "or set --ollama-url or OLLAMA_HOST"
+            ) from None
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        model: str,
+        prompt: str,
+        options: Mapping[str, Any],
+        *,
+        stream: bool = False,
+        keep_alive: str = "10m",
+    ) -> Reply:
+        """Ask one prompt, through the model's own template.
+
+        Args:
+            model: Name on the server.
+            prompt: The instruction, not wrapped in a template.
+            options: Ollama's options; `num_predict` bounds the answer.
+            stream: Ask for chunks instead of one object. The checks are the same.
+            keep_alive: How long the server keeps the model loaded.
+
+        Raises:
+            Unanswered: every attempt was faulty, or the server refuses this request (400, 413).
+        """
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "stream": stream,
+            "truncate": False,
+            "shift": False,
+            "keep_alive": keep_alive,
+            "options": dict(options),
+        }
+        faults: list[str] = []
+        empty_before = False
+
+        def ask() -> Reply:
+            nonlocal empty_before
+            start = time.perf_counter()
+            reply = _read_reply(self._send("POST", "/api/generate", body), model, prompt, options)
+            if not reply["text"]:
+                # A model may end its answer at once. A broken server may lose the text. Only the first is repeatable
+                # with counters that say "nothing was generated".
+                if reply["eval_count"] > 1 or not empty_before:
+                    empty_before = reply["eval_count"] <= 1
+                    raise Fault("empty", "the answer has no text")
+            else:
+                empty_before = False
+            return Reply(**reply, seconds=time.perf_counter() - start, faults=faults)
+
+        return self._retry(ask, faults)
+
+    def _retry(self, ask: Callable[[], T], faults: list[str]) -> T:
+        try:
+            for attempt in Retrying(
+                stop=stop_after_attempt(self.attempts),
+                wait=self._wait,
+                retry=retry_if_exception(lambda e: isinstance(e, Fault) and e.retry),
+            ):
+                with attempt:
+                    try:
+                        return ask()
+                    except Fault as fault:
+                        faults.append(fault.kind)
+                        raise
+        except RetryError as error:
+            last = error.last_attempt.exception()
+            raise Unanswered(f"{last}, {len(faults)} attempts", faults) from None
+        except Fault as fault:
+            raise Unanswered(str(fault), faults) from None
+        raise AssertionError("tenacity returns or raises")
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        """The body of a 200 reply, whole and in time; anything else raises `Fault`."""
+        try:
+            answer: tuple[int, bytes] = self._portal.call(self._receive, method, path, body)
+        except (TimeoutError, httpx.TimeoutException):
+            raise Fault("timeout", f"no whole answer within {self.timeout:g} s") from None
+        except httpx.ConnectError:
+            raise Fault("unreachable", "the connection is refused") from None
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise Fault("dropped", f"the connection broke ({type(error).__name__})") from None
+        status, received = answer
+        if status != 200:
+            text = " ".join(received[:200].decode("utf-8", "replace").split())
+            raise Fault(f"http-{status}", f"HTTP {status}: {text}", retry=status not in (400, 413))
+        return received
+
+    async def _receive(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+        received = bytearray()
+        with anyio.fail_after(self.timeout):
+            async with self._http.stream(method, path, json=body) as response:
+                async for chunk in response.aiter_bytes():
+                    received += chunk
+                    if len(received) > MAX_BODY:
+                        raise Fault("oversized", f"more than {MAX_BODY} bytes")
+                return response.status_code, bytes(received)
+
+
+def _one_json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        raise Fault("not-json", "the answer is not JSON") from None
+    if not isinstance(value, dict):
+        raise Fault("not-json", "the answer is not a JSON object")
+    if "error" in value:
+        raise Fault("streamed-error", f"the server reports {value['error']!r}")
+    return value
+
+
+def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `Reply` from one JSON object or from a stream of them, or a `Fault`."""
+    parts = [_one_json(line) for line in body.splitlines() if line.strip()]
+    if not parts or parts[-1].get("done") is not True or any(p.get("done") is not False for p in parts[:-1]):
+        raise Fault("incomplete", "the answer is not finished")
+    for part in parts:
+        if full_name(str(part.get("model"))) != full_name(model):
+            raise Fault("wrong-model", f"asked {model!r}, {part.get('model')!r} answered")
+        if not isinstance(part.get("response", "" if part["done"] else None), str):
+            raise Fault("incomplete", "the answer has no 'response'")
+    last = parts[-1]
+    names = ("prompt_eval_count", "eval_count", "eval_duration", "prompt_eval_duration", "load_duration")
+    # Go omits zero fields.
+    counters = {name: last.get(name, 0) for name in names}
+    if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in counters.values()):
+        raise Fault("bad-counters", "a counter is not a whole number")
+    reason = last.get("done_reason", "stop")
+    if reason not in ("stop", "length"):
+        raise Fault("incomplete", f"the server did not generate (done_reason {reason!r})")
+    text = "".join(part.get("response", "") for part in parts)
+    limit = int(options.get("num_predict", -1))
+    if (text and counters["eval_count"] < 1) or (0 <= limit < counters["eval_count"]):
+        raise Fault("bad-counters", f"eval_count {counters['eval_count']} does not fit the answer")
+    # Every word is at least one token, so a smaller count means that the server dropped a part of the prompt.
+    if 0 < counters["prompt_eval_count"] < len(prompt.split()):
+        raise Fault("truncated-prompt", f"only {counters['prompt_eval_count']} prompt tokens were read")
+    return {"text": text, "done_reason": reason, **counters}

@@ -1,0 +1,475 @@
+"""An evaluation's answers and what follows from them: accuracies, paired differences, retention, speed.
+
+Only raw evidence is stored (`answers.jsonl`, `speed.jsonl`, `evaluation.json`); every number is recomputed from it, so
+that a stored evaluation can be judged again at another confidence or by another metric. Accuracies are in percent,
+their differences in percentage points, speeds in tokens per second.
+
+Models are compared on the items that both answered, item by item: at 300 items and a gap of 7 points McNemar's test
+finds the gap in 72% of evaluations, an unpaired z-test in 46%.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from grit_impl.errors import GRITError
+from grit_impl.evaluate.power import detectable_difference
+from grit_impl.evaluate.scoring import AQI_METRICS
+from grit_impl.record import write_atomic
+from grit_impl.verify.statistics import (
+    Interval,
+    holm,
+    mcnemar_exact,
+    paired_difference_interval,
+    t_interval,
+    wilson,
+)
+
+Row = dict[str, Any]
+SCORE_FIELD = {"category": "category_right", "exact": "exact", "within5": "within5"}
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One model against another on the same items.
+
+    Attributes:
+        difference: Accuracy of the model minus that of the reference, in points, with its paired interval.
+        p: McNemar's exact two-sided p-value.
+        p_holm: The same, corrected for the number of models that are compared with this reference.
+        gained: Items that only the model got right.
+        lost: Items that only the reference got right.
+        detectable: Smallest difference in points that this many items find with 80% power at alpha .05.
+        reference: Label of the reference.
+    """
+
+    difference: Interval
+    p: float
+    p_holm: float
+    gained: int
+    lost: int
+    detectable: float
+    reference: str
+
+    @property
+    def estimate(self) -> float:
+        """Points."""
+        return self.difference.estimate
+
+    @property
+    def low(self) -> float:
+        """Points."""
+        return self.difference.low
+
+    @property
+    def high(self) -> float:
+        """Points."""
+        return self.difference.high
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What one model reached. None means not measured (or, for a comparison, that it is the reference itself).
+
+    Attributes:
+        label: The model's role: `base`, `baseline`, `hybrid`, `pure`, or any name.
+        model: Name on the server.
+        aqi_accuracy: Percent, by the primary metric (`Evaluation.aqi_metric`).
+        category: Percent of items with the right category.
+        exact: Percent with the exact index.
+        within5: Percent with an index at most 5 points off.
+        mae: Mean absolute error in index points, over the answers that name an index.
+        delta_aqi: Against the base.
+        delta_over_baseline: Against the fine-tuned baseline.
+        knowledge: Percent of general knowledge questions answered.
+        delta_knowledge: Against the base.
+        retention: Percent of the questions that the base answered which this model answers too.
+        tokens_per_second: Median over the rounds.
+        delta_speed: Percent of the base's tokens per second gained, median of the rounds' ratios.
+        delta_speed_absolute: Tokens per second gained, median of the rounds' differences.
+        unanswered: Ids of items without a trustworthy answer: everything about this model is then inconclusive.
+        unparsable: Answers that name neither index nor category, or are empty, by reason.
+        cut: Answers that reached the token limit.
+        faults: Failed attempts by kind, before an answer came.
+    """
+
+    label: str
+    model: str
+    aqi_accuracy: Interval | None
+    category: Interval | None
+    exact: Interval | None
+    within5: Interval | None
+    mae: Interval | None
+    delta_aqi: Comparison | None
+    delta_over_baseline: Comparison | None
+    knowledge: Interval | None
+    delta_knowledge: Comparison | None
+    retention: Interval | None
+    tokens_per_second: Interval | None
+    delta_speed: Interval | None
+    delta_speed_absolute: Interval | None
+    unanswered: tuple[str, ...]
+    unparsable: dict[str, int]
+    cut: int
+    faults: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return value.to_dict()
+    if isinstance(value, Comparison):
+        detectable = value.detectable if np.isfinite(value.detectable) else None
+        return {**asdict(value), "difference": value.difference.to_dict(), "detectable": detectable}
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Evaluation:
+    """The answers of several models to the same questions.
+
+    Args:
+        models: Name on the server by label, in the order of the report.
+        answers: One row per (model, suite, item): `label`, `suite`, `item`, `prompt`, `answer`, `scores` (of
+            `scoring.score_aqi` or `score_knowledge`), `correct` (by the primary metric), and the server's counters;
+            `error` instead of an answer where there is none.
+        speed: One row per (round, label) with `tokens_per_second`.
+        meta: What was asked, of whom, when.
+        base: Label of the reference for delta_AQI, retention and delta_speed.
+        baseline: Label of the fine-tuned reference.
+        aqi_metric: The primary accuracy, one of `AQI_METRICS`.
+        path: Where it is stored.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        answers: Sequence[Row],
+        speed: Sequence[Row] = (),
+        meta: Mapping[str, Any] | None = None,
+        *,
+        base: str = "base",
+        baseline: str = "baseline",
+        aqi_metric: str = AQI_METRICS[0],
+        path: Path | None = None,
+    ) -> None:
+        if aqi_metric not in AQI_METRICS:
+            raise GRITError(f"unknown AQI metric {aqi_metric!r}: use {', '.join(AQI_METRICS)}")
+        self.models, self.answers, self.speed = dict(models), list(answers), list(speed)
+        self.meta = dict(meta or {})
+        self.base, self.baseline, self.aqi_metric, self.path = base, baseline, aqi_metric, path
+        self._cache: dict[float, dict[str, ModelMetrics]] = {}
+        self._rows: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in self.answers:
+            self._rows.setdefault((row["label"], row["suite"]), {})[row["item"]] = row
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def rows(self, label: str, suite: str = "aqi") -> dict[str, Row]:
+        """One model's answers by item id."""
+        return self._rows.get((label, suite), {})
+
+    @property
+    def complete(self) -> bool:
+        """Whether every model has a trustworthy answer to every question."""
+        return not any(row.get("error") for row in self.answers)
+
+    def scores(self, label: str, suite: str, score: str) -> dict[str, bool]:
+        """Right or wrong by item, of the answered items that have a truth for this score."""
+        return {
+            item: bool(row["scores"][score])
+            for item, row in self.rows(label, suite).items()
+            if not row.get("error") and row["scores"].get(score) is not None
+        }
+
+    def correct(self, label: str, metric: str | None = None) -> dict[str, bool]:
+        """Right or wrong by item on AQI, by the primary or the given metric."""
+        return self.scores(label, "aqi", SCORE_FIELD[metric or self.aqi_metric])
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> dict[str, ModelMetrics]:
+        """By label, with 95% intervals."""
+        return self.metrics_at(0.95)
+
+    def metrics_at(self, confidence: float) -> dict[str, ModelMetrics]:
+        """By label, with intervals of this two-sided confidence."""
+        if confidence not in self._cache:
+            self._cache[confidence] = self._compute(confidence)
+        return self._cache[confidence]
+
+    def _compute(self, confidence: float) -> dict[str, ModelMetrics]:
+        delta = self._comparisons(self.base, self.correct, confidence)
+        over = self._comparisons(self.baseline, self.correct, confidence, skip=(self.base,))
+        kept = self._comparisons(self.base, lambda label: self.scores(label, "knowledge", "correct"), confidence)
+        return {label: self._model(label, confidence, delta, over, kept) for label in self.models}
+
+    def _model(
+        self,
+        label: str,
+        confidence: float,
+        delta: Mapping[str, Comparison],
+        over: Mapping[str, Comparison],
+        kept: Mapping[str, Comparison],
+    ) -> ModelMetrics:
+        everything = [row for suite in ("aqi", "knowledge") for row in self.rows(label, suite).values()]
+        answered = [row for row in everything if not row.get("error")]
+        scores = [row["scores"] for row in answered]
+        errors = [each["absolute_error"] for each in scores if each.get("absolute_error") is not None]
+        metrics = {name: _share(self.correct(label, name).values(), confidence) for name in AQI_METRICS}
+        knowledge = self.scores(label, "knowledge", "correct")
+        known = [item for item, right in self.scores(self.base, "knowledge", "correct").items() if right]
+        return ModelMetrics(
+            label=label,
+            model=self.models[label],
+            aqi_accuracy=metrics[self.aqi_metric],
+            **metrics,
+            mae=t_interval(errors, confidence) if errors else None,
+            delta_aqi=delta.get(label),
+            delta_over_baseline=over.get(label),
+            knowledge=_share(knowledge.values(), confidence),
+            delta_knowledge=kept.get(label),
+            retention=_share((knowledge[item] for item in known if item in knowledge), confidence),
+            tokens_per_second=_median(self._rates(label).values(), confidence),
+            delta_speed=self._against_base(label, confidence, lambda a, b: 100 * (a / b - 1)),
+            delta_speed_absolute=self._against_base(label, confidence, lambda a, b: a - b),
+            unanswered=tuple(f"{row['suite']}/{row['item']}" for row in everything if row.get("error")),
+            unparsable=dict(Counter(each["note"] for each in scores if each["unparsable"])),
+            cut=sum(row.get("done_reason") == "length" for row in answered),
+            faults=dict(Counter(kind for row in everything for kind in row.get("faults", ()))),
+        )
+
+    def _comparisons(
+        self,
+        reference: str,
+        correct: Callable[[str], dict[str, bool]],
+        confidence: float,
+        skip: Iterable[str] = (),
+    ) -> dict[str, Comparison]:
+        others = [label for label in self.models if label != reference and label not in skip]
+        pairs = {label: paired(correct(label), correct(reference)) for label in others} if others else {}
+        pairs = {label: pair for label, pair in pairs.items() if pair[0]}
+        pvalues = {label: mcnemar_exact(*_discordant(*pair)) for label, pair in pairs.items()}
+        corrected = dict(zip(pvalues, holm(list(pvalues.values())), strict=True)) if pvalues else {}
+        return {
+            label: _compare(ours, theirs, confidence, reference, pvalues[label], corrected[label])
+            for label, (ours, theirs) in pairs.items()
+        }
+
+    def compare(self, label: str, reference: str, confidence: float = 0.95) -> Comparison:
+        """Any model against any other on AQI; its p-value is not corrected."""
+        ours, theirs = paired(self.correct(label), self.correct(reference))
+        if not ours:
+            raise GRITError(f"{label!r} and {reference!r} have no answered item in common")
+        p = mcnemar_exact(*_discordant(ours, theirs))
+        return _compare(ours, theirs, confidence, reference, p, p)
+
+    # -- speed --------------------------------------------------------------------------------------------------------
+
+    def _rates(self, label: str) -> dict[int, float]:
+        return {row["round"]: row["tokens_per_second"] for row in self.speed if row["label"] == label}
+
+    def _against_base(self, label: str, confidence: float, change: Callable[[float, float], float]) -> Interval | None:
+        if label == self.base:
+            return None
+        ours, theirs = self._rates(label), self._rates(self.base)
+        return _median([change(ours[k], theirs[k]) for k in ours if k in theirs], confidence)
+
+    # -- tables and the winner ----------------------------------------------------------------------------------------
+
+    def table(self, by: str = "pollutant", confidence: float = 0.95) -> list[Row]:
+        """Accuracy per group of items.
+
+        Args:
+            by: `pollutant`, or `category` (the true one).
+            confidence: Of the Wilson intervals.
+
+        Returns:
+            Rows with `group`, `label`, `n`, `correct`, `accuracy`, `low`, `high` (percent).
+        """
+        field = {"category": "true_category"}.get(by, by)
+        rows: list[Row] = []
+        for label in self.models:
+            groups: dict[str, list[bool]] = {}
+            for item, right in self.correct(label).items():
+                groups.setdefault(str(self.rows(label)[item].get(field) or "?"), []).append(right)
+            for group, rights in groups.items():
+                share = wilson(sum(rights), len(rights), confidence).scaled(100)
+                rows.append(
+                    {
+                        "group": group,
+                        "label": label,
+                        "n": len(rights),
+                        "correct": sum(rights),
+                        "accuracy": share.estimate,
+                        "low": share.low,
+                        "high": share.high,
+                    }
+                )
+        return sorted(rows, key=lambda row: row["group"])
+
+    def winner(self, alpha: float = 0.05) -> tuple[str | None, str]:
+        """The model with the best AQI accuracy, if it is better than every other one beyond doubt.
+
+        Returns:
+            Its label and the sentence for the report; the label is None where the paired tests (Holm over the other
+            models) do not separate the best from the rest, or where answers are missing.
+        """
+        accuracy = {label: m.aqi_accuracy.estimate for label, m in self.metrics.items() if m.aqi_accuracy}
+        if len(accuracy) < 2:
+            return None, "No winner: fewer than two models have answers."
+        if not self.complete:
+            return None, "No winner: some questions have no trustworthy answer, see the unanswered items."
+        best, *others = sorted(accuracy, key=lambda label: -accuracy[label])
+        compared = {label: self.compare(best, label) for label in others}
+        corrected = holm([each.p for each in compared.values()])
+        doubtful = [
+            label for label, p in zip(compared, corrected, strict=True) if p > alpha or compared[label].low <= 0
+        ]
+        if not doubtful:
+            second = others[0]
+            gap = compared[second].difference
+            return best, (
+                f"{best} is the most accurate: {gap.estimate:.1f} points above {second} "
+                f"[{gap.low:.1f}, {gap.high:.1f}], McNemar p = {compared[second].p:.2g}."
+            )
+        smallest = compared[doubtful[0]].detectable
+        return None, (
+            f"No winner: {best} has the highest accuracy, but {', '.join(doubtful)} cannot be told apart from it "
+            f"(this evaluation finds differences from {smallest:.1f} points on)."
+        )
+
+    # -- storage ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write `evaluation.json` beside the answers: what was asked, and the metrics for other programs to read."""
+        if self.path is None:
+            raise GRITError("this evaluation has no folder")
+        winner, sentence = self.winner()
+        content = {
+            "schema": SCHEMA,
+            "models": self.models,
+            "base": self.base,
+            "baseline": self.baseline,
+            "aqi_metric": self.aqi_metric,
+            "complete": self.complete,
+            "winner": winner,
+            "summary": sentence,
+            "meta": self.meta,
+            "unanswered": [row for row in self.answers if row.get("error")],
+            "metrics": {label: each.to_dict() for label, each in self.metrics.items()},
+        }
+        write_atomic(self.path / "evaluation.json", json.dumps(content, indent=2, default=str))
+
+    @classmethod
+    def load(cls, path: str | Path, aqi_metric: str | None = None) -> Evaluation:
+        """A stored evaluation.
+
+        Args:
+            path: Its folder.
+            aqi_metric: Judge by another primary metric than the stored one.
+
+        Raises:
+            GRITError: there is none, it was interrupted, or a file is damaged (with file and line).
+        """
+        folder = Path(path)
+        try:
+            content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            models, meta = content["models"], content["meta"]
+            answers = [*read_lines(folder / "answers.jsonl"), *content["unanswered"]]
+        except FileNotFoundError as error:
+            raise GRITError(f"{folder} holds no finished evaluation: {Path(error.filename).name} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, GRITError):
+                raise
+            raise GRITError(f"corrupt evaluation: {folder / 'evaluation.json'} cannot be read ({error})") from error
+        return cls(
+            models,
+            [row for row in answers if row["label"] in models],
+            [row for row in read_lines(folder / "speed.jsonl", missing=True) if row["label"] in models],
+            meta,
+            base=content["base"],
+            baseline=content["baseline"],
+            aqi_metric=aqi_metric or content["aqi_metric"],
+            path=folder,
+        )
+
+
+def read_lines(path: Path, missing: bool = False) -> list[Row]:
+    """Rows of a JSONL file that may end in half a line, as a killed process leaves it.
+
+    Raises:
+        GRITError: any other line is damaged.
+    """
+    if missing and not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            row["label"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise GRITError(f"corrupt evaluation: {path}, line {number} is not an answer; remove that line") from None
+        rows.append(row)
+    return rows
+
+
+def paired(ours: Mapping[str, bool], theirs: Mapping[str, bool]) -> tuple[list[bool], list[bool]]:
+    """Both models' results on the items that both answered, in one order."""
+    common = [item for item in ours if item in theirs]
+    return [ours[item] for item in common], [theirs[item] for item in common]
+
+
+def _discordant(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
+    gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    return gained, sum(b and not a for a, b in zip(ours, theirs, strict=True))
+
+
+def _compare(
+    ours: Sequence[bool], theirs: Sequence[bool], confidence: float, reference: str, p: float, p_holm: float
+) -> Comparison:
+    gained, lost = _discordant(ours, theirs)
+    return Comparison(
+        paired_difference_interval(ours, theirs, confidence).scaled(100),
+        p,
+        p_holm,
+        gained,
+        lost,
+        # Without any discordant item, the next experiment would still show one or two.
+        100 * detectable_difference(len(ours), max(gained + lost, 2) / len(ours)),
+        reference,
+    )
+
+
+def _share(right: Iterable[bool], confidence: float) -> Interval | None:
+    values = list(right)
+    return wilson(sum(values), len(values), confidence).scaled(100) if values else None
+
+
+def _median(values: Iterable[float], confidence: float) -> Interval | None:
+    """Median with the distribution-free interval between two order statistics (Conover 1999, section 3.2)."""
+    x = np.array([value for value in values if np.isfinite(value)])
+    if not x.size:
+        return None
+    interval = stats.quantile_test(x, q=float(np.median(x)), p=0.5).confidence_interval(confidence)
+    low, high = (float(v) if np.isfinite(v) else s * np.inf for v, s in ((interval.low, -1), (interval.high, 1)))
+    return Interval(
+        float(np.median(x)), float(low), float(high), int(x.size), f"median, order statistics {100 * confidence:g}%"
+    )

@@ -1,0 +1,367 @@
+"""Evaluate models behind Ollama's API: ask everything once, keep every answer, resume after an interruption.
+
+The instruction is sent as `prompt`, so that the model's own template is exercised, greedily (temperature 0), with
+`truncate: false`. Answers go to `answers.jsonl` as they arrive; a later call with the same models (by digest),
+questions and options asks only what is missing. An item that no attempt could answer makes the evaluation incomplete
+and is named; it is never scored.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from grit_impl.errors import GRITError
+from grit_impl.evaluate import speed
+from grit_impl.evaluate.client import Endpoint, Unanswered
+from grit_impl.evaluate.items import ItemSet, load_aqi, load_knowledge
+from grit_impl.evaluate.results import SCORE_FIELD, Evaluation, read_lines
+from grit_impl.evaluate.scoring import AQI_METRICS, score_aqi, score_knowledge
+from grit_impl.record import fingerprint, write_atomic
+
+Row = dict[str, Any]
+SWEEPS = 2
+"""Unanswered items are asked once more at the end: a server that was restarting has had its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """How to ask.
+
+    Attributes:
+        aqi_metric: The primary accuracy: `category`, `exact` or `within5`.
+        base: Label of the model that the others are compared with.
+        baseline: Label of the fine-tuned model that GRIT is compared with.
+        num_predict: Token limit of an answer.
+        stop: Strings that end an answer; `###` opens the next section of the Alpaca format.
+        knowledge_match: `exact`, or `contains` for models that answer in sentences.
+        seed: Sent with every request; greedy answers do not depend on it.
+        in_flight: Requests at the same time. More than the server's own parallelism gains nothing.
+        timeout: Seconds for one request, loading the model included.
+        attempts: Tries per item and sweep.
+        backoff: Seconds; waits are uniform up to backoff * 2**attempt, at most 8.
+        give_up_after: Unanswered items in a row after which the rest is not asked.
+        stream: Ask for streamed answers.
+        num_thread: Threads of the engine, where the server lets the client choose.
+        num_ctx: Context length to load the model with; None for the server's.
+        speed_rounds: Speed samples per model; 0 for none.
+        speed_tokens: Tokens per speed sample.
+        progress: Show a progress bar on standard error.
+    """
+
+    aqi_metric: str = AQI_METRICS[0]
+    base: str = "base"
+    baseline: str = "baseline"
+    num_predict: int = 32
+    stop: tuple[str, ...] = ("###",)
+    knowledge_match: str = "exact"
+    seed: int = 0
+    in_flight: int = 2
+    timeout: float = 120.0
+    attempts: int = 6
+    backoff: float = 0.25
+    give_up_after: int = 20
+    stream: bool = False
+    num_thread: int | None = None
+    num_ctx: int | None = None
+    speed_rounds: int = 30
+    speed_tokens: int = 64
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.aqi_metric not in AQI_METRICS:
+            raise GRITError(f"unknown AQI metric {self.aqi_metric!r}: use {', '.join(AQI_METRICS)}")
+        if self.knowledge_match not in ("exact", "contains"):
+            raise GRITError(f"unknown knowledge match {self.knowledge_match!r}: use exact or contains")
+        if min(self.num_predict, self.in_flight, self.attempts, self.give_up_after) < 1:
+            raise GRITError("num_predict, in_flight, attempts and give_up_after must be at least 1")
+        if self.speed_rounds < 0 or self.speed_tokens < 2 or self.timeout <= 0:
+            raise GRITError("speed_rounds must not be negative, speed_tokens at least 2, timeout positive")
+
+    def engine(self) -> Row:
+        """Ollama options that every request has."""
+        given = {"num_thread": self.num_thread, "num_ctx": self.num_ctx}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def greedy(self) -> Row:
+        """Ollama options of a question. The repeat penalty is explicit because old servers default to 1.1."""
+        return {
+            "temperature": 0.0,
+            "repeat_penalty": 1.0,
+            "seed": self.seed,
+            "num_predict": self.num_predict,
+            "stop": list(self.stop),
+            **self.engine(),
+        }
+
+
+def evaluate(
+    url: str | None,
+    models: Mapping[str, str],
+    aqi_items: ItemSet | Path | str,
+    knowledge_items: ItemSet | Path | str | None,
+    out: Path | str,
+    options: EvaluationOptions | None = None,
+) -> Evaluation:
+    """Ask all models all questions, measure their speed, and store both in `out`.
+
+    Args:
+        url: The server, or None for OLLAMA_HOST.
+        models: Name on the server by label; `options.base` is the label of the reference.
+        aqi_items: Questions about the air quality index, or their file.
+        knowledge_items: Questions about general knowledge, or their file, or None.
+        out: Folder; an interrupted evaluation in it is continued.
+        options: How to ask.
+
+    Returns:
+        The evaluation; `complete` is False if some items have no trustworthy answer.
+
+    Raises:
+        GRITError: no server, a missing model, unusable questions, a full disk, or a model that changed meanwhile.
+    """
+    options = options or EvaluationOptions()
+    if not models:
+        raise GRITError("no models to evaluate")
+    if options.base not in models:
+        raise GRITError(f"no model is labelled {options.base!r}: delta_AQI needs the base (have: {', '.join(models)})")
+    suites = {"aqi": aqi_items if isinstance(aqi_items, ItemSet) else load_aqi(aqi_items)}
+    if knowledge_items is not None:
+        loaded = knowledge_items if isinstance(knowledge_items, ItemSet) else load_knowledge(knowledge_items)
+        suites["knowledge"] = loaded
+    folder = Path(out)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    with Endpoint(
+        url,
+        timeout=options.timeout,
+        attempts=options.attempts,
+        backoff=options.backoff,
+        connections=options.in_flight + 1,
+    ) as endpoint:
+        version = endpoint.version()
+        digests = endpoint.require(list(models.values()))
+        keys = {label: fingerprint([name, digests[name], options.greedy()])[:16] for label, name in models.items()}
+        session = _Session(endpoint, dict(models), suites, keys, folder, options)
+        session.ask()
+        session.measure()
+        if endpoint.require(list(models.values())) != digests:
+            raise GRITError(f"a model on {endpoint.url} was replaced during the evaluation: run it again")
+        meta = {
+            "url": endpoint.url,
+            "server_version": version,
+            "digests": digests,
+            "keys": keys,
+            "options": asdict(options),
+            "items": {name: {"source": suite.source, "n": len(suite.items)} for name, suite in suites.items()},
+            "notes": [f"{name}: {note}" for name, suite in suites.items() for note in suite.notes],
+            "started": started,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    evaluation = Evaluation(
+        models,
+        [*session.answers.values(), *session.failures.values()],
+        session.speed,
+        meta,
+        base=options.base,
+        baseline=options.baseline,
+        aqi_metric=options.aqi_metric,
+        path=folder,
+    )
+    evaluation.save()
+    return evaluation
+
+
+class _Session:
+    """The state of one run: what is answered, what failed, and the files behind it."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        models: dict[str, str],
+        suites: Mapping[str, ItemSet],
+        keys: Mapping[str, str],
+        folder: Path,
+        options: EvaluationOptions,
+    ) -> None:
+        self.endpoint, self.models, self.keys, self.folder, self.options = endpoint, models, keys, folder, options
+        self.tasks = {
+            (label, name, item["id"]): item
+            for label in models
+            for name, suite in suites.items()
+            for item in suite.items
+        }
+        self.speed_prompt = suites["aqi"].items[0]["prompt"]
+        self.answers: dict[tuple[str, str, str], Row] = {}
+        self.failures: dict[tuple[str, str, str], Row] = {}
+        self.speed: list[Row] = []
+        self._resume()
+
+    def _resume(self) -> None:
+        """Take over earlier answers to the same questions by the same models, scored afresh; forget the others."""
+        for row in read_lines(self.folder / "answers.jsonl", missing=True):
+            task = (row["label"], row.get("suite", ""), row.get("item", ""))
+            item = self.tasks.get(task)
+            if item and row.get("key") == self.keys[row["label"]] and row.get("prompt") == item["prompt"]:
+                self.answers[task] = {**row, **self._scored(task, item, row["answer"])}
+        self.speed = [
+            row
+            for row in read_lines(self.folder / "speed.jsonl", missing=True)
+            if row.get("key") == self._speed_key(row["label"]) and row["round"] < self.options.speed_rounds
+        ]
+        # A stale verdict must not outlive the answers it was made from.
+        (self.folder / "evaluation.json").unlink(missing_ok=True)
+        write_atomic(self.folder / "answers.jsonl", "".join(map(_line, self.answers.values())))
+        write_atomic(self.folder / "speed.jsonl", "".join(map(_line, self.speed)))
+
+    def _speed_key(self, label: str) -> str:
+        return fingerprint([self.keys.get(label), self.options.speed_tokens])[:16]
+
+    def _scored(self, task: tuple[str, str, str], item: Row, answer: str) -> Row:
+        if task[1] == "aqi":
+            scores = score_aqi(item, answer)
+            groups = {"true_category": item.get("category"), "pollutant": item.get("pollutant")}
+            return {"correct": scores[SCORE_FIELD[self.options.aqi_metric]], "scores": scores, **groups}
+        scores = score_knowledge(item, answer, self.options.knowledge_match)
+        return {"correct": scores["correct"], "scores": scores}
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Ask what is missing, at most `in_flight` at a time, and once more what failed."""
+        with (
+            _appending(self.folder / "answers.jsonl") as write,
+            tqdm(
+                total=len(self.tasks), initial=len(self.answers), unit="item", disable=not self.options.progress
+            ) as bar,
+        ):
+            for sweep in range(SWEEPS):
+                missing = [task for task in self.tasks if task not in self.answers]
+                if not missing or not self._sweep(missing, write, bar, last=sweep == SWEEPS - 1):
+                    break
+
+    def _sweep(self, missing: list[tuple[str, str, str]], write: Callable[[Row], None], bar: Any, last: bool) -> bool:
+        """One pass over these items; False if the server stopped answering altogether."""
+        failed_in_a_row = 0
+        queue: Iterator[tuple[str, str, str]] = iter(missing)
+        pool = ThreadPoolExecutor(self.options.in_flight)
+        try:
+            running = {pool.submit(self._one, task): task for task in islice(queue, self.options.in_flight)}
+            while running:
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task = running.pop(future)
+                    row = future.result()
+                    if row.get("error"):
+                        self.failures[task] = row
+                        failed_in_a_row += 1
+                    else:
+                        write(row)
+                        self.answers[task] = row
+                        self.failures.pop(task, None)
+                        failed_in_a_row = 0
+                        bar.update()
+                    bar.set_description(f"evaluate {task[0]}", refresh=False)
+                    if failed_in_a_row < self.options.give_up_after and (following := next(queue, None)):
+                        running[pool.submit(self._one, following)] = following
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if failed_in_a_row < self.options.give_up_after:
+            return True
+        for task in queue:
+            self.failures[task] = self._row(task, error="not asked: the server stopped answering", faults=[])
+        return False
+
+    def _one(self, task: tuple[str, str, str]) -> Row:
+        item = self.tasks[task]
+        try:
+            reply = self.endpoint.generate(
+                self.models[task[0]], item["prompt"], self.options.greedy(), stream=self.options.stream
+            )
+        except Unanswered as error:
+            return self._row(task, error=str(error), faults=error.faults)
+        counters = {name: value for name, value in asdict(reply).items() if name != "text"}
+        return self._row(task, answer=reply.text, **counters, **self._scored(task, item, reply.text))
+
+    def _row(self, task: tuple[str, str, str], **values: Any) -> Row:
+        label, suite, item = task
+        return {
+            "label": label,
+            "model": self.models[label],
+            "suite": suite,
+            "item": item,
+            "key": self.keys[label],
+            "prompt": self.tasks[task]["prompt"],
+            **values,
+        }
+
+    # -- speed --------------------------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Speed samples that are missing; none from a server that has stopped answering."""
+        if any(str(row["error"]).startswith("not asked") for row in self.failures.values()):
+            return
+        with (
+            _appending(self.folder / "speed.jsonl") as write,
+            tqdm(
+                total=self.options.speed_rounds * len(self.models),
+                initial=len(self.speed),
+                unit="sample",
+                desc="measure speed",
+                disable=not self.options.progress or not self.options.speed_rounds,
+            ) as bar,
+        ):
+
+            def keep(row: Row) -> None:
+                self.speed.append({**row, "key": self._speed_key(row["label"])})
+                write(self.speed[-1])
+                bar.update()
+
+            speed.measure(
+                self.endpoint,
+                self.models,
+                self.speed_prompt,
+                rounds=self.options.speed_rounds,
+                tokens=self.options.speed_tokens,
+                options=self.options.engine(),
+                seed=self.options.seed,
+                done=[(row["round"], row["label"]) for row in self.speed],
+                keep=keep,
+            )
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+class _appending:
+    """Append rows to a file, each on the disk before the next is asked for; a full disk is one clear line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._handle: IO[str] | None = None
+
+    def __enter__(self) -> Callable[[Row], None]:
+        self._handle = open(self.path, "a", encoding="utf-8")
+        return self._write
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def _write(self, row: Row) -> None:
+        assert self._handle is not None
+        try:
+            with self._lock:
+                self._handle.write(_line(row))
+                self._handle.flush()
+        except OSError as error:
+            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
