@@ -35,7 +35,7 @@ CAVEAT = (
     "weights 66% apart, the curves still correlated at 0.998; with another data order, the same optimizer gave 0.49."
 )
 ONE_SEED = (
-    "one seed supports no claim about optimizers: run each arm with at least 6 seeds (p < .05 by sign flips), "
+    "one seed supports no claim about optimizers: run each arm with at least 7 seeds (for p < .05 by sign flips), "
     "10 to find an effect as large as its seed-to-seed spread"
 )
 

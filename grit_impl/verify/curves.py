@@ -337,8 +337,8 @@ def lag_correlation(
     r = float(np.clip(full[lags == 0][0], -1, 1))
     centre = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
     zero = Interval(r, float(np.tanh(centre - z)), float(np.tanh(centre + z)), n, f"Fisher z {confidence:.0%}")
-    shifts = [abs(float(x @ np.roll(y, k))) / norm if norm > 0 else 0.0 for k in range(max_lag + 1, n - max_lag)]
-    null = float(np.quantile(shifts, 0.975)) if shifts else float("nan")
+    circular = np.fft.irfft(np.fft.rfft(x).conj() * np.fft.rfft(y), n) / norm if norm > 0 else np.zeros(n)
+    null = float(np.quantile(np.abs(circular[max_lag + 1 : n - max_lag]), 0.975))
     values = np.asarray(full[keep], dtype=np.float64)
     peak = int(lags[keep][int(np.argmax(np.abs(values)))])
     return LagCorrelation(lags[keep].astype(np.int64), values, float(np.tanh(z)), zero, peak, null, removed)
