@@ -42,8 +42,14 @@ def cell(metric: Metric, digits: int = 1, sign: bool = False) -> Cell:
     shape = f"{'+' if sign else ''}.{digits}f"
     interval = ""
     if metric.low is not None and metric.high is not None and not math.isinf(metric.high - metric.low):
-        interval = f"[{format(metric.low, shape)}, {format(metric.high, shape)}]"
-    return Cell(format(metric.estimate, shape), interval)
+        interval = f"[{_signed(metric.low, shape)}, {_signed(metric.high, shape)}]"
+    return Cell(_signed(metric.estimate, shape), interval)
+
+
+def _signed(value: float, shape: str) -> str:
+    """Formatted; a value that rounds to zero has no sign."""
+    text = format(value, shape)
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[Cell]]]]:

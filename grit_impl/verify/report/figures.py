@@ -200,8 +200,38 @@ def fisher_spectra(evidence: Evidence) -> str | None:
             axes.set(title=name, xlabel="optimizer step")
             if any(value > 0 for row in history for value in row[f"top_{side}"]):
                 axes.set_yscale("log")
+                axes.yaxis.set_minor_formatter("")
         panels[0].set_ylabel(f"eigenvalues, mean over layers ({arm})")
         text = svg(figure, "spectra")
+        plt.close(figure)
+        return text
+
+
+def provenance(evidence: Evidence) -> str | None:
+    """Per arm and step: share of LoRA gradients that were turned at the optimizer's entry, and changed too late."""
+    from grit_impl.verify.findings import facts
+
+    tables = {arm: facts(record.ledger) for arm, record in evidence.records.items() if record.ledger.is_file()}
+    tables = {arm: table for arm, table in tables.items() if len(table.tensors)}
+    if not tables:
+        return None
+    with plt.rc_context(_STYLE):
+        size = (WIDTH, 0.7 + 0.55 * len(tables))
+        figure, panels = plt.subplots(len(tables), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
+        for axes, (arm, table) in zip(panels[:, 0], tables.items(), strict=True):
+            live = table.live.groupby("step").size()
+            everything = table.tensors.groupby("step").size()
+            for rows, whole, style in (
+                (table.bent, live, {"color": colour(arm), "alpha": 0.8}),
+                (table.tensors[table.tensors.late.notna()], everything, {"color": colour("hybrid_late"), "alpha": 0.35}),
+            ):
+                share = 100 * rows.groupby("step").size().reindex(whole.index, fill_value=0) / whole
+                axes.fill_between(share.index, share.to_numpy(), step="mid", linewidth=0, **style)
+            axes.set(ylim=(0, 105), yticks=(0, 100))
+            axes.set_ylabel(arm, rotation=0, ha="right", va="center", labelpad=14)
+            axes.grid(visible=False)
+        panels[-1, 0].set_xlabel("optimizer step")
+        text = svg(figure, "provenance")
         plt.close(figure)
         return text
 
@@ -220,6 +250,12 @@ def figures(evidence: Evidence) -> list[dict[str, str]]:
             "Paired difference of the loss",
             "Each arm minus the baseline at the same step, so that the batch cancels. Arms that lie on zero trained "
             "exactly like the baseline.",
+        ),
+        (
+            provenance,
+            "Provenance of the gradients",
+            "Percent of LoRA gradients whose direction was changed when the optimizer took them (solid), and that were "
+            "changed only after it had stepped (pale).",
         ),
         (
             aqi_by_category,
