@@ -38,10 +38,18 @@ def mcnemar_power(difference: float, n: int, discordance: float, alpha: float = 
 
 
 def detectable_difference(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true difference (a fraction) that is found with this power; inf if even the discordance is not."""
+    """Smallest true difference (a fraction) that is found with this power.
+
+    If not even a difference as large as the discordance is found, the models are assumed to disagree more, all in one
+    direction; inf if n items cannot find anything.
+    """
+
+    def missing(difference: float, disagreement: float) -> float:
+        return mcnemar_power(difference, n, disagreement, alpha) - power
+
     discordance = min(discordance, 1.0)
-    if mcnemar_power(discordance, n, discordance, alpha) < power:
+    if discordance > 0 and missing(discordance, discordance) >= 0:
+        return float(optimize.brentq(lambda d: missing(d, discordance), 0.0, discordance, xtol=1e-5))
+    if missing(1.0, 1.0) < 0:
         return float("inf")
-    return float(
-        optimize.brentq(lambda d: mcnemar_power(d, n, discordance, alpha) - power, 0.0, discordance, xtol=1e-5)
-    )
+    return float(optimize.brentq(lambda d: missing(d, d), max(discordance, 1e-9), 1.0, xtol=1e-5))

@@ -13,22 +13,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
-
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.power import detectable_difference
+from grit_impl.evaluate.metrics import Comparison, ModelMetrics, compare, discordant, median, share
+from grit_impl.evaluate.metrics import paired as paired
 from grit_impl.evaluate.scoring import AQI_METRICS
 from grit_impl.record import write_atomic
 from grit_impl.verify.statistics import (
     Interval,
     holm,
     mcnemar_exact,
-    paired_difference_interval,
     t_interval,
     wilson,
 )
@@ -36,104 +32,6 @@ from grit_impl.verify.statistics import (
 Row = dict[str, Any]
 SCORE_FIELD = {"category": "category_right", "exact": "exact", "within5": "within5"}
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One model against another on the same items.
-
-    Attributes:
-        difference: Accuracy of the model minus that of the reference, in points, with its paired interval.
-        p: McNemar's exact two-sided p-value.
-        p_holm: The same, corrected for the number of models that are compared with this reference.
-        gained: Items that only the model got right.
-        lost: Items that only the reference got right.
-        detectable: Smallest difference in points that this many items find with 80% power at alpha .05.
-        reference: Label of the reference.
-    """
-
-    difference: Interval
-    p: float
-    p_holm: float
-    gained: int
-    lost: int
-    detectable: float
-    reference: str
-
-    @property
-    def estimate(self) -> float:
-        """Points."""
-        return self.difference.estimate
-
-    @property
-    def low(self) -> float:
-        """Points."""
-        return self.difference.low
-
-    @property
-    def high(self) -> float:
-        """Points."""
-        return self.difference.high
-
-
-@dataclass(frozen=True, slots=True)
-class ModelMetrics:
-    """What one model reached. None means not measured (or, for a comparison, that it is the reference itself).
-
-    Attributes:
-        label: The model's role: `base`, `baseline`, `hybrid`, `pure`, or any name.
-        model: Name on the server.
-        aqi_accuracy: Percent, by the primary metric (`Evaluation.aqi_metric`).
-        category: Percent of items with the right category.
-        exact: Percent with the exact index.
-        within5: Percent with an index at most 5 points off.
-        mae: Mean absolute error in index points, over the answers that name an index.
-        delta_aqi: Against the base.
-        delta_over_baseline: Against the fine-tuned baseline.
-        knowledge: Percent of general knowledge questions answered.
-        delta_knowledge: Against the base.
-        retention: Percent of the questions that the base answered which this model answers too.
-        tokens_per_second: Median over the rounds.
-        delta_speed: Percent of the base's tokens per second gained, median of the rounds' ratios.
-        delta_speed_absolute: Tokens per second gained, median of the rounds' differences.
-        unanswered: Ids of items without a trustworthy answer: everything about this model is then inconclusive.
-        unparsable: Answers that name neither index nor category, or are empty, by reason.
-        cut: Answers that reached the token limit.
-        faults: Failed attempts by kind, before an answer came.
-    """
-
-    label: str
-    model: str
-    aqi_accuracy: Interval | None
-    category: Interval | None
-    exact: Interval | None
-    within5: Interval | None
-    mae: Interval | None
-    delta_aqi: Comparison | None
-    delta_over_baseline: Comparison | None
-    knowledge: Interval | None
-    delta_knowledge: Comparison | None
-    retention: Interval | None
-    tokens_per_second: Interval | None
-    delta_speed: Interval | None
-    delta_speed_absolute: Interval | None
-    unanswered: tuple[str, ...]
-    unparsable: dict[str, int]
-    cut: int
-    faults: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value.to_dict()
-    if isinstance(value, Comparison):
-        detectable = value.detectable if np.isfinite(value.detectable) else None
-        return {**asdict(value), "difference": value.difference.to_dict(), "detectable": detectable}
-    return list(value) if isinstance(value, tuple) else value
 
 
 class Evaluation:
@@ -197,6 +95,12 @@ class Evaluation:
         """Right or wrong by item on AQI, by the primary or the given metric."""
         return self.scores(label, "aqi", SCORE_FIELD[metric or self.aqi_metric])
 
+    def retained(self, label: str) -> list[bool]:
+        """Whether this model still answers each of the knowledge questions that the base answered."""
+        ours = self.scores(label, "knowledge", "correct")
+        known = [item for item, right in self.scores(self.base, "knowledge", "correct").items() if right]
+        return [ours[item] for item in known if item in ours]
+
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     @property
@@ -228,9 +132,8 @@ class Evaluation:
         answered = [row for row in everything if not row.get("error")]
         scores = [row["scores"] for row in answered]
         errors = [each["absolute_error"] for each in scores if each.get("absolute_error") is not None]
-        metrics = {name: _share(self.correct(label, name).values(), confidence) for name in AQI_METRICS}
+        metrics = {name: share(self.correct(label, name).values(), confidence) for name in AQI_METRICS}
         knowledge = self.scores(label, "knowledge", "correct")
-        known = [item for item, right in self.scores(self.base, "knowledge", "correct").items() if right]
         return ModelMetrics(
             label=label,
             model=self.models[label],
@@ -239,12 +142,12 @@ class Evaluation:
             mae=t_interval(errors, confidence) if errors else None,
             delta_aqi=delta.get(label),
             delta_over_baseline=over.get(label),
-            knowledge=_share(knowledge.values(), confidence),
+            knowledge=share(knowledge.values(), confidence),
             delta_knowledge=kept.get(label),
-            retention=_share((knowledge[item] for item in known if item in knowledge), confidence),
-            tokens_per_second=_median(self._rates(label).values(), confidence),
-            delta_speed=self._against_base(label, confidence, lambda a, b: 100 * (a / b - 1)),
-            delta_speed_absolute=self._against_base(label, confidence, lambda a, b: a - b),
+            retention=share(self.retained(label), confidence),
+            tokens_per_second=median(self._rates(label).values(), confidence),
+            delta_speed=self.delta_speed(label, confidence),
+            delta_speed_absolute=self.delta_speed(label, confidence, absolute=True),
             unanswered=tuple(f"{row['suite']}/{row['item']}" for row in everything if row.get("error")),
             unparsable=dict(Counter(each["note"] for each in scores if each["unparsable"])),
             cut=sum(row.get("done_reason") == "length" for row in answered),
@@ -261,10 +164,10 @@ class Evaluation:
         others = [label for label in self.models if label != reference and label not in skip]
         pairs = {label: paired(correct(label), correct(reference)) for label in others} if others else {}
         pairs = {label: pair for label, pair in pairs.items() if pair[0]}
-        pvalues = {label: mcnemar_exact(*_discordant(*pair)) for label, pair in pairs.items()}
+        pvalues = {label: mcnemar_exact(*discordant(*pair)) for label, pair in pairs.items()}
         corrected = dict(zip(pvalues, holm(list(pvalues.values())), strict=True)) if pvalues else {}
         return {
-            label: _compare(ours, theirs, confidence, reference, pvalues[label], corrected[label])
+            label: compare(ours, theirs, confidence, reference, pvalues[label], corrected[label])
             for label, (ours, theirs) in pairs.items()
         }
 
@@ -273,19 +176,21 @@ class Evaluation:
         ours, theirs = paired(self.correct(label), self.correct(reference))
         if not ours:
             raise GRITError(f"{label!r} and {reference!r} have no answered item in common")
-        p = mcnemar_exact(*_discordant(ours, theirs))
-        return _compare(ours, theirs, confidence, reference, p, p)
+        p = mcnemar_exact(*discordant(ours, theirs))
+        return compare(ours, theirs, confidence, reference, p, p)
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
     def _rates(self, label: str) -> dict[int, float]:
         return {row["round"]: row["tokens_per_second"] for row in self.speed if row["label"] == label}
 
-    def _against_base(self, label: str, confidence: float, change: Callable[[float, float], float]) -> Interval | None:
+    def delta_speed(self, label: str, confidence: float = 0.95, absolute: bool = False) -> Interval | None:
+        """Speed gained over the base, round by round: in percent of the base's, or in tokens per second."""
         if label == self.base:
             return None
         ours, theirs = self._rates(label), self._rates(self.base)
-        return _median([change(ours[k], theirs[k]) for k in ours if k in theirs], confidence)
+        pairs = [(ours[k], theirs[k]) for k in ours if k in theirs]
+        return median([a - b if absolute else 100 * (a / b - 1) for a, b in pairs], confidence)
 
     # -- tables and the winner ----------------------------------------------------------------------------------------
 
@@ -429,47 +334,3 @@ def read_lines(path: Path, missing: bool = False) -> list[Row]:
             raise GRITError(f"corrupt evaluation: {path}, line {number} is not an answer; remove that line") from None
         rows.append(row)
     return rows
-
-
-def paired(ours: Mapping[str, bool], theirs: Mapping[str, bool]) -> tuple[list[bool], list[bool]]:
-    """Both models' results on the items that both answered, in one order."""
-    common = [item for item in ours if item in theirs]
-    return [ours[item] for item in common], [theirs[item] for item in common]
-
-
-def _discordant(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
-    gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    return gained, sum(b and not a for a, b in zip(ours, theirs, strict=True))
-
-
-def _compare(
-    ours: Sequence[bool], theirs: Sequence[bool], confidence: float, reference: str, p: float, p_holm: float
-) -> Comparison:
-    gained, lost = _discordant(ours, theirs)
-    return Comparison(
-        paired_difference_interval(ours, theirs, confidence).scaled(100),
-        p,
-        p_holm,
-        gained,
-        lost,
-        # Without any discordant item, the next experiment would still show one or two.
-        100 * detectable_difference(len(ours), max(gained + lost, 2) / len(ours)),
-        reference,
-    )
-
-
-def _share(right: Iterable[bool], confidence: float) -> Interval | None:
-    values = list(right)
-    return wilson(sum(values), len(values), confidence).scaled(100) if values else None
-
-
-def _median(values: Iterable[float], confidence: float) -> Interval | None:
-    """Median with the distribution-free interval between two order statistics (Conover 1999, section 3.2)."""
-    x = np.array([value for value in values if np.isfinite(value)])
-    if not x.size:
-        return None
-    interval = stats.quantile_test(x, q=float(np.median(x)), p=0.5).confidence_interval(confidence)
-    low, high = (float(v) if np.isfinite(v) else s * np.inf for v, s in ((interval.low, -1), (interval.high, 1)))
-    return Interval(
-        float(np.median(x)), float(low), float(high), int(x.size), f"median, order statistics {100 * confidence:g}%"
-    )

@@ -132,7 +132,7 @@ def test_slow_servers_cost_one_timeout(fake_ollama, chaos) -> None:
 
 
 def test_refused_requests_are_not_repeated(fake_ollama) -> None:
-    """Oracle: 400 says that this very request is impossible (here: a prompt that does not fit), so one try is enough."""
+    """Oracle: 400 says that this very request is impossible (here: too long), so one try is enough."""
     server = fake_ollama(lambda model, prompt: "x")
     server.reply = lambda request: (_ for _ in ()).throw(AssertionError)
     seen = []

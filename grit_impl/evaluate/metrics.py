@@ -1,0 +1,154 @@
+"""The numbers of an evaluation, and how each is made from right and wrong answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from grit_impl.evaluate.power import detectable_difference
+from grit_impl.verify.statistics import Interval, paired_difference_interval, wilson
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One model against another on the same items.
+
+    Attributes:
+        difference: Accuracy of the model minus that of the reference, in points, with its paired interval.
+        p: McNemar's exact two-sided p-value.
+        p_holm: The same, corrected for the number of models that are compared with this reference.
+        gained: Items that only the model got right.
+        lost: Items that only the reference got right.
+        detectable: Smallest difference in points that this many items find with 80% power at alpha .05.
+        reference: Label of the reference.
+    """
+
+    difference: Interval
+    p: float
+    p_holm: float
+    gained: int
+    lost: int
+    detectable: float
+    reference: str
+
+    @property
+    def estimate(self) -> float:
+        """Points."""
+        return self.difference.estimate
+
+    @property
+    def low(self) -> float:
+        """Points."""
+        return self.difference.low
+
+    @property
+    def high(self) -> float:
+        """Points."""
+        return self.difference.high
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What one model reached. None means not measured (or, for a comparison, that it is the reference itself).
+
+    Attributes:
+        label: The model's role: `base`, `baseline`, `hybrid`, `pure`, or any name.
+        model: Name on the server.
+        aqi_accuracy: Percent, by the primary metric (`Evaluation.aqi_metric`).
+        category: Percent of items with the right category.
+        exact: Percent with the exact index.
+        within5: Percent with an index at most 5 points off.
+        mae: Mean absolute error in index points, over the answers that name an index.
+        delta_aqi: Against the base.
+        delta_over_baseline: Against the fine-tuned baseline.
+        knowledge: Percent of general knowledge questions answered.
+        delta_knowledge: Against the base.
+        retention: Percent of the questions that the base answered which this model answers too.
+        tokens_per_second: Median over the rounds.
+        delta_speed: Percent of the base's tokens per second gained, median of the rounds' ratios.
+        delta_speed_absolute: Tokens per second gained, median of the rounds' differences.
+        unanswered: Ids of items without a trustworthy answer: everything about this model is then inconclusive.
+        unparsable: Answers that name neither index nor category, or are empty, by reason.
+        cut: Answers that reached the token limit.
+        faults: Failed attempts by kind, before an answer came.
+    """
+
+    label: str
+    model: str
+    aqi_accuracy: Interval | None
+    category: Interval | None
+    exact: Interval | None
+    within5: Interval | None
+    mae: Interval | None
+    delta_aqi: Comparison | None
+    delta_over_baseline: Comparison | None
+    knowledge: Interval | None
+    delta_knowledge: Comparison | None
+    retention: Interval | None
+    tokens_per_second: Interval | None
+    delta_speed: Interval | None
+    delta_speed_absolute: Interval | None
+    unanswered: tuple[str, ...]
+    unparsable: dict[str, int]
+    cut: int
+    faults: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return value.to_dict()
+    if isinstance(value, Comparison):
+        detectable = value.detectable if np.isfinite(value.detectable) else None
+        return {**asdict(value), "difference": value.difference.to_dict(), "detectable": detectable}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def paired(ours: Mapping[str, bool], theirs: Mapping[str, bool]) -> tuple[list[bool], list[bool]]:
+    """Both models' results on the items that both answered, in one order."""
+    common = [item for item in ours if item in theirs]
+    return [ours[item] for item in common], [theirs[item] for item in common]
+
+
+def discordant(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
+    gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    return gained, sum(b and not a for a, b in zip(ours, theirs, strict=True))
+
+
+def compare(
+    ours: Sequence[bool], theirs: Sequence[bool], confidence: float, reference: str, p: float, p_holm: float
+) -> Comparison:
+    gained, lost = discordant(ours, theirs)
+    return Comparison(
+        paired_difference_interval(ours, theirs, confidence).scaled(100),
+        p,
+        p_holm,
+        gained,
+        lost,
+        100 * detectable_difference(len(ours), (gained + lost) / len(ours)),
+        reference,
+    )
+
+
+def share(right: Iterable[bool], confidence: float) -> Interval | None:
+    values = list(right)
+    return wilson(sum(values), len(values), confidence).scaled(100) if values else None
+
+
+def median(values: Iterable[float], confidence: float) -> Interval | None:
+    """Median with the distribution-free interval between two order statistics (Conover 1999, section 3.2)."""
+    x = np.array([value for value in values if np.isfinite(value)])
+    if not x.size:
+        return None
+    interval = stats.quantile_test(x, q=float(np.median(x)), p=0.5).confidence_interval(confidence)
+    low, high = (float(v) if np.isfinite(v) else s * np.inf for v, s in ((interval.low, -1), (interval.high, 1)))
+    return Interval(
+        float(np.median(x)), float(low), float(high), int(x.size), f"median, order statistics {100 * confidence:g}%"
+    )
