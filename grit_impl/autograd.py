@@ -10,11 +10,13 @@ back in, so that S_g does not depend on batch size, accumulation or mixed precis
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from grit_impl.errors import GRITError
@@ -25,34 +27,40 @@ class ForwardContext:
     """What one forward pass of the model knows about its tokens.
 
     Attributes:
-        mask: (batch, length) 1 for real tokens, 0 for padding; None: all tokens are real.
+        mask: (batch, length) true for real tokens, false for padding; None: all tokens are real.
+        tokens: Number of tokens with padding, batch x length; None: unknown.
         tokens_per_unit: 0-dim tensor; what a gradient is multiplied by to become the gradient of one token's
             loss. None until the backward pass has reached the loss.
     """
 
     mask: Tensor | None
+    tokens: int | None = None
     tokens_per_unit: Tensor | None = None
 
 
 class RankStatistics:
-    """Sums over tokens for all layers, each kind in one stacked float32 tensor.
+    """Sums over tokens for all layers, each kind in one stacked tensor.
 
     Args:
         layers: Number of layers, L.
         rank: Largest rank r; layers of smaller rank use the leading rows and columns.
         device: Where the adapters are.
+        dtype: float32, or float64 for a model in double precision.
 
     Attributes:
         sum_a: (L, r, r), the sum of a a' over the tokens since the last `reset`.
         sum_g: (L, r, r), the sum of g g'.
         cross: (L, r, r), the sum of (raw) g a'; only while `check_completeness`.
+        energy: (L,), the sum of |raw g|^2; only while `check_completeness`.
         tokens: (L,), the number of tokens.
     """
 
-    def __init__(self, layers: int, rank: int, device: torch.device) -> None:
-        zeros = torch.zeros(3, layers, rank, rank, device=device)
-        self.sum_a, self.sum_g, self.cross = zeros[0], zeros[1], zeros[2]
-        self.tokens = torch.zeros(layers, device=device)
+    def __init__(self, layers: int, rank: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        square = layers * rank * rank
+        # One buffer, so that one call adds it up over processes.
+        self._buffer = torch.zeros(3 * square + 2 * layers, device=device, dtype=dtype)
+        *sums, self.tokens, self.energy = torch.split(self._buffer, [square, square, square, layers, layers])
+        self.sum_a, self.sum_g, self.cross = (s.view(layers, rank, rank) for s in sums)
         self.check_completeness = False
         self.collecting = True
 
@@ -67,38 +75,43 @@ class RankStatistics:
             context: The forward pass that the call belongs to.
 
         Raises:
-            GRITError: the loss was not seen, or the tokens do not match the attention mask.
+            GRITError: the loss was not seen, or the layer saw other tokens than the model was given.
         """
         if context.tokens_per_unit is None:
             raise GRITError(
                 "GRIT cannot tell how the loss averages over tokens: pass labels to the model's forward so that it "
                 "returns a loss, or set manager.loss_tokens to the number of tokens the loss is averaged over"
             )
-        rank = a.shape[-1]
+        rank, dtype = a.shape[-1], self.sum_a.dtype
         with torch.autocast(device_type=a.device.type, enabled=False):
-            a = a.reshape(-1, rank).float()
-            raw = g.reshape(-1, rank).float()
+            a, raw = a.reshape(-1, rank).to(dtype), g.reshape(-1, rank).to(dtype)
+            if context.tokens not in (None, a.shape[0]):
+                raise GRITError(
+                    f"a LoRA layer saw {a.shape[0]} tokens where the model was given {context.tokens}: GRIT supports "
+                    "layers that see every token once (no expert routing, no part of a sequence)"
+                )
             if context.mask is None:
                 self.tokens[layer] += a.shape[0]
             else:
+                # Selected, not multiplied: what padding computes may be NaN.
                 real = context.mask.reshape(-1, 1)
-                if real.shape[0] != a.shape[0]:
-                    raise GRITError(
-                        f"a LoRA layer saw {a.shape[0]} tokens where the attention mask has {real.shape[0]}: GRIT "
-                        "supports layers that see every token once (no expert routing)"
-                    )
-                a, raw = a * real, raw * real
+                a, raw = torch.where(real, a, 0), torch.where(real, raw, 0)
                 self.tokens[layer] += real.sum()
             g = raw * context.tokens_per_unit
             self.sum_a[layer, :rank, :rank].addmm_(a.T, a)
             self.sum_g[layer, :rank, :rank].addmm_(g.T, g)
             if self.check_completeness:
                 self.cross[layer, :rank, :rank].addmm_(raw.T, a)
+                self.energy[layer] += (raw * raw).sum()
+
+    def all_reduce(self) -> None:
+        """Add up over data-parallel processes; nothing where there is one. Every process has to call it."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._buffer)
 
     def reset(self) -> None:
         """Forget the sums."""
-        for tensor in (self.sum_a, self.sum_g, self.cross, self.tokens):
-            tensor.zero_()
+        self._buffer.zero_()
 
 
 class LossTap:
@@ -113,6 +126,7 @@ class LossTap:
         self.context: ForwardContext | None = None
         self.loss_tokens: float | None = None
         self._on_window = on_window
+        self._names = list(inspect.signature(model.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -124,17 +138,18 @@ class LossTap:
             handle.remove()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (model.training and torch.is_grad_enabled()):
-            self.context = None
+        # A forward without gradients (evaluation, a reference model) leaves the context to the backward under way.
+        if not torch.is_grad_enabled():
             return
         self._on_window()
-        self.context = ForwardContext(_real_tokens(kwargs.get("attention_mask")))
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self.context = ForwardContext(_real_tokens(inputs.get("attention_mask")), _tokens(inputs))
         if self.loss_tokens is not None:
             self.context.tokens_per_unit = torch.tensor(float(self.loss_tokens))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         context = self.context
-        if context is None or self.loss_tokens is not None:
+        if not torch.is_grad_enabled() or context is None or self.loss_tokens is not None:
             return
         log_probs, loss = _field(output, "log_probs"), _field(output, "loss")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
@@ -142,16 +157,16 @@ class LossTap:
             def from_log_probs(grad: Tensor) -> None:
                 context.tokens_per_unit = 1.0 / grad.detach().abs().amax().float()
 
-            log_probs.register_hook(from_log_probs)
+            log_probs.register_hook(from_log_probs)  # type: ignore[no-untyped-call]
         if isinstance(loss, Tensor) and loss.requires_grad:
-            divisor = _loss_divisor(kwargs)
+            divisor = _loss_divisor({**dict(zip(self._names, args, strict=False)), **kwargs})
             if divisor is None:
                 return
 
             def from_loss(grad: Tensor) -> None:
                 context.tokens_per_unit = divisor / grad.detach().float()
 
-            loss.register_hook(from_loss)
+            loss.register_hook(from_loss)  # type: ignore[no-untyped-call]
 
 
 class ModuleTap:
@@ -179,7 +194,7 @@ class ModuleTap:
             if context is None or not (statistics.collecting and output.requires_grad):
                 return
             a = output.detach()
-            output.register_hook(lambda g: statistics.add(layer, a, g, context))
+            output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
 
         return forward_hook
 
@@ -188,23 +203,39 @@ def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
 
 
+def _tokens(inputs: dict[str, Any]) -> int | None:
+    """batch x length of the model's input; None where it is not a batch of sequences."""
+    ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else None
+
+
 def _real_tokens(mask: Any) -> Tensor | None:
-    """(batch, length) float mask of real tokens, from a padding mask or the diagonal of a (b, 1, q, k) mask."""
-    if not isinstance(mask, Tensor):
+    """(batch, length) true for real tokens, from a padding mask or the diagonal of a (b, 1, q, k) mask.
+
+    Raises:
+        GRITError: the mask has another form, so that padding could not be told from tokens.
+    """
+    if mask is None:
         return None
-    if mask.dim() == 4:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask != 0
+    if isinstance(mask, Tensor) and mask.dim() == 4:
         # A token that may not attend to itself is padding; additive masks hold 0 where attention is allowed.
         diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        return diagonal.float() if mask.dtype == torch.bool else (diagonal == 0).float()
-    return mask.float() if mask.dim() == 2 else None
+        return diagonal if mask.dtype == torch.bool else diagonal == 0
+    form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise GRITError(f"GRIT cannot read the attention mask ({form}): pass a padding mask (batch, length)")
 
 
-def _loss_divisor(kwargs: dict[str, Any]) -> Tensor | float | None:
+def _loss_divisor(inputs: dict[str, Any]) -> Tensor | float | None:
     """The number of tokens that the model's own loss is averaged over; None without labels."""
-    items = kwargs.get("num_items_in_batch")
+    items = inputs.get("num_items_in_batch")
     if items is not None:
         return items.float() if isinstance(items, Tensor) else float(items)
-    labels = kwargs.get("shift_labels")
-    if labels is None and isinstance(kwargs.get("labels"), Tensor):
-        labels = kwargs["labels"][..., 1:]
+    labels = inputs.get("shift_labels")
+    if labels is None and isinstance(inputs.get("labels"), Tensor):
+        # A label per sequence (classification) is not shifted; one per token is.
+        labels = inputs["labels"] if inputs["labels"].dim() < 2 else inputs["labels"][..., 1:]
     return (labels != -100).sum().float() if isinstance(labels, Tensor) else None

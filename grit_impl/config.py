@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -17,12 +19,15 @@ def _option(default: Any, help: str, low: float | None = None, high: float | Non
 # Options of the released code that are not GRIT's: where a user finds them here.
 _ELSEWHERE = {
     **dict.fromkeys(
-        ("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "precision", "num_workers")
-        + ("pin_memory", "drop_last", "max_length", "max_grad_norm", "device"),
+        (
+            *("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "precision", "num_workers"),
+            *("pin_memory", "drop_last", "max_length", "max_grad_norm", "device"),
+        ),
         "it belongs to the training arguments",
     ),
     **dict.fromkeys(
-        ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"), "it belongs to LoRASettings (recipes/lora.py)"
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
+        "it belongs to LoRASettings (recipes/lora.py)",
     ),
     **dict.fromkeys(("model_id", "model_name"), "it is the base model, --base-model"),
     "dataset_name": "it is the data set, --dataset",
@@ -52,7 +57,8 @@ class GRITConfig:
         "fisher", "fisher: (S_g+d)^-1 dA, dB (S_a+d)^-1; released: the published code's swapped factors"
     )
     renormalise: Literal["gradient_norm", "none"] = _option(
-        "gradient_norm", "gradient_norm: a preconditioned gradient keeps its raw norm, so that the learning rate does too"
+        "gradient_norm",
+        "gradient_norm: a preconditioned gradient keeps its raw norm, so that the learning rate does too",
     )
     ng_warmup_steps: int = _option(0, "optimizer steps before the first preconditioned gradient", 0)
     reprojection_freq: int = _option(0, "optimizer steps between reprojections; 0: never", 0)
@@ -76,6 +82,8 @@ class GRITConfig:
             _check(f.name, getattr(self, f.name), hints[f.name], f.metadata["low"], f.metadata["high"])
         if self.reprojection_k is not None and self.enable_rank_adaptation:
             raise GRITError("reprojection_k and enable_rank_adaptation both choose the rank: set one of them")
+        if self.kfac_inversion_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.kfac_inversion_device):
+            raise GRITError(f"kfac_inversion_device = {self.kfac_inversion_device!r}: choose cpu, cuda or cuda:N")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> GRITConfig:
@@ -173,6 +181,6 @@ def _check(name: str, value: Any, hint: Any, low: float | None, high: float | No
     good = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not good or (isinstance(value, bool) and kind is not bool):
         raise GRITError(f"{name} = {value!r}: expected {kind.__name__}")
-    if low is not None and not low <= value <= (float("inf") if high is None else high):
+    if low is not None and not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
         span = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
         raise GRITError(f"{name} = {value!r}: accepted are values from {span}")

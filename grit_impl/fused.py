@@ -127,7 +127,7 @@ class FusedTap:
     @torch.no_grad()
     def _add(self, a: Tensor | None, b: Tensor | None, scale: float | None, x: Tensor, dy: Tensor) -> None:
         context = self._loss.context
-        if a is None or b is None or context is None or not self._statistics.collecting:
+        if a is None or b is None or scale is None or context is None or not self._statistics.collecting:
             return
         with torch.autocast(device_type=x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])

@@ -24,6 +24,10 @@ from grit_impl.rank import Reprojection
 # Sums over tokens in float32 (bf16 products) against dA A': measured 0.011 at worst; a layer that misses one of two
 # micro-batches is off by 0.3 or more.
 COMPLETENESS_TOLERANCE = 0.1
+# A sum of outer products this much smaller than its terms has no direction to compare; measured at least 0.02.
+CANCELLATION = 1e-4
+# Factors that wait for their eigenvalues: 32 x 7 MiB for Llama-3-8B at rank 16 would be too much, 16 x 0.5 is not.
+SPECTRA_KEPT_UNSOLVED = 16
 
 
 @dataclass(frozen=True)
@@ -57,29 +61,35 @@ class LoRAFactorPair:
 
 
 def find_layers(model: nn.Module) -> list[LoRAFactorPair]:
-    """All trainable LoRA layers of a PEFT model, in the model's order.
+    """All LoRA layers of a PEFT model that are active and trained, in the model's order.
 
     Raises:
         GRITError: there are none, or one is of a kind whose statistics GRIT cannot take (embeddings, convolutions,
-            several devices).
+            expert weights, several devices).
     """
-    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora import LoraLayer
 
     layers = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         path = name.removeprefix("base_model.model.")
-        if len(getattr(module, "lora_embedding_A", ())):
-            raise GRITError(f"GRIT does not support LoRA on an embedding ({path}): leave it out of target_modules")
-        for adapter, lora_a in module.lora_A.items():
-            if not lora_a.weight.requires_grad:
+        base = module.get_base_layer()
+        for adapter in module.active_adapters:
+            lora_a = dict(module.lora_A).get(adapter)
+            if lora_a is None and adapter not in module.lora_embedding_A:
                 continue
-            # Quantised layers (bitsandbytes, GPTQ, ...) are no subclass of Linear but hold plain lora_A and lora_B.
-            if not isinstance(lora_a, nn.Linear) or (isinstance(module, Linear) and module.fan_in_fan_out):
-                kind = type(module.get_base_layer()).__name__
-                raise GRITError(f"GRIT supports LoRA on linear layers; {path} is {kind}: leave it out of target_modules")
-            layers.append(LoRAFactorPair(path, module, adapter))
+            # Linear layers, quantised ones among them, have in_features; transformers' Conv1D is linear and has nf.
+            if not isinstance(lora_a, nn.Linear) or not (hasattr(base, "in_features") or hasattr(base, "nf")):
+                raise GRITError(
+                    f"GRIT supports LoRA on linear layers; {path} is {type(base).__name__}: leave it out of "
+                    "target_modules (or target_parameters)"
+                )
+            pair = LoRAFactorPair(path, module, adapter)
+            if lora_a.weight.requires_grad:
+                layers.append(pair)
+            elif pair.b.requires_grad:
+                raise GRITError(f"{path}: GRIT needs lora_A to be trained where lora_B is")
     if not layers:
         raise GRITError("GRIT found no trainable LoRA layer: add an adapter with peft.get_peft_model first")
     devices = {str(layer.a.device) for layer in layers}
@@ -97,14 +107,15 @@ class GRITManager:
     Args:
         model: A PEFT model with LoRA adapters.
         config: The hyperparameters.
-        capture: `auto` takes statistics wherever the layers are computed, and checks in the second step that they are
+        capture: `auto` takes statistics wherever the layers are computed, and checks once that they are
             complete. `modules` hooks the modules only and checks nothing: the mistake that fused kernels turn into
             starvation, kept so that it can be reproduced.
 
     Attributes:
         layers: The layers, in order; every stacked tensor uses this order.
         step: Optimizer steps preconditioned so far.
-        applied: Optimizer steps in which at least one gradient was preconditioned by a ready factor.
+        applied: (2, L) optimizer steps in which the gradient of A (0) or B (1) met a ready inverse.
+        completeness: (L,) relative errors of the check that every token of every layer was seen; None: not yet done.
 
     Raises:
         GRITError: the model has no LoRA layer, or one of a kind that GRIT does not support.
@@ -121,14 +132,18 @@ class GRITManager:
         ranks = [layer.rank for layer in self.layers]
         self.rank = max(ranks)
         device = self.layers[0].a.device
-        self.statistics = RankStatistics(len(ranks), self.rank, device)
-        self.factors = KroneckerFactors(ranks, self.config, device)
-        self.reprojection = Reprojection(self.layers, self.config, self.rank, device)
+        # float32 whatever the model's precision, unless that is higher.
+        dtype = torch.promote_types(torch.float32, self.layers[0].a.dtype)
+        self.statistics = RankStatistics(len(ranks), self.rank, device, dtype)
+        self.factors = KroneckerFactors(ranks, self.config, device, dtype)
+        self.reprojection = Reprojection(self.layers, self.config, self.factors)
         self.step = 0
         # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
         self.applied = torch.zeros(2, len(ranks), device=device)
         self.completeness: Tensor | None = None
-        self.spectra: list[tuple[int, Tensor]] = []
+        self._spectra: list[dict[str, Any]] = []
+        self._unsolved: list[tuple[int, Tensor]] = []
+        self._window_open = False
         self._loss_tokens: float | None = None
         self._taps: list[Any] = []
 
@@ -145,9 +160,12 @@ class GRITManager:
                 tap.loss_tokens = value
 
     def attach(self) -> GRITManager:
-        """Put the hooks in place; a second call does nothing."""
+        """Put the hooks in place; a second call does nothing, and another manager of this model is detached."""
         if not self._taps:
-            loss = LossTap(self.model, self._begin_window)
+            previous = getattr(self.model, "_grit_manager", None)
+            if isinstance(previous, GRITManager):
+                previous.detach()
+            loss = LossTap(self.model, self._before_forward)
             loss.loss_tokens = self._loss_tokens
             self._taps = [loss, *self._statistics_taps(loss)]
             # A pointer that observers may read; nothing in training depends on it.
@@ -168,38 +186,72 @@ class GRITManager:
             tap.remove()
         self._taps = []
 
-    def _begin_window(self) -> None:
-        """At each forward: gradients that are gone mean that a new accumulation window begins."""
-        if all(layer.a.grad is None for layer in self.layers[:1]):
-            self.statistics.reset()
-            self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
-            # B is zero at first, and with it g: the second step is the first that can be checked.
-            self.statistics.check_completeness = (
-                self.capture == "auto" and self.step == 1 and self.statistics.collecting
-            )
+    def begin_window(self) -> None:
+        """A new accumulation window: forget statistics of gradients that nobody stepped on."""
+        self.statistics.reset()
+        self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
+        self.statistics.check_completeness = self.capture == "auto" and self.completeness is None
+        self._window_open = True
+
+    def _before_forward(self) -> None:
+        """At each forward: gradients that are gone mean that a new window begins (a scaler may have skipped a step)."""
+        if not self._window_open or self._no_gradients():
+            self.begin_window()
 
     @torch.no_grad()
     def precondition(self) -> None:
         """Update the factors and replace the gradients of all layers, in place.
 
-        Call it once per optimizer step, after the last backward and before clipping.
+        Call it once per optimizer step, after the last backward and before clipping. Waits for the device only in
+        the first steps, until `completeness` is known.
 
         Raises:
-            GRITError: the statistics of the second step do not add up to the gradients (a layer was bypassed).
+            GRITError: GRIT is detached, its adapter is not the active one, or the statistics do not add up to the
+                gradients (a layer was bypassed).
         """
-        if self.statistics.check_completeness:
-            self._check_completeness()
+        self._check_active()
         if self.statistics.collecting:
+            self.statistics.all_reduce()
+            if self.statistics.check_completeness:
+                self._check_completeness()
             self.factors.absorb(self.statistics)
         self.statistics.reset()
+        self._window_open = False
         self.step += 1
         if self.step % self.config.kfac_update_freq == 0:
             self.factors.invert()
+            self.factors.inversions += 1
             if self.config.log_fisher_spectrum:
-                self.spectra.append((self.step, self.factors.spectra()))
+                self._unsolved.append((self.step, self.factors.covariances()))
+                if len(self._unsolved) >= SPECTRA_KEPT_UNSOLVED:
+                    self.spectrum_history()
         self._regularise()
         if self.step > self.config.ng_warmup_steps and self.factors.inversions:
             self._apply()
+
+    def _check_active(self) -> None:
+        if not self._taps:
+            raise GRITError(
+                "GRIT is not attached to the model (another GRITManager may have taken over): call attach()"
+            )
+        for layer in self.layers:
+            if layer.adapter not in layer.module.active_adapters:
+                raise GRITError(
+                    f"GRIT was set up for adapter {layer.adapter!r}, which is no longer active in {layer.path}: switch "
+                    "back before the optimizer steps, or build a GRITManager for the adapter that is trained now"
+                )
+
+    def _no_gradients(self) -> bool:
+        return all(layer.a.grad is None and layer.b.grad is None for layer in self.layers)
+
+    def require_gradients(self) -> None:
+        """Where an optimizer is about to step.
+
+        Raises:
+            GRITError: no LoRA layer has a gradient, so that GRIT would do nothing.
+        """
+        if self._no_gradients():
+            raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
 
     def _sides(self) -> tuple[int, int]:
         """Which factor (0: S_a, 1: S_g) preconditions A and which B."""
@@ -213,14 +265,12 @@ class GRITManager:
             r, a, b = layer.rank, layer.a.grad, layer.b.grad
             if a is not None:
                 grads.append(a)
-                new.append(inverse[side_a, i, :r, :r] @ a.float())
+                new.append(inverse[side_a, i, :r, :r] @ a.to(inverse.dtype))
             if b is not None:
                 grads.append(b)
-                new.append(b.float() @ inverse[side_b, i, :r, :r])
-        if not grads:
-            return
+                new.append(b.to(inverse.dtype) @ inverse[side_b, i, :r, :r])
         if self.config.renormalise == "gradient_norm":
-            old_norms = torch.stack(torch._foreach_norm([g.float() for g in grads]))
+            old_norms = torch.stack(torch._foreach_norm([g.to(inverse.dtype) for g in grads]))
             new_norms = torch.stack(torch._foreach_norm(new))
             # A gradient of zero stays zero; everything else keeps its raw norm.
             ratios = torch.where(new_norms > 0, old_norms / new_norms, 0.0)
@@ -236,15 +286,16 @@ class GRITManager:
             return
         warm = min(1.0, self.step / config.regularizer_warmup_steps) if config.regularizer_warmup_steps else 1.0
         kfac, reproj = 2 * warm * config.lambda_kfac, 2 * warm * config.lambda_reproj
-        s, p = self.factors.covariances(), self.reprojection.projector
+        s, p = self.factors.covariances(), self.factors.projector
         # Gradients of both terms are one r x r matrix times A (left) or B (right).
         left = kfac * s[1] + reproj * (self.factors.eye - p[0])
         right = kfac * s[0] + reproj * (self.factors.eye - p[1])
         for i, layer in enumerate(self.layers):
             r = layer.rank
-            if layer.a.grad is not None and layer.b.grad is not None:
-                layer.a.grad += (left[i, :r, :r] @ layer.a.float()).to(layer.a.grad.dtype)
-                layer.b.grad += (layer.b.float() @ right[i, :r, :r]).to(layer.b.grad.dtype)
+            if layer.a.grad is not None:
+                layer.a.grad += (left[i, :r, :r] @ layer.a.to(s.dtype)).to(layer.a.grad.dtype)
+            if layer.b.grad is not None:
+                layer.b.grad += (layer.b.to(s.dtype) @ right[i, :r, :r]).to(layer.b.grad.dtype)
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After the parameters have moved: reproject when due, and keep dropped directions dropped.
@@ -253,33 +304,42 @@ class GRITManager:
             optimizer: The optimizer whose moments are projected with the parameters.
         """
         if self.reprojection.due(self.step) and self.factors.inversions:
-            self.reprojection.reproject(self.factors.covariances(), self.step, optimizer)
+            self.reprojection.reproject(self.step, optimizer)
         else:
             self.reprojection.enforce()
 
     def _check_completeness(self) -> None:
-        """Compare sum_t g_t a_t' with dA A' and B' dB: equal if and only if every token of every layer was seen."""
-        errors = []
+        """Compare sum_t g_t a_t' with dA A' and B' dB: parallel if and only if every token of every layer was seen.
+
+        Only the direction counts: a loss scale and the mean over processes are common factors. While B = 0 all of
+        it is zero, and after an overflow it is not finite; then the next step is checked.
+        """
+        statistics, dtype = self.statistics, self.factors.eye.dtype
+        seen, truth = (
+            statistics.cross[:, None].double(),
+            self.factors.inverse.new_zeros(len(self.layers), 2, *self.factors.eye.shape).double(),
+        )
         for i, layer in enumerate(self.layers):
             a, b, r = layer.a, layer.b, layer.rank
-            seen = self.statistics.cross[i, :r, :r]
-            for truth in (
-                a.grad.float() @ a.float().T if a.grad is not None else None,
-                b.float().T @ b.grad.float() if b.grad is not None else None,
-            ):
-                if truth is None:
-                    continue
-                # The best common factor removes a loss scale and a mean over processes.
-                factor = (seen * truth).sum() / (seen * seen).sum().clamp_min(1e-38)
-                errors.append((factor * seen - truth).norm() / truth.norm().clamp_min(1e-38))
-        self.completeness = torch.stack(errors).view(len(self.layers), -1).amax(-1)
-        worst = int(self.completeness.nan_to_num(0.0).argmax())
-        value = float(self.completeness[worst])
-        if value > COMPLETENESS_TOLERANCE:
+            if a.grad is not None:
+                truth[i, 0, :r, :r] = a.grad.to(dtype) @ a.to(dtype).T
+            if b.grad is not None:
+                truth[i, 1, :r, :r] = b.to(dtype).T @ b.grad.to(dtype)
+        norms, size = truth.norm(dim=(-2, -1)), seen.norm(dim=(-2, -1))
+        cosine = (seen * truth).sum((-2, -1)) / (size * norms).clamp_min(torch.finfo(torch.float64).tiny)
+        # Where the tokens cancel in the sum, its direction is rounding.
+        bound = (statistics.energy.double() * statistics.sum_a.diagonal(dim1=-2, dim2=-1).sum(-1)).sqrt()[:, None]
+        certain = (norms > 0) & ((size > CANCELLATION * bound) | (bound == 0))
+        errors = torch.where(certain, (1 - cosine.clamp(0, 1) ** 2).sqrt(), 0.0).amax(-1).cpu()
+        if not bool((certain.any() & norms.isfinite().all() & seen.isfinite().all()).cpu()):
+            return
+        self.completeness = errors
+        worst = int(errors.argmax())
+        if errors[worst] > COMPLETENESS_TOLERANCE:
             raise GRITError(
-                f"GRIT's statistics do not add up to the gradients: {self.layers[worst].path} is off by {value:.2f} "
-                f"(tolerance {COMPLETENESS_TOLERANCE}). Something computes this layer without calling its modules "
-                "(fused kernels), or changed the gradients before GRIT saw them"
+                f"GRIT's statistics do not add up to the gradients: {self.layers[worst].path} is off by "
+                f"{errors[worst]:.2f} (tolerance {COMPLETENESS_TOLERANCE}). Something computes this layer without "
+                "calling its modules (fused kernels), or changed the gradients before GRIT saw them"
             )
 
     def factor_report(self) -> dict[str, Any]:
@@ -293,9 +353,8 @@ class GRITManager:
         s = self.factors.covariances()
         damped = s + self.factors.damping(s)[..., None, None] * self.factors.eye
         traces = s.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
-        spectra, damped_host, status = self.factors.spectra().cpu(), damped.cpu(), self.factors.status.cpu()
-        seen = (self.factors.seen * self.factors.processes).cpu()
-        dropped, applied = self.factors.dropped.cpu(), self.applied.cpu()
+        spectra, damped_host, status = torch.linalg.eigvalsh(s).cpu(), damped.cpu(), self.factors.status.cpu()
+        seen, dropped, applied = self.factors.seen.cpu(), self.factors.dropped.cpu(), self.applied.cpu()
         rows = []
         for i, layer in enumerate(self.layers):
             row: dict[str, Any] = {
@@ -331,22 +390,22 @@ class GRITManager:
         }
 
     def spectrum_history(self) -> list[dict[str, Any]]:
-        """Per inversion: step, the top eigenvalues and the effective rank of S_a and S_g, averaged over layers."""
-        history = []
-        for step, spectra in self.spectra:
-            values = spectra.cpu().flip(-1)
-            ranks = effective_rank(values)
-            top = values[..., : self.config.log_top_eigs].mean(1)
-            history.append(
-                {
-                    "step": step,
-                    "top_a": top[0].tolist(),
-                    "top_g": top[1].tolist(),
-                    "effective_rank_a": float(ranks[0].mean()),
-                    "effective_rank_g": float(ranks[1].mean()),
-                }
-            )
-        return history
+        """Per inversion: step, the top eigenvalues and the effective rank of S_a and S_g, averaged over layers.
+
+        Eigenvalues are computed here and not in the step, because they wait for the device.
+        """
+        if self._unsolved:
+            values = torch.linalg.eigvalsh(torch.stack([s for _, s in self._unsolved])).cpu().flip(-1)
+            ranks = effective_rank(values).mean(-1)
+            top = values[..., : self.config.log_top_eigs].mean(2)
+            for i, (step, _) in enumerate(self._unsolved):
+                row: dict[str, Any] = {"step": step}
+                for side, key in enumerate("ag"):
+                    row[f"top_{key}"] = top[i, side].tolist()
+                    row[f"effective_rank_{key}"] = float(ranks[i, side])
+                self._spectra.append(row)
+            self._unsolved = []
+        return list(self._spectra)
 
     def state_dict(self) -> dict[str, Any]:
         """GRIT's state for a checkpoint: tensors and plain values only."""
@@ -356,7 +415,8 @@ class GRITManager:
             "applied": self.applied,
             "factors": self.factors.state_dict(),
             "reprojection": self.reprojection.state_dict(),
-            "spectra": [[step, values] for step, values in self.spectra],
+            "completeness": self.completeness,
+            "spectra": self.spectrum_history(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -373,4 +433,5 @@ class GRITManager:
         self.applied = state["applied"].to(self.applied.device).clone()
         self.factors.load_state_dict(state["factors"])
         self.reprojection.load_state_dict(state["reprojection"])
-        self.spectra = [(step, values) for step, values in state["spectra"]]
+        self.completeness = state["completeness"]
+        self._spectra, self._unsolved = list(state["spectra"]), []

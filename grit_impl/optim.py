@@ -24,12 +24,16 @@ class GRITOptimizer(Optimizer):
         max_grad_norm: Clip the preconditioned gradients' total norm; None or 0: no clipping.
     """
 
+    inner: Optimizer
+    manager: GRITManager
+    max_grad_norm: float
+
     def __init__(self, inner: Optimizer, manager: GRITManager, max_grad_norm: float | None = None) -> None:
         # Optimizer.__init__ would build groups of its own; __setstate__ only installs the hooks and the profiler.
         super().__setstate__({"inner": inner, "manager": manager, "max_grad_norm": max_grad_norm or 0.0})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's parameter groups."""
         return self.inner.param_groups
 
@@ -38,7 +42,7 @@ class GRITOptimizer(Optimizer):
         self.inner.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's state."""
         return self.inner.state
 
@@ -47,7 +51,7 @@ class GRITOptimizer(Optimizer):
         self.inner.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The inner optimizer's defaults."""
         return self.inner.defaults
 
@@ -60,7 +64,8 @@ class GRITOptimizer(Optimizer):
         self.inner.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
+        """Clear the gradients, and the statistics that belong to them (a step that a GradScaler skipped)."""
+        self.manager.begin_window()
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,6 +78,7 @@ class GRITOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.manager.require_gradients()
         self.manager.precondition()
         if self.max_grad_norm:
             parameters = [p for group in self.param_groups for p in group["params"]]

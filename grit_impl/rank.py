@@ -9,7 +9,6 @@ element-wise optimizer such as AdamW leaves any subspace.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from grit_impl.config import GRITConfig
-from grit_impl.factors import TRACE_FLOOR
+from grit_impl.factors import READY, TRACE_FLOOR, KroneckerFactors
+from grit_impl.record import write_atomic
 
 if TYPE_CHECKING:
     from grit_impl.manager import LoRAFactorPair
@@ -53,19 +53,17 @@ class Reprojection:
     Args:
         layers: The layers' parameters.
         config: When and how much to keep.
-        rank: Largest rank, r.
-        device: Where the adapters are.
+        factors: Where the directions come from; after a reprojection they are projected like A and B.
 
     Attributes:
         ranks: Directions kept per layer.
-        projector: (2, L, r, r), V V' applied to A and to B.
-        directions: Per layer, (V_A, V_B), each (r_layer, k).
+        directions: Per layer, (V_A, V_B), each (r_layer, k); None: all are kept.
+        count: Reprojections so far, also those that kept everything.
     """
 
-    def __init__(self, layers: Sequence[LoRAFactorPair], config: GRITConfig, rank: int, device: torch.device) -> None:
-        self.layers, self.config = layers, config
+    def __init__(self, layers: Sequence[LoRAFactorPair], config: GRITConfig, factors: KroneckerFactors) -> None:
+        self.layers, self.config, self.factors = layers, config, factors
         self.ranks = [layer.rank for layer in layers]
-        self.projector = torch.eye(rank, device=device).expand(2, len(layers), rank, rank).clone()
         self.directions: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         self.count = 0
 
@@ -84,38 +82,45 @@ class Reprojection:
         )
 
     @torch.no_grad()
-    def reproject(self, covariances: Tensor, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Choose the directions of every layer from the factors and project parameters and moments.
+    def reproject(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Choose the directions of every layer from the factors and project parameters, factors and moments.
+
+        A layer whose factors are not ready keeps what it has. Waits for the device.
 
         Args:
-            covariances: (2, L, r, r), S_a and S_g.
             step: The optimizer step (1-based), for `rank_adaptation_start_step`.
             optimizer: Whose first moments are projected; None: none are.
         """
-        values, vectors = torch.linalg.eigh(covariances.double())
+        factors, config = self.factors, self.config
+        s = factors.covariances()
+        s = s / factors.mean_eigenvalues(s).clamp_min(TRACE_FLOOR)[..., None, None]
+        # Adding the projector lifts the space in use by one: its eigenvectors come last, however singular S is.
+        values, vectors = torch.linalg.eigh((s + factors.projector).double())
         # One transfer for all layers: the choice of ranks is made on the host.
-        values_host = values.cpu()
-        adapt = self.config.enable_rank_adaptation and step >= self.config.rank_adaptation_start_step
+        values, ready = values.cpu() - 1, (factors.status == READY).cpu()
+        adapt = config.enable_rank_adaptation and step >= config.rank_adaptation_start_step
+        sides = (0, 1 if config.use_two_sided_reprojection else 0)
+        changed = False
         for i, layer in enumerate(self.layers):
-            # A layer of smaller rank uses the leading block; its unused eigenvalues are zero and come first.
-            r, unused = layer.rank, covariances.shape[-1] - layer.rank
-            spectrum = values_host[0, i, unused:]
             k = self.ranks[i]
             if adapt:
-                k = min(k, rank_rule(spectrum, self.config.rank_adaptation_threshold, self.config.min_lora_rank))
-            elif self.config.reprojection_k is not None:
-                k = min(k, self.config.reprojection_k)
-            source_b = 1 if self.config.use_two_sided_reprojection and values_host[1, i].sum() > TRACE_FLOOR else 0
-            if k == r or values_host[0, i].sum() <= TRACE_FLOOR:
-                continue  # V V' = I: keeping every direction changes nothing
-            pair = tuple(vectors[side, i, :r, -k:].to(self.projector.dtype) for side in (0, source_b))
-            self.ranks[i], self.directions[i] = k, (pair[0], pair[1])
+                k = rank_rule(values[0, i, -k:], config.rank_adaptation_threshold, config.min_lora_rank)
+            elif config.reprojection_k is not None:
+                k = min(k, config.reprojection_k)
+            if k == self.ranks[i] or not all(ready[side, i] for side in sides):
+                continue  # V V' = I on the space in use: keeping all of it changes nothing
+            pair = tuple(vectors[side, i, : layer.rank, -k:] for side in sides)
             for side, v in enumerate(pair):
-                self.projector[side, i, :r, :r] = v @ v.T
+                factors.projector[side, i, : layer.rank, : layer.rank] = v @ v.T
+            factors.kept[i] = self.ranks[i] = k
+            self.directions[i] = (pair[0].to(s.dtype), pair[1].to(s.dtype))
+            changed = True
         self.count += 1
-        self.enforce()
-        if optimizer is not None:
-            self._project_moments(optimizer)
+        if changed:
+            factors.restrict()
+            self.enforce()
+            if optimizer is not None:
+                self._project_moments(optimizer)
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -123,9 +128,9 @@ class Reprojection:
         for i in self.shrunk:
             layer = self.layers[i]
             a, b, r = layer.a, layer.b, layer.rank
-            pa, pb = self.projector[0, i, :r, :r], self.projector[1, i, :r, :r]
-            a.copy_(pa @ a.float())
-            b.copy_(b.float() @ pb)
+            pa, pb = self.factors.projector[:, i, :r, :r]
+            a.copy_(pa @ a.to(pa.dtype))
+            b.copy_(b.to(pb.dtype) @ pb)
 
     def _project_moments(self, optimizer: torch.optim.Optimizer) -> None:
         for i in self.shrunk:
@@ -136,23 +141,18 @@ class Reprojection:
                 for key in ("exp_avg", "momentum_buffer"):
                     moment = optimizer.state.get(parameter, {}).get(key)
                     if isinstance(moment, Tensor) and moment.is_floating_point():
-                        p = self.projector[side, i, :r, :r].to(moment.dtype)
+                        p = self.factors.projector[side, i, :r, :r].to(moment.dtype)
                         moment.copy_(p @ moment if side == 0 else moment @ p)
 
     def state_dict(self) -> dict[str, Any]:
-        """Ranks, projectors and directions."""
-        return {
-            "ranks": list(self.ranks),
-            "projector": self.projector,
-            "directions": [list(d) if d else None for d in self.directions],
-            "count": self.count,
-        }
+        """Ranks and directions; the projectors are part of the factors' state."""
+        directions = [list(d) if d else None for d in self.directions]
+        return {"ranks": list(self.ranks), "directions": directions, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        device = self.projector.device
+        device = self.factors.eye.device
         self.ranks, self.count = list(state["ranks"]), state["count"]
-        self.projector = state["projector"].to(device).clone()
         self.directions = [(d[0].to(device), d[1].to(device)) if d else None for d in state["directions"]]
 
 
@@ -183,25 +183,37 @@ def save_adapter(model: Any, path: str | Path, reprojection: Reprojection | None
     """
     target = Path(path)
     model.save_pretrained(str(target))
-    shrunk = reprojection.shrunk if reprojection is not None else []
-    if reprojection is None or not shrunk:
+    if reprojection is None:
         return target
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(target / "adapter_model.safetensors")
-    config = json.loads((target / "adapter_config.json").read_text())
-    ranks, alphas = copy.copy(config.get("rank_pattern") or {}), copy.copy(config.get("alpha_pattern") or {})
-    for i in shrunk:
-        layer, directions = reprojection.layers[i], reprojection.directions[i]
-        assert directions is not None
-        a, b = shrunk_factors(layer, directions)
-        name = f"base_model.model.{layer.path}"
-        weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"] = a.contiguous().cpu(), b.contiguous().cpu()
-        k, r = reprojection.ranks[i], layer.rank
-        alpha = float(layer.module.lora_alpha[layer.adapter])
-        ranks[layer.path] = k
-        alphas[layer.path] = alpha * (math.sqrt(k / r) if config.get("use_rslora") else k / r)
-    config["rank_pattern"], config["alpha_pattern"] = ranks, alphas
-    save_file(weights, target / "adapter_model.safetensors", metadata={"format": "pt"})
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    for adapter in sorted({reprojection.layers[i].adapter for i in reprojection.shrunk}):
+        # peft puts every adapter but the default one in a folder of its name.
+        _shrink_saved(model, target if adapter == "default" else target / adapter, adapter, reprojection)
     return target
+
+
+def _shrink_saved(model: Any, folder: Path, adapter: str, reprojection: Reprojection) -> None:
+    """Replace the layers that lost directions in a saved adapter."""
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file, save
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    ranks, scalings = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            path = name.removeprefix("base_model.model.")
+            ranks[path], scalings[path] = module.r[adapter], module.scaling[adapter]
+    for i in reprojection.shrunk:
+        layer, directions = reprojection.layers[i], reprojection.directions[i]
+        if layer.adapter != adapter or directions is None:
+            continue
+        name = f"base_model.model.{layer.path}"
+        a, b = shrunk_factors(layer, directions)
+        weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"] = a.contiguous().cpu(), b.contiguous().cpu()
+        ranks[layer.path] = reprojection.ranks[i]
+    # Every layer gets an entry of its own: peft takes the first pattern that matches, in an order that it sorts.
+    root = math.sqrt if config.get("use_rslora") else float
+    config["rank_pattern"] = ranks
+    config["alpha_pattern"] = {path: scalings[path] * root(r) for path, r in ranks.items()}
+    write_atomic(folder / "adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))

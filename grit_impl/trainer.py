@@ -20,6 +20,9 @@ from grit_impl.optim import GRITOptimizer
 from grit_impl.rank import save_adapter
 
 STATE_FILE = "grit_state.pt"
+SHRUNK_FOLDER = ("grit", "adapter")
+# The loop measures (and in fp16 unscales) the gradients without clipping them; 0 would skip that in transformers 4.57.
+MEASURE_ONLY = float("inf")
 
 
 def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
@@ -31,29 +34,33 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
 
     class WithGRIT(trainer_class):  # type: ignore[valid-type,misc]
         def __init__(self, *args: Any, grit_config: GRITConfig | None = None, **kwargs: Any) -> None:
-            arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
-            self._grit_clip = float(getattr(arguments, "max_grad_norm", None) or 0.0)
-            if arguments is not None:
-                arguments = copy.copy(arguments)
-                arguments.max_grad_norm = 0.0
-                if "args" in kwargs:
-                    kwargs["args"] = arguments
-                else:
-                    args = (args[0], arguments, *args[2:])
             super().__init__(*args, **kwargs)
-            self.grit_manager = GRITManager(self.model, grit_config).attach()
+            self.args: TrainingArguments = copy.copy(self.args)
+            self._grit_clip = float(self.args.max_grad_norm or 0.0)
+            self.args.max_grad_norm = MEASURE_ONLY
+            self.grit_manager = GRITManager(self.model, grit_config)
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.grit_manager.attach()
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self.grit_manager.detach()
 
         def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-            super().create_optimizer(*args, **kwargs)
-            if not isinstance(self.optimizer, GRITOptimizer):
-                self.optimizer = GRITOptimizer(self.optimizer, self.grit_manager, self._grit_clip)
-            return self.optimizer
+            inner = super().create_optimizer(*args, **kwargs) or self.optimizer
+            if not isinstance(inner, GRITOptimizer):
+                inner = GRITOptimizer(inner, self.grit_manager, self._grit_clip)
+            self.optimizer: torch.optim.Optimizer = inner
+            return inner
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             super()._save(output_dir, state_dict)
-            if output_dir is not None and state_dict is None and self.grit_manager.reprojection.shrunk:
-                # Beside the full-rank adapter that training resumes from: the one to export.
-                save_adapter(self.model, Path(output_dir) / "adapter_shrunk", self.grit_manager.reprojection)
+            reprojection = self.grit_manager.reprojection
+            if self.args.should_save and state_dict is None and reprojection.shrunk:
+                # Beside the full-rank adapter that training resumes from: the one to export. Two folders deep, because
+                # a resuming Trainer takes an adapter in a checkpoint's subfolder for the one to load.
+                save_adapter(self.model, Path(str(output_dir or self.args.output_dir), *SHRUNK_FOLDER), reprojection)
 
     WithGRIT.__name__ = WithGRIT.__qualname__ = f"GRIT{trainer_class.__name__}"
     WithGRIT.__module__ = __name__
@@ -63,7 +70,7 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
 GRITTrainer = with_grit(Trainer)
 
 
-class GRITCallback(TrainerCallback):  # type: ignore[misc]
+class GRITCallback(TrainerCallback):
     """GRIT for trainers that cannot be subclassed (TRL's SFTTrainer, Unsloth's): preconditions from a callback.
 
     Args:
@@ -72,11 +79,14 @@ class GRITCallback(TrainerCallback):  # type: ignore[misc]
             changed in `on_optimizer_step` or `on_step_end` are never used.
         capture: Where statistics are taken; see `GRITManager`.
 
+    With a GradScaler, a step that the scaler skips counts here (it does not in `GRITTrainer`); statistics that are not
+    finite are left out either way.
+
     Attributes:
         manager: The GRITManager; None until training begins.
 
     Raises:
-        GRITError: at the beginning of training, where the order precondition, clip, step cannot be kept.
+        GRITError: at the beginning of training, where a checkpoint holds no GRIT state to resume from.
     """
 
     def __init__(
@@ -89,32 +99,30 @@ class GRITCallback(TrainerCallback):  # type: ignore[misc]
             raise GRITError(f"moment = {moment!r}: choose on_pre_optimizer_step, on_optimizer_step or on_step_end")
         self.config, self.moment, self.capture = config or GRITConfig(), moment, capture
         self.manager: GRITManager | None = None
-        self._clip = 0.0
+        self._given_clip: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Build the manager, restore it on a resumed run, and take over clipping where its place matters."""
+        """Build the manager, restore it on a resumed run, and take over clipping."""
         self.manager = GRITManager(kw["model"], self.config, self.capture).attach()
         if state.global_step:
-            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+            file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
             if not file.is_file():
                 raise GRITError(f"cannot resume GRIT: {file} is missing")
             self.manager.load_state_dict(torch.load(file, weights_only=True))
-        # With norms kept, clipping before and after preconditioning are the same; otherwise it has to come after.
-        clip = float(args.max_grad_norm or 0.0)
-        if clip and self.config.renormalise == "none" and self.moment == "on_pre_optimizer_step":
-            if args.fp16:
-                raise GRITError(
-                    "renormalise='none' with fp16 and clipping needs GRITTrainer: in a callback the gradients would be "
-                    "clipped before they are preconditioned"
-                )
-            self._clip, args.max_grad_norm = clip, 0.0
+        if self.moment == "on_pre_optimizer_step":
+            # The loop clips before this moment; the order is precondition, clip, step.
+            # Kept on the arguments, which outlive a training that was interrupted.
+            self._given_clip = vars(args).setdefault("_grit_max_grad_norm", args.max_grad_norm)
+            args.max_grad_norm = MEASURE_ONLY
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Precondition and clip."""
-        self._at("on_pre_optimizer_step")
-        if self._clip:
-            parameters = [p for p in kw["model"].parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, self._clip)
+        if self.manager is not None and self.moment == "on_pre_optimizer_step":
+            self.manager.require_gradients()
+            self.manager.precondition()
+            if self._given_clip:
+                parameters = [p for p in kw["model"].parameters() if p.grad is not None]
+                torch.nn.utils.clip_grad_norm_(parameters, self._given_clip)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Reproject when due."""
@@ -135,8 +143,8 @@ class GRITCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Remove the hooks and give clipping back."""
-        if self._clip:
-            args.max_grad_norm, self._clip = self._clip, 0.0
+        if self.manager is not None and self.moment == "on_pre_optimizer_step":
+            args.max_grad_norm = vars(args).pop("_grit_max_grad_norm")
         if self.manager is not None:
             self.manager.detach()
 
