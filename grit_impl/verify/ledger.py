@@ -1,0 +1,433 @@
+"""The gradient ledger: what happened to every gradient between backward and the optimizer, seen from outside.
+
+    with gradient_ledger(model, path="ledger.jsonl.gz") as ledger:
+        trainer.train()
+    judge_ledger(ledger)
+
+It uses torch's global optimizer hooks and, while the context is open, stands in front of the few functions that every
+training loop passes through: `torch.autograd.backward`, clipping, GradScaler, `zero_grad`, and the callback events of
+transformers. A trainer needs to know nothing of it and cannot avoid it. All device work is batched, and a step's
+results are fetched while the next step runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from grit_impl.errors import GRITError
+from grit_impl.verify import timeline
+from grit_impl.verify.patches import Interception
+from grit_impl.verify.rows import RowWriter
+from grit_impl.verify.shadow import GHOST, Shadows
+from grit_impl.verify.sketches import Sketcher
+from grit_impl.verify.timeline import Probe, StepData, empty_table
+from grit_impl.verify.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners, spread
+
+SAMPLE, STRUCTURE = 16, 4
+FACTOR_STEPS = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000}
+
+
+@contextlib.contextmanager
+def gradient_ledger(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    every: int = 1,
+    *,
+    sample: int = SAMPLE,
+    factors: Any = None,
+) -> Iterator[GradientLedger]:
+    """Record what happens to the gradients of a model's LoRA tensors while the context is open.
+
+    Args:
+        model: The model that is trained. Without tensors named `lora_` all trainable parameters are watched.
+        path: Where the ledger goes (`.jsonl.gz`, one JSON object per line), written when the context closes without an
+            exception; None: kept in memory.
+        every: Fingerprint every n-th optimizer step (the first two always); the sample is followed at every step.
+        sample: Tensors whose optimizer is shadowed.
+        factors: Object with a `factor_report()` (see GRITManager); found at `model._grit_manager` if there is one.
+
+    Raises:
+        GRITError: the model has no trainable parameter, `every` is below 1, or the file cannot be written.
+    """
+    ledger = GradientLedger(model, path, every, sample=sample, factors=factors)
+    with ledger:
+        yield ledger
+
+
+@dataclass(eq=False)
+class _Step:
+    """What has been seen since the last optimizer step; on the device."""
+
+    full: bool
+    entry: NDArray[np.int64]
+    probes: list[Probe] = field(default_factory=list)
+    raw: list[int] = field(default_factory=list)
+    raw_sample: dict[int, Tensor] = field(default_factory=dict)
+    raw_norm: Tensor | None = None
+    unhooked: dict[int, Tensor] = field(default_factory=dict)
+    moved: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    shadows: list[Any] = field(default_factory=list)
+    optimizers: list[str] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    stepped: bool = False
+    skipped: bool = False
+    leftover: bool = False
+    max_norm: float | None = None
+    clip_value: float | None = None
+    unscale: Tensor | None = None
+    late_reads: dict[str, int] = field(default_factory=dict)
+    number: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    fetched: Any = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the optimizer has run, or was skipped."""
+        return self.stepped or self.skipped
+
+
+class GradientLedger:
+    """See `gradient_ledger`.
+
+    Attributes:
+        names: The watched tensors.
+        steps: Optimizer steps seen (a step that GradScaler skipped counts).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str] | None = None,
+        every: int = 1,
+        *,
+        sample: int = SAMPLE,
+        factors: Any = None,
+    ) -> None:
+        if every < 1:
+            raise GRITError(f"gradient_ledger: every = {every}; it must be at least 1")
+        self.model, self.every, self._factors = model, every, factors
+        self._owners = owners(model)
+        self.names = list(self._owners)
+        if not any(self._parameter(n).requires_grad for n in self.names):
+            raise GRITError("gradient_ledger: the model has no trainable parameter: add the adapter first")
+        self._parameters = [self._parameter(name) for name in self.names]
+        self._replaced = 0
+        trainable = [i for i, p in enumerate(self._parameters) if p.requires_grad]
+        self._sample = spread(trainable, sample)
+        self._structured = spread(trainable, STRUCTURE)
+        self._shadows = Shadows({i: self._parameters[i] for i in self._sample})
+        self._sketch = Sketcher(max(p.numel() for p in self._parameters))
+        self._writer = RowWriter(path)
+        self._last_raw: dict[int, Any] = {}
+        self._pending: list[Any] = []
+        self.steps = 0
+        self._frames: list[dict[str, Any]] = []
+        self._context = [timeline.LOOP]
+        self._hooks = HookWatch(model)
+        self._orphans = OrphanWatch(model)
+        self._begin()
+
+    def __enter__(self) -> GradientLedger:
+        self._writer.open()
+        self._writer.write([self._header()])
+        self._handles = [
+            register_optimizer_step_pre_hook(self._optimizer_entry),
+            register_optimizer_step_post_hook(self._optimizer_exit),
+        ]
+        self._interception = Interception(self)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._interception.remove()
+        self._hooks.remove()
+        for handle in self._handles:
+            handle.remove()
+        if kind is not None:
+            self._writer.discard()
+            return
+        if self._now.over:
+            self._close_step()
+        self._drain(0)
+        if report := self._factor_report():
+            self._writer.write([report])
+        self._writer.close()
+
+    @property
+    def path(self) -> Any:
+        """The file, or None."""
+        return self._writer.path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, once the context is closed."""
+        return self._writer.rows()
+
+    # --- what the interceptions report ---------------------------------------------------------------------------
+
+    def backward_begins(self) -> None:
+        """Before a backward pass: whatever changed since the last one was not autograd."""
+        if self._now.over:
+            self._look("backward")
+            self._close_step()
+        elif self._now.raw:
+            self._look("backward")
+        if not self._now.raw:
+            if self.steps <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
+                self._hooks.look(self._parameters, lambda: self._now.unhooked)
+            if any(p.grad is not None for p in self._parameters):
+                self._look("backward")
+                self._now.leftover = bool(self._now.full)
+            self._now.unhooked = {}
+
+    def backward_ended(self) -> None:
+        """After a backward pass: these are the raw gradients."""
+        grads = [self._now.unhooked.get(i, p.grad) for i, p in enumerate(self._parameters)]
+        probe = self._look("backward", timeline.AUTOGRAD, grads)
+        self._now.raw.append(len(self._now.probes) - 1)
+        self._now.raw_sample = {i: g.detach().clone() for i in self._sample if (g := grads[i]) is not None}
+        if probe is None:
+            self._now.raw_norm = torch.stack(torch._foreach_norm([g for g in grads if g is not None]))
+        else:
+            self._now.raw_norm = None if probe.table is None else probe.table[:, 1]
+        if self._now.unhooked:
+            self._look("gradient hooks", self._hooks.kind)
+
+    def clips(self, maximum: float | None, value: float | None) -> None:
+        """Before clipping, by total norm or element-wise."""
+        self._look("clip")
+        self._now.clip_value = value
+        if maximum is not None and np.isfinite(maximum):
+            self._now.max_norm = min(maximum, self._now.max_norm or maximum)
+
+    def unscales(self, inverse: Tensor) -> None:
+        """Before GradScaler divides the gradients by its scale."""
+        self._look("unscale")
+        self._now.unscale = inverse
+
+    def clears(self) -> None:
+        """Before zero_grad."""
+        self._look("zero_grad")
+
+    def passed(self, who: str) -> None:
+        """After any of them."""
+        self._look(None, who)
+
+    def event_begins(self, event: str, who: str) -> None:
+        """Before a callback event that foreign callbacks listen to."""
+        self._look(event)
+        self._context.append(f"{event} ({who})")
+
+    def event_ends(self, reads: int) -> None:
+        """After it; `reads`: missing gradients that it read."""
+        who = self._context.pop()
+        self._look(None, who)
+        if reads and self._now.stepped:
+            self._now.late_reads[who] = self._now.late_reads.get(who, 0) + reads
+
+    def scaler_stepped(self, stepped_before: bool) -> None:
+        """After GradScaler.step: it may have skipped the optimizer."""
+        self._now.skipped = not stepped_before and not self._now.stepped and bool(self._now.raw)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimizer has moved parameters since the last backward pass."""
+        return self._now.stepped
+
+    @property
+    def active(self) -> bool:
+        """Whether a step is under way."""
+        return bool(self._now.raw) or self._now.stepped
+
+    # --- optimizer hooks -----------------------------------------------------------------------------------------
+
+    def _optimizer_entry(self, optimizer: Optimizer, *_: Any) -> None:
+        if GHOST in optimizer.__dict__:
+            return
+        self._read_parameters()
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = np.array([id(p) in ids for p in self._parameters])
+        name = type(optimizer).__name__
+        for frame in self._frames:
+            frame["innermost"] = False
+        if not self._frames:
+            self._orphans.look(self.steps, ids, self._parameters)
+        self._look(f"step:{name}")
+        self._context.append(f"{name}.step")
+        frame = {"held": held, "innermost": True, "entry": len(self._now.probes) - 1, "name": name, "before": None}
+        self._frames.append(frame)
+        if held.any():
+            if self._now.full:
+                frame["before"] = self._sketch(self._parameters)
+            self._shadows.before(optimizer)
+
+    def _optimizer_exit(self, optimizer: Optimizer, *_: Any) -> None:
+        if GHOST in optimizer.__dict__ or not self._frames:
+            return
+        frame = self._frames.pop()
+        self._context.pop()
+        if not frame["innermost"]:
+            self._look("after", f"{frame['name']}.step")
+            return
+        held = frame["held"]
+        self._now.entry[held] = frame["entry"]
+        self._now.optimizers.append(frame["name"])
+        if held.any():
+            result = self._shadows.after(optimizer, self._raw_gradients(), self._now.clip_value)
+            if result is not None:
+                self._now.shadows.append(result)
+            if frame["before"] is not None:
+                self._now.moved.append((held, frame["before"], self._sketch(self._parameters)))
+        rates = [g["lr"] for g in optimizer.param_groups if "lr" in g]
+        self._now.rates += [float(r) for r in rates if not (torch.is_tensor(r) and r.is_cuda)]
+        self._now.stepped = True
+        self._look("after", "optimizer")
+
+    def _raw_gradients(self) -> dict[int, Tensor]:
+        """The sample's unmodified gradients, unscaled and clipped as they would have been."""
+        scale: Any = 1.0 if self._now.unscale is None else self._now.unscale
+        if self._now.max_norm is not None and self._now.raw_norm is not None:
+            norm = self._now.raw_norm.nan_to_num().norm() * scale
+            scale = scale * (self._now.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return {i: (g * scale).to(g.dtype) for i, g in self._now.raw_sample.items()}
+
+    # --- probes --------------------------------------------------------------------------------------------------
+
+    def _look(self, moment: str | None, who: str | None = None, grads: list[Tensor | None] | None = None) -> Any:
+        if not self._now.full:
+            if (moment and moment.startswith("step:")) or who == timeline.AUTOGRAD:
+                self._now.probes.append(Probe("", moment or "", None, np.zeros(0, dtype=bool)))
+            return None
+        grads = grads if grads is not None else [p.grad for p in self._parameters]
+        missing = np.array([g is None for g in grads])
+        samples = {i: g.detach().clone() for i in self._structured if (g := grads[i]) is not None}
+        table = None if missing.all() else self._sketch(grads)
+        last = self._now.probes[-1].moment if self._now.probes else ""
+        probe = Probe(who or self._context[-1], last if moment is None else moment, table, missing, samples)
+        self._now.probes.append(probe)
+        return probe
+
+    def _begin(self) -> None:
+        full = self.steps < 2 or self.steps % self.every == 0
+        self._now = _Step(full, np.full(len(self.names), -1))
+        self._hooks.reset()
+
+    def _close_step(self) -> None:
+        """Start fetching what was seen, and begin the next step."""
+        self.steps += 1
+        now = self._now
+        now.number = self.steps
+        facts: dict[str, Any] = {
+            "micro_steps": len(now.raw),
+            "optimizer": "+".join(dict.fromkeys(now.optimizers)),
+            "lr": [min(now.rates), max(now.rates)] if now.rates else None,
+            "max_norm": now.max_norm,
+            "skipped": now.skipped or None,
+            "orphans": self._orphans.written or None,
+            "replaced": self._replaced or None,
+            "late_reads": now.late_reads or None,
+            "shadow_problem": self._shadows.problem,
+            "held": int((now.entry >= 0).sum()),
+            "trainable": sum(p.requires_grad for p in self._parameters),
+            **self._hooks.facts(),
+        }
+        now.facts = {k: v for k, v in facts.items() if v is not None}
+        self._fetch(now)
+        self._pending.append(now)
+        if self.steps in FACTOR_STEPS and (report := self._factor_report()):
+            self._pending.append(report)
+        self._begin()
+        self._drain(1)
+
+    def _fetch(self, step: _Step) -> None:
+        """Copy to the host without waiting."""
+        for probe in step.probes:
+            probe.table = _to_host(probe.table)
+            probe.samples = {i: _to_host(g) for i, g in probe.samples.items()}
+        step.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in step.moved]
+        step.shadows = [_to_host(r) for r in step.shadows]
+        if self._parameters[0].is_cuda:
+            step.fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            step.fetched.record()
+
+    def _drain(self, keep: int) -> None:
+        while sum(isinstance(p, _Step) for p in self._pending) > keep:
+            item = self._pending.pop(0)
+            self._writer.write(self._rows(item) if isinstance(item, _Step) else [item])
+        if keep == 0:
+            self._writer.write(self._pending)
+            self._pending = []
+
+    def _rows(self, step: _Step) -> list[dict[str, Any]]:
+        if step.fetched is not None:
+            step.fetched.synchronize()
+        n = len(self.names)
+        for probe in step.probes:
+            probe.table = probe.table.numpy() if probe.table is not None else empty_table(n)
+            probe.samples = {i: g.float().numpy() for i, g in probe.samples.items()}
+        before, after = empty_table(n), empty_table(n)
+        for held, b, a in step.moved:
+            before[held], after[held] = b.numpy()[held], a.numpy()[held]
+        shadow = {
+            i: values
+            for result in step.shadows
+            for i, values in zip(self._sample, result.tolist(), strict=True)
+            if np.isfinite(values[0])
+        }
+        if step.leftover:
+            step.facts["leftover"] = int((step.probes[0].norm > 0).sum())
+        probes = step.probes if step.full else []
+        moved = (before, after) if step.moved else None
+        data = StepData(step.number, probes, step.raw, step.entry, moved, shadow, step.facts)
+        return timeline.rows(data, self.names, self._last_raw)
+
+    # --- the model -----------------------------------------------------------------------------------------------
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        module, key = self._owners[name]
+        return module._parameters[key]  # type: ignore[return-value]
+
+    def _read_parameters(self) -> None:
+        """Look the parameters up again: something may have re-created them."""
+        current = [self._parameter(name) for name in self.names]
+        self._replaced += sum(a is not b for a, b in zip(self._parameters, current, strict=True))
+        self._parameters = current
+
+    def _header(self) -> dict[str, Any]:
+        tensors = [
+            {"name": n, "shape": list(p.shape), "trainable": p.requires_grad, "sampled": i in self._sample}
+            for i, (n, p) in enumerate(zip(self.names, self._parameters, strict=True))
+        ]
+        return {"kind": "run", "schema": 1, "every": self.every, "tensors": tensors}
+
+    def _manager(self) -> Any:
+        if self._factors is not None:
+            return self._factors
+        owners = (self.model, getattr(self.model, "base_model", None), getattr(self.model, "model", None))
+        return next((m for o in owners if (m := getattr(o, "_grit_manager", None)) is not None), None)
+
+    def _factor_report(self) -> dict[str, Any] | None:
+        manager = self._manager()
+        if manager is None:
+            return None
+        report = manager.factor_report()
+        keys = ["name", "status", "samples", "trace_a", "trace_g", "condition_a", "condition_g"]
+        keys += ["identity_distance_a", "identity_distance_g"]
+        layers = [
+            {k: timeline.short(v) if isinstance(v, float) else v for k in keys if (v := row.get(k)) is not None}
+            for row in report.get("layers", [])
+        ]
+        return {"kind": "factors", "step": self.steps, "statuses": report.get("statuses", {}), "layers": layers}
+
+
+def _to_host(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to("cpu", non_blocking=True)
