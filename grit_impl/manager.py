@@ -113,6 +113,8 @@ class GRITManager:
 
     Attributes:
         layers: The layers, in order; every stacked tensor uses this order.
+        checks_completeness: Compare the statistics with the gradients once. Only where `precondition` runs before
+            the parameters move: the comparison needs the weights that the gradients belong to.
         step: Optimizer steps preconditioned so far.
         applied: (2, L) optimizer steps in which the gradient of A (0) or B (1) met a ready inverse.
         completeness: (L,) relative errors of the check that every token of every layer was seen; None: not yet done.
@@ -128,6 +130,7 @@ class GRITManager:
         capture: Literal["auto", "modules"] = "auto",
     ) -> None:
         self.model, self.config, self.capture = model, config or GRITConfig(), capture
+        self.checks_completeness = capture == "auto"
         self.layers = find_layers(model)
         ranks = [layer.rank for layer in self.layers]
         self.rank = max(ranks)
@@ -190,7 +193,7 @@ class GRITManager:
         """A new accumulation window: forget statistics of gradients that nobody stepped on."""
         self.statistics.reset()
         self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
-        self.statistics.check_completeness = self.capture == "auto" and self.completeness is None
+        self.statistics.check_completeness = self.checks_completeness and self.completeness is None
         self._window_open = True
 
     def _before_forward(self) -> None:

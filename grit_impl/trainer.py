@@ -104,6 +104,8 @@ class GRITCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Build the manager, restore it on a resumed run, and take over clipping."""
         self.manager = GRITManager(kw["model"], self.config, self.capture).attach()
+        if self.moment != "on_pre_optimizer_step":
+            self.manager.checks_completeness = False
         if state.global_step:
             file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
             if not file.is_file():
