@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grit_impl.evaluate.engine import Engine, Engines
-from grit_impl.evaluate.gotemplate import Message, Template, TemplateError
+from grit_impl.export.gotemplate import Message, Template, TemplateError
 from grit_impl.evaluate.models import Model, Models
 from grit_impl.evaluate.wire import MESSAGE, APIError, now, parse_keep_alive, parse_options, typed
 

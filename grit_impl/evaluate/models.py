@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.gotemplate import Template, TemplateError
+from grit_impl.export.gotemplate import Template, TemplateError
 from grit_impl.evaluate.wire import MESSAGE, OPTIONS, APIError, Name, now, parse_name, parse_options, typed
 from grit_impl.export.metadata import read_metadata
 from grit_impl.export.modelfile import Modelfile, read_modelfile
