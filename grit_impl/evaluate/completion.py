@@ -1,7 +1,7 @@
 """/api/generate and /api/chat: from a request to a prompt, from llama.cpp's chunks to Ollama's.
 
-Source: Ollama's `server/routes.go`, `server/prompt.go` and `llm/llama_server.go` (0.30 and later, where every GGUF is run
-by llama.cpp's server).
+Source: Ollama's `server/routes.go`, `server/prompt.go` and `llm/llama_server.go` (0.30 and later, where llama.cpp's server
+runs every GGUF).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grit_impl.evaluate.engine import Engine, Engines
-from grit_impl.export.gotemplate import Message, Template, TemplateError
 from grit_impl.evaluate.models import Model, Models
 from grit_impl.evaluate.wire import MESSAGE, APIError, now, parse_keep_alive, parse_options, typed
+from grit_impl.export.gotemplate import Message, Template, TemplateError
 
 # A generation without num_predict ends after this many context windows (`openEndedGenerationContextMultiplier`).
 OPEN_ENDED = 10
@@ -229,7 +229,15 @@ async def _body(engine: Engine, job: Job, prompt: str) -> dict[str, Any]:
         "repeat_last_n": max(-1, min(options["repeat_last_n"], context)),
         "top_k": max(0, min(options["top_k"], 2**31 - 1)),
     }
-    for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "frequency_penalty", "presence_penalty"):
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repeat_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+    ):
         body[name] = options[name]
     if job.request.get("logprobs"):
         body["n_probs"] = max(int(job.request.get("top_logprobs", 0)), 1)

@@ -154,32 +154,42 @@ class Engines:
         queue: Requests waiting or running per server before 503.
     """
 
-    def __init__(self, *, parallel: int = 1, threads: int = 1, context: int = 4096, most: int = 8, queue: int = 512) -> None:
+    def __init__(
+        self, *, parallel: int = 1, threads: int = 1, context: int = 4096, most: int = 8, queue: int = 512
+    ) -> None:
         self.parallel, self.threads, self.context, self.most, self.queue = parallel, threads, context, most, queue
         self.loaded: dict[str, Engine] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._waiting = 0
+        self._pending = 0
         self._changed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def use(
-        self, key: str, gguf: Path, adapter: Path | None, trained: int, options: dict[str, Any], keep_alive: float | None
+        self,
+        key: str,
+        gguf: Path,
+        adapter: Path | None,
+        trained: int,
+        options: dict[str, Any],
+        keep_alive: float | None,
     ) -> AsyncIterator[Engine]:
         """Hold a loaded model for one request.
 
         Raises:
             APIError: 503 if too many requests wait, 500 if the model cannot be loaded.
         """
-        if self._waiting >= self.queue:
+        if self._pending >= self.queue:
             raise APIError(503, BUSY)
-        self._waiting += 1
+        self._pending += 1
         try:
             engine = await self._get(key, self._settings(gguf, adapter, trained, options))
-        finally:
-            self._waiting -= 1
+        except BaseException:
+            self._pending -= 1
+            raise
         try:
             yield engine
         finally:
+            self._pending -= 1
             engine.users -= 1
             if keep_alive is not None:
                 engine.keep_alive = keep_alive
@@ -229,10 +239,7 @@ class Engines:
         async with lock:
             engine = self.loaded.get(key)
             if engine is not None and (engine.settings != settings or not engine.process.running):
-                async with self._changed:
-                    await self._changed.wait_for(lambda: engine.users == 0)
-                if self.loaded.pop(key, None) is engine:
-                    await engine.close()
+                await self._retire(key, engine)
                 engine = None
             if engine is None:
                 await self._make_room(key)
@@ -240,6 +247,13 @@ class Engines:
                 self.loaded[key] = engine
             engine.users += 1
             return engine
+
+    async def _retire(self, key: str, engine: Engine) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: engine.users == 0)
+        if self.loaded.get(key) is engine:
+            del self.loaded[key]
+        await engine.close()
 
     async def _make_room(self, key: str) -> None:
         while len(self.loaded) >= self.most:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl.errors import GRITError
-from grit_impl.export.gotemplate import Template, TemplateError
 from grit_impl.evaluate.wire import MESSAGE, OPTIONS, APIError, Name, now, parse_name, parse_options, typed
+from grit_impl.export.gotemplate import Template, TemplateError
 from grit_impl.export.metadata import read_metadata
 from grit_impl.export.modelfile import Modelfile, read_modelfile
 from grit_impl.export.writer import FILE_TYPES, check_same_base
@@ -75,7 +75,9 @@ class Model:
     def details(self) -> dict[str, Any]:
         """The `details` of lists and of /api/show."""
         count = int(self.metadata["n_parameters"])
-        size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M" if count >= 1e6 else f"{count / 1e3:.2f}K"
+        size = (
+            f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M" if count >= 1e6 else f"{count / 1e3:.2f}K"
+        )
         return {
             "parent_model": self.parent,
             "format": "gguf",
@@ -265,27 +267,36 @@ class Models:
         return name
 
     def create(self, name: Name, request: dict[str, Any]) -> Iterator[str]:
-        """Make a model; yields the statuses that Ollama prints. Raises `APIError`: Ollama sends it inside the stream."""
+        """Make a model; yields the statuses that Ollama prints.
+
+        Raises:
+            APIError: while it runs, which Ollama reports inside the stream.
+        """
         quantize = str(request.get("quantize") or "")
         if quantize and quantize.upper() not in ("F32", "F16", "Q8_0", "Q4_K_S", "Q4_K_M"):
-            raise APIError(500, f"unsupported quantization type {quantize.upper()} - supported types are F32, F16, Q4_K_S, Q4_K_M, Q8_0")
+            supported = "F32, F16, Q4_K_S, Q4_K_M, Q8_0"
+            raise APIError(500, f"unsupported quantization type {quantize.upper()} - supported types are {supported}")
         base = self._base(request)
-        if isinstance(base, Model):
-            gguf, inherited = base.gguf, base
-        else:
+        inherited = base if isinstance(base, Model) else None
+        gguf = base.gguf if isinstance(base, Model) else base
+        if inherited is None:
             yield "parsing GGUF"
-            gguf, inherited = base, None
             yield "verifying conversion"
         adapter = inherited.adapter if inherited else None
         for digest in (request.get("adapters") or {}).values():
             adapter = self._needed(str(digest))
             yield "parsing GGUF"
         if quantize:
+            stored = _KINDS.get(int(read_metadata(gguf).get("general.file_type", 0)), "unknown")
+            yield f"quantizing {stored} model to {quantize.upper()}"
             gguf = self._quantized(gguf, quantize)
-            yield f"quantizing {_KINDS.get(int(read_metadata(base.gguf if inherited else gguf).get('general.file_type', 0)))} model to {quantize.upper()}"
         parameters = {**(inherited.parameters if inherited else {}), **(request.get("parameters") or {})}
         messages = [typed(m, MESSAGE, "Message") for m in request.get("messages") or [] if isinstance(m, dict)]
-        yield f"creating new layer sha256:{gguf.name.removeprefix('sha256-')}" if not inherited else "using existing layer"
+        yield (
+            f"creating new layer sha256:{gguf.name.removeprefix('sha256-')}"
+            if not inherited
+            else "using existing layer"
+        )
         template = request.get("template")
         licenses = request.get("license")
         try:

@@ -1,7 +1,7 @@
 """A server that speaks Ollama's HTTP API over llama.cpp, in this process.
 
-Real Ollama (0.30 and later) runs llama.cpp's server, too; the numbers agree. This one needs nothing but PyPI wheels, so the
-evaluation takes the same path on a small CI machine and on a user's Ollama.
+Real Ollama (0.30 and later) runs llama.cpp's server, too; the numbers agree. This one needs nothing but PyPI wheels, so
+the evaluation takes the same path on a small CI machine and on a user's Ollama.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class EmbeddedOllama:
 
 
 class _Protocol(H11Protocol):
-    """A connection that sends no complete request in time is closed: thousands of silent ones would use up the limit."""
+    """A connection that sends no complete request in time is closed: silent ones would use up the limit."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -344,7 +344,9 @@ def _guarded(handler: Handler) -> Handler:
 
 async def _plain(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return PlainTextResponse("405 method not allowed" if error.status_code == 405 else "404 page not found", error.status_code)
+    return PlainTextResponse(
+        "405 method not allowed" if error.status_code == 405 else "404 page not found", error.status_code
+    )
 
 
 async def _body(request: Request) -> bytes:

@@ -27,7 +27,14 @@ GENERATE = {
     "raw": _BOOL, "images": _ARRAY,
 }  # fmt: skip
 CHAT = {**COMMON, "messages": _ARRAY, "tools": _ARRAY}
-MESSAGE = {"role": _STRING, "content": _STRING, "images": _ARRAY, "tool_calls": _ARRAY, "thinking": _STRING, "tool_name": _STRING}
+MESSAGE = {
+    "role": _STRING,
+    "content": _STRING,
+    "images": _ARRAY,
+    "tool_calls": _ARRAY,
+    "thinking": _STRING,
+    "tool_name": _STRING,
+}
 SHOW = {"model": _STRING, "name": _STRING, "system": _STRING, "template": _STRING, "verbose": _BOOL, "options": _OBJECT}
 COPY = {"source": _STRING, "destination": _STRING}
 DELETE = {"model": _STRING, "name": _STRING}
@@ -84,7 +91,9 @@ def typed(value: dict[str, Any], fields: dict[str, str], struct: str) -> dict[st
     for name, item in found.items():
         if item is not None and not _fits(item, fields[name]):
             kind = _kind(item)
-            raise APIError(400, f"json: cannot unmarshal {kind} into Go struct field {struct}.{name} of type {fields[name]}")
+            raise APIError(
+                400, f"json: cannot unmarshal {kind} into Go struct field {struct}.{name} of type {fields[name]}"
+            )
     return {name: item for name, item in found.items() if item is not None}
 
 
@@ -205,7 +214,7 @@ def _kind(value: Any) -> str:
         return "bool"
     if isinstance(value, int | float):
         return "number" if isinstance(value, int) else f"number {value}"
-    return {str: "string", list: "array", dict: "object"}.get(type(value), "null")
+    return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
 
 
 def _go_type(value: Any) -> str:
@@ -218,7 +227,11 @@ def _no_constant(name: str) -> Any:
 
 def _syntax(body: bytes, error: Exception) -> str:
     if not isinstance(error, json.JSONDecodeError):
-        return str(error) if str(error).startswith("invalid character") else "invalid character '\\ufffd' in string literal"
+        return (
+            str(error)
+            if str(error).startswith("invalid character")
+            else "invalid character '\\ufffd' in string literal"
+        )
     text = body.decode("utf-8", errors="replace")
     if error.pos >= len(text.rstrip()) or "Unterminated" in error.msg:
         return "unexpected EOF"

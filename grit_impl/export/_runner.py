@@ -1,7 +1,7 @@
 """Child process that runs llama.cpp's server: settings as JSON on the first line of stdin, its address on stdout.
 
-A process of its own, as in Ollama: an assertion inside llama.cpp then ends one model, not the test session. It ends when
-stdin closes, so that it cannot outlive its parent, however the parent dies.
+A process of its own, as in Ollama: an assertion inside llama.cpp then ends one model, not the test session. It ends
+when stdin closes, so that it cannot outlive its parent, however the parent dies.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped]
 
     params = xllamacpp.CommonParams()
     params.model.path = settings["model"]

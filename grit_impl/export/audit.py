@@ -1,7 +1,7 @@
 """Where an export went wrong: the file's keys and matrices against those that the base and the adapter imply.
 
-The logits of `check.py` are the proof; this names the cause. It shares the exporter's formulas and so would share an error
-in them, which is why it is not the proof.
+The logits of `check.py` are the proof; this names the cause. It shares the exporter's formulas and so would share an
+error in them, which is why it is not the proof.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from grit_impl.export.findings import Finding
 from grit_impl.export.lora import Adapter
 from grit_impl.export.metadata import read_metadata
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
-from grit_impl.export.writer import EMBEDDING, FINGERPRINT_KEY, _gguf_name, _rope_factors, _rotary_heads, permute, rope_settings
+from grit_impl.export.writer import (
+    EMBEDDING,
+    FINGERPRINT_KEY,
+    gguf_name,
+    permute,
+    rope_factors,
+    rope_settings,
+    rotary_heads,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +65,18 @@ def _audit_tokenizer(metadata: dict[str, Any], vocabulary: Vocabulary) -> list[F
     if get("ggml.pre") != vocabulary.pre:
         found.append(Finding("pre-tokenizer", f"tokenizer.ggml.pre is {get('ggml.pre')!r}, not {vocabulary.pre!r}"))
     if bool(get("ggml.add_bos_token", False)) != vocabulary.add_bos:
-        found.append(Finding("bos", f"add_bos_token is {get('ggml.add_bos_token')}, the tokenizer's is {vocabulary.add_bos}"))
+        found.append(
+            Finding("bos", f"add_bos_token is {get('ggml.add_bos_token')}, the tokenizer's is {vocabulary.add_bos}")
+        )
     if len(get("ggml.tokens") or []) != len(vocabulary.tokens):
-        found.append(Finding("vocabulary-size", f"{len(get('ggml.tokens') or [])} tokens, {len(vocabulary.tokens)} rows"))
+        found.append(
+            Finding("vocabulary-size", f"{len(get('ggml.tokens') or [])} tokens, {len(vocabulary.tokens)} rows")
+        )
     ends = {get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     if missing := [i for i in vocabulary.eos[:2] if i not in ends]:
-        found.append(Finding("stop-token", f"token {missing[0]} ({vocabulary.tokens[missing[0]]}) is no end token in the file"))
+        found.append(
+            Finding("stop-token", f"token {missing[0]} ({vocabulary.tokens[missing[0]]}) is no end token in the file")
+        )
     if vocabulary.chat_template and get("chat_template") != vocabulary.chat_template:
         state = "differs" if get("chat_template") else "is missing"
         found.append(Finding("chat-template", f"tokenizer.chat_template {state}"))
@@ -81,17 +95,21 @@ def audit_weights(
 
     def stored(name: str) -> torch.Tensor | None:
         tensor = tensors.get(name)
-        return torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy()) if tensor is not None else None
+        return (
+            torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy()) if tensor is not None else None
+        )
 
     found: dict[str, Finding] = {}
     for finding in _audit_shape(base, lora, set(tensors), stored):
         found.setdefault(finding.mode, finding)
     with base.reader() as reader:
         for name in _sampled(base):
-            value = stored(_gguf_name(name, base.config))
+            value = stored(gguf_name(name, base.config))
             if value is None:
                 found.setdefault("weights", Finding("weights", f"{name} is missing from {gguf.name}"))
-            elif finding_or_none := _compare(name, value, base, lora, reader, tolerance, four_bit and not sixteen_bit_base):
+            elif finding_or_none := _compare(
+                name, value, base, lora, reader, tolerance, four_bit and not sixteen_bit_base
+            ):
                 found.setdefault(finding_or_none.mode, finding_or_none)
     return list(found.values())
 
@@ -103,7 +121,7 @@ def _audit_shape(
     trained_head = lora is not None and any(key.startswith("lm_head") for key in [*lora.pairs, *lora.replaced])
     if "output.weight" not in names and (not base.tied or trained_head):
         found.append(Finding("output-head", "output.weight is missing; llama.cpp would use the embedding instead"))
-    factors, given = _rope_factors(base.config), stored("rope_freqs.weight")
+    factors, given = rope_factors(base.config), stored("rope_freqs.weight")
     if (factors is None) != (given is None):
         state = "is missing" if given is None else "should not be there"
         found.append(Finding("rope-parameters", f"rope_freqs.weight {state}"))
@@ -119,9 +137,15 @@ def _sampled(base: Checkpoint) -> list[str]:
 
 
 def _compare(
-    name: str, value: torch.Tensor, base: Checkpoint, lora: Adapter | None, reader: TensorReader, tolerance: float, simulate: bool
+    name: str,
+    value: torch.Tensor,
+    base: Checkpoint,
+    lora: Adapter | None,
+    reader: TensorReader,
+    tolerance: float,
+    simulate: bool,
 ) -> Finding | None:
-    heads = _rotary_heads(name, base.config)
+    heads = rotary_heads(name, base.config)
     module = name.removesuffix(".weight")
     pair = lora.pairs.get(module) if lora is not None else None
     original = lora.replaced[name] if lora is not None and name in lora.replaced else reader(name)
@@ -142,13 +166,24 @@ def _compare(
         return None
     if heads and float((value - expected).norm() / expected.norm()) <= max(tolerance, 1e-5):
         return Finding("rope-permutation", f"{name} is not permuted")
-    if pair is not None and not simulate and base.four_bit is False and off(pair.merged(_simulated(name, original, lora))) < error / 2:
-        return Finding("qlora-merge-base", f"{name} holds dequantised NF4 weights, the adapter was trained on the stored ones")
+    if (
+        pair is not None
+        and not simulate
+        and base.four_bit is False
+        and off(pair.merged(_simulated(name, original, lora))) < error / 2
+    ):
+        return Finding(
+            "qlora-merge-base", f"{name} holds dequantised NF4 weights, the adapter was trained on the stored ones"
+        )
     if simulate and off(pair.merged(original) if pair is not None else original) < error / 2:
         return Finding("qlora-merge-base", f"{name} holds the 16-bit weights; the adapter was trained on NF4 weights")
     if pair is not None and abs(share) < 0.05:
         return Finding("no-op-merge", f"{name} is the base's, without the adapter")
-    if pair is not None and abs(share - 1) >= 0.1 and off(start + share * (expected - start)) < max(tolerance, error / 2):
+    if (
+        pair is not None
+        and abs(share - 1) >= 0.1
+        and off(start + share * (expected - start)) < max(tolerance, error / 2)
+    ):
         return Finding("adapter-scaling", f"{name} holds {share:.2f} times the adapter")
     return Finding("weights", f"{name} differs by {error:.2g} (relative), {tolerance:g} is rounding")
 
@@ -185,14 +220,16 @@ def audit_adapter(base: Checkpoint, lora: Adapter, gguf: Path) -> list[Finding]:
     found: dict[str, Finding] = {}
     ours = metadata.get(FINGERPRINT_KEY)
     if ours is not None and ours != base.fingerprint():
-        found["wrong-base"] = Finding("wrong-base", f"{gguf.name} was trained on base {str(ours)[:12]}, not on {base.folder}")
+        found["wrong-base"] = Finding(
+            "wrong-base", f"{gguf.name} was trained on base {str(ours)[:12]}, not on {base.folder}"
+        )
     for module, pair in lora.pairs.items():
-        name = _gguf_name(f"{module}.weight", base.config)
+        name = gguf_name(f"{module}.weight", base.config)
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if a is None or b is None:
             found.setdefault("no-op-merge", Finding("no-op-merge", f"{module} is missing from {gguf.name}"))
             continue
-        heads = _rotary_heads(f"{module}.", base.config)
+        heads = rotary_heads(f"{module}.", base.config)
         wanted = pair.scaling * (pair.b @ pair.a)
         given = (alpha / a.shape[0] if alpha else 1.0) * (b @ a)
         target = permute(wanted, heads) if heads else wanted
@@ -201,7 +238,9 @@ def audit_adapter(base: Checkpoint, lora: Adapter, gguf: Path) -> list[Finding]:
         if heads and rest > 0.05 and float((given - wanted).norm() / wanted.norm().clamp_min(1e-30)) < 0.05:
             found.setdefault("rope-permutation", Finding("rope-permutation", f"{module}'s B is not permuted"))
         elif rest > 0.05:
-            found.setdefault("weights", Finding("weights", f"{module} differs from the PEFT adapter by {rest:.2g} (relative)"))
+            found.setdefault(
+                "weights", Finding("weights", f"{module} differs from the PEFT adapter by {rest:.2g} (relative)")
+            )
         elif abs(ratio - 1) > 0.01:
             found.setdefault("adapter-scaling", Finding("adapter-scaling", f"{module} is applied {ratio:.2f} times"))
     return list(found.values())

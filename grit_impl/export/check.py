@@ -1,7 +1,7 @@
 """Proof that an exported file is the trained model: Hugging Face against llama.cpp, token by token.
 
-llama.cpp generates greedily from many prompts; Hugging Face is then given the very same tokens (teacher forcing), and the
-two distributions are compared at every position. Generated texts are not compared: after one near-tie they part for good.
+llama.cpp generates greedily from many prompts; Hugging Face is then given the very same tokens (teacher forcing), and
+the two distributions are compared at every position. Generated texts are not compared: after one near-tie they part.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ class Verification:
             f"{self.positions} positions, max log-probability difference {self.max_difference:.2g} "
             f"(limit {self.limits.difference:g}), mean KL {self.mean_kl:.2g} (limit {self.limits.kl:g})"
         )
-        return f"{self.dtype}: {numbers}" if self.passed else f"{self.dtype}: {'; '.join(map(str, self.findings))}; {numbers}"
+        return (
+            f"{self.dtype}: {numbers}"
+            if self.passed
+            else f"{self.dtype}: {'; '.join(map(str, self.findings))}; {numbers}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For a run record."""
@@ -160,7 +164,11 @@ def verify_export(
     with engine, httpx.Client(base_url=engine.url, headers=engine.headers, timeout=600, trust_env=False) as client:
         # With a 16-bit merge the file is right if it is base16 + adapter; how far that is from training is reported.
         reference = Reference(
-            model.folder, lora.folder if lora else None, four_bit=quantized and not sixteen_bit_base, device=device, dtype=dtype
+            model.folder,
+            lora.folder if lora else None,
+            four_bit=quantized and not sixteen_bit_base,
+            device=device,
+            dtype=dtype,
         )
         _check_tokens(client, reference, prompts, result)
         _check_stops(client, model, result)
@@ -232,7 +240,12 @@ def _check_stops(client: httpx.Client, model: Checkpoint, result: Verification) 
     vocabulary = read_vocabulary(model, model.shape(EMBEDDING)[0])
     for token in vocabulary.eos:
         # Forced to say the end token, the engine must stop.
-        body = {"prompt": [vocabulary.bos or 0, token], "n_predict": 3, "temperature": 0, "logit_bias": [[token, 1000.0]]}
+        body = {
+            "prompt": [vocabulary.bos or 0, token],
+            "n_predict": 3,
+            "temperature": 0,
+            "logit_bias": [[token, 1000.0]],
+        }
         reply = client.post("/completion", json=body).json()
         if reply.get("stop_type") != "eos":
             _add(result.findings, Finding("stop-token", f"generation goes on after {vocabulary.tokens[token]!r}"))
@@ -240,14 +253,20 @@ def _check_stops(client: httpx.Client, model: Checkpoint, result: Verification) 
 
 def _check_template(client: httpx.Client, reference: Reference, result: Verification) -> None:
     messages = [{"role": "user", "content": "Name a river. "}]
-    for conversation in (messages, [*messages, {"role": "assistant", "content": "Rhine"}, {"role": "user", "content": "Another?"}]):
+    for conversation in (
+        messages,
+        [*messages, {"role": "assistant", "content": "Rhine"}, {"role": "user", "content": "Another?"}],
+    ):
         ours = reference.render(conversation)
         if ours is None:
             return
         reply = client.post("/apply-template", json={"messages": conversation}).json()
         theirs = str(reply.get("prompt", reply.get("error"))).removeprefix(reference.tokenizer.bos_token or "")
         if ours != theirs:
-            _add(result.findings, Finding("chat-template", f"the file renders {theirs[:60]!r}, training had {ours[:60]!r}"))
+            _add(
+                result.findings,
+                Finding("chat-template", f"the file renders {theirs[:60]!r}, training had {ours[:60]!r}"),
+            )
 
 
 @dataclass
@@ -331,7 +350,12 @@ def _compare(result: Verification, reference: Reference, generated: list[_Steps]
         result.adapter_kl = sum(adapter_kls) / len(adapter_kls)
         # The trained model itself cannot be told from its base: nothing was learned, or nothing was loaded.
         if result.adapter_kl < 1e-9:
-            _add(result.findings, Finding("no-op-merge", f"with and without the adapter the model is the same (KL {result.adapter_kl:.1g})"))
+            _add(
+                result.findings,
+                Finding(
+                    "no-op-merge", f"with and without the adapter the model is the same (KL {result.adapter_kl:.1g})"
+                ),
+            )
 
 
 def _kl(ours: torch.Tensor, indices: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -65,7 +65,11 @@ def safetensors_entries(path: Path) -> dict[str, TensorEntry]:
         size = path.stat().st_size
         entries = {
             name: TensorEntry(
-                path, str(e["dtype"]), tuple(e["shape"]), 8 + length + e["data_offsets"][0], 8 + length + e["data_offsets"][1]
+                path,
+                str(e["dtype"]),
+                tuple(e["shape"]),
+                8 + length + e["data_offsets"][0],
+                8 + length + e["data_offsets"][1],
             )
             for name, e in table.items()
             if name != "__metadata__"
@@ -96,7 +100,9 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         architecture = (self.config.get("architectures") or ["?"])[0]
         if architecture != "LlamaForCausalLM":
-            raise GRITError(f"cannot export {architecture} from {self.folder}: the exporter writes LlamaForCausalLM only")
+            raise GRITError(
+                f"cannot export {architecture} from {self.folder}: the exporter writes LlamaForCausalLM only"
+            )
         files = sorted(self.folder.glob("model*.safetensors"))
         if not files:
             raise GRITError(f"{self.folder} holds no model*.safetensors: save it with save_pretrained first")

@@ -45,7 +45,7 @@ def round_trip(weight: torch.Tensor, *, double_quantization: bool = True) -> tor
 
 def _bitsandbytes() -> Any:
     try:
-        import bitsandbytes.functional
+        import bitsandbytes.functional  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise GRITError("a QLoRA base needs bitsandbytes to be dequantised: pip install bitsandbytes") from None
     return bitsandbytes.functional

@@ -38,7 +38,7 @@ class Template:
     """A parsed template.
 
     Args:
-        source: Go template text. Without `.Messages` and `.Response` in it, `{{ .Response }}` is appended, as Ollama does.
+        source: Go template text. Without `.Messages` and `.Response`, `{{ .Response }}` is appended, as Ollama does.
 
     Raises:
         TemplateError: it cannot be parsed.

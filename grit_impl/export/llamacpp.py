@@ -16,7 +16,14 @@ from grit_impl.errors import GRITError
 
 _CHILD = Path(__file__).with_name("_runner.py")
 # What llama.cpp prints about a file it cannot load, most telling first.
-_TELLING = ("error loading model:", "failed to load model", "failed to apply lora", "llama_adapter_lora_init", "error:", " E ")
+_TELLING = (
+    "error loading model:",
+    "failed to load model",
+    "failed to apply lora",
+    "llama_adapter_lora_init",
+    "error:",
+    " E ",
+)
 
 
 class LlamaCpp:

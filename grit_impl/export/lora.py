@@ -82,7 +82,9 @@ class Adapter:
         for option, neutral in UNSUPPORTED.items():
             value = self.config.get(option, neutral)
             if value != neutral and value not in (None, False, [], {}):
-                raise GRITError(f"cannot export {self.folder}: {option}={value!r} is not merged; train with {option}={neutral!r}")
+                raise GRITError(
+                    f"cannot export {self.folder}: {option}={value!r} is not merged; train with {option}={neutral!r}"
+                )
         weights = self.folder / "adapter_model.safetensors"
         safetensors_entries(weights)
         self.sha256 = sha256_file(weights)
@@ -96,11 +98,12 @@ class Adapter:
         return any(pair.magnitude is not None for pair in self.pairs.values())
 
     def scaling(self, module: str, rank: int) -> float:
-        """PEFT's scaling of a module (`peft.tuners.lora.LoraModel`), and a check that the file's rank is the declared one."""
+        """PEFT's scaling of a module (`peft.tuners.lora`). Raises `GRITError` if its rank is not the declared one."""
         declared = _pattern(self.config.get("rank_pattern"), module, self.config["r"])
         if rank != declared:
             raise GRITError(
-                f"{self.folder}: {module} has rank {rank}, adapter_config.json says {declared}; write adapted ranks into rank_pattern"
+                f"{self.folder}: {module} has rank {rank}, adapter_config.json says {declared}; "
+                "write adapted ranks into rank_pattern"
             )
         alpha = float(_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -111,11 +114,11 @@ class Adapter:
         for module, pair in self.pairs.items():
             name = f"{module}.weight"
             if name not in known:
-                raise GRITError(f"adapter on the wrong base: {self.folder} changes {module}, which {base.folder} does not have")
+                raise GRITError(f"wrong-base: {self.folder} changes {module}, which {base.folder} does not have")
             shape = base.shape(name if name in base.entries else "model.embed_tokens.weight")
             if (pair.b.shape[0], pair.a.shape[1]) != shape:
                 got = (pair.b.shape[0], pair.a.shape[1])
-                raise GRITError(f"adapter on the wrong base: {module} is {got} in {self.folder} and {shape} in {base.folder}")
+                raise GRITError(f"wrong-base: {module} is {got} in {self.folder} and {shape} in {base.folder}")
         for name in self.replaced:
             if name not in known:
                 raise GRITError(f"cannot export {self.folder}: it stores {name}, which {base.folder} does not have")

@@ -24,12 +24,46 @@ TEMPLATES = {
     ),
     "plain": "{{ .Prompt }}{{ .Response }}",
 }
-INTEGERS = (
-    "num_ctx num_batch num_gpu main_gpu num_thread num_keep seed num_predict top_k repeat_last_n draft_num_predict"
-).split()
-FLOATS = "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty".split()
-DEPRECATED = "mirostat mirostat_tau mirostat_eta tfs_z penalize_newline low_vram f16_kv logits_all vocab_only use_mlock numa".split()
-COMMANDS = ("from", "adapter", "template", "system", "parameter", "message", "license", "renderer", "parser", "requires", "draft")
+INTEGERS = [
+    "num_ctx",
+    "num_batch",
+    "num_gpu",
+    "main_gpu",
+    "num_thread",
+    "num_keep",
+    "seed",
+    "num_predict",
+    "top_k",
+    "repeat_last_n",
+    "draft_num_predict",
+]
+FLOATS = ["top_p", "min_p", "typical_p", "temperature", "repeat_penalty", "presence_penalty", "frequency_penalty"]
+DEPRECATED = [
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+    "tfs_z",
+    "penalize_newline",
+    "low_vram",
+    "f16_kv",
+    "logits_all",
+    "vocab_only",
+    "use_mlock",
+    "numa",
+]
+COMMANDS = (
+    "from",
+    "adapter",
+    "template",
+    "system",
+    "parameter",
+    "message",
+    "license",
+    "renderer",
+    "parser",
+    "requires",
+    "draft",
+)
 
 
 @dataclass

@@ -19,7 +19,7 @@ class Reference:
     Args:
         base: Folder of the base.
         adapter: PEFT folder or None.
-        four_bit: Whether the adapter was trained on NF4 weights: a base stored in 16 bits then goes through NF4 and back.
+        four_bit: The adapter was trained on NF4 weights: a base stored in 16 bits goes through NF4 and back.
         device: Where to compute.
         dtype: torch dtype's name; float32 needs 32 GB for 8B parameters.
     """
@@ -45,12 +45,13 @@ class Reference:
         return [int(i) for i in self.tokenizer(text).input_ids]
 
     def log_probabilities(self, ids: list[int], start: int) -> torch.Tensor:
-        """Log-probabilities (len(ids) - start + 1, vocabulary) of the tokens at positions start, start + 1, ..., len(ids)."""
+        """Log-probabilities (len(ids) - start + 1, vocabulary) of the tokens at positions start to len(ids)."""
         import torch
 
         with torch.inference_mode():
             logits = self.model(torch.tensor([ids], device=self.device)).logits[0, start - 1 :]
-        return logits.float().log_softmax(-1).cpu()
+        result: torch.Tensor = logits.float().log_softmax(-1).cpu()
+        return result
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -85,7 +86,7 @@ def _load(base: Checkpoint, dtype: torch.dtype, four_bit: bool) -> Any:
     config = AutoConfig.from_pretrained(base.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     with base.reader() as reader, torch.no_grad():
         model.load_state_dict({name: reader(name).to(dtype) for name in base.names()}, strict=False)
         model.tie_weights()

@@ -34,7 +34,7 @@ def rewrite(
         out: The copy; it appears when it is complete.
         keys: Metadata to replace or add, in the type that it has in the file (or bool, int, float, str).
         drop_keys: Metadata to leave out.
-        change: Called with a tensor's name and float32 value (rows, columns); returns the new value, or None to drop it.
+        change: Called with a tensor's name and float32 value (rows, columns); returns the new one, None drops it.
         dtype: Number type of all matrices; None keeps each tensor's.
 
     Raises:

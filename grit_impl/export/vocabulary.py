@@ -80,11 +80,11 @@ def read_vocabulary(base: Checkpoint, rows: int) -> Vocabulary:
         raise GRITError(f"cannot export {path}: a {model.get('type')} tokenizer; only byte-level BPE is supported")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
     if not merges:
-        raise GRITError(f"missing merges: {path} has no BPE merges, and llama.cpp would not load the file")
+        raise GRITError(f"missing-merges: {path} has no BPE merges, and llama.cpp would not load the file")
     added = {entry["id"]: entry for entry in data.get("added_tokens") or []}
     by_id = {i: text for text, i in model["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
     if max(by_id) >= rows:
-        raise GRITError(f"vocabulary size: {path} has token id {max(by_id)}, the embedding has only {rows} rows; resize it")
+        raise GRITError(f"vocabulary-size: {path} has token id {max(by_id)}, the embedding only {rows} rows; resize it")
     # The embedding may have more rows than there are tokens (padded to a multiple); llama.cpp wants a name for each.
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
     types = [_type(i, by_id, added) for i in range(rows)]
@@ -129,12 +129,13 @@ def _token_id(token: Any, ids: dict[str, int], default: Any) -> int | None:
 def _ends(base: Checkpoint, ids: dict[str, int], settings: dict[str, Any]) -> list[int]:
     """The end token first, then the others that generation stops at (Llama 3 has two)."""
     generation = base.folder / "generation_config.json"
-    declared = (read_json(generation) if generation.exists() else {}).get("eos_token_id", base.config.get("eos_token_id"))
+    settings_file = read_json(generation) if generation.exists() else {}
+    declared = settings_file.get("eos_token_id", base.config.get("eos_token_id"))
     listed = declared if isinstance(declared, list) else [declared]
     ends = [_token_id(settings.get("eos_token"), ids, None), *listed]
     found = list(dict.fromkeys(int(i) for i in ends if i is not None))
     if not found:
-        raise GRITError(f"stop token: {base.folder} names no eos_token, so generation would never end; set it and save again")
+        raise GRITError(f"stop-token: {base.folder} names no eos_token, so generation would never end; set it")
     return found
 
 
@@ -161,4 +162,6 @@ def _pre_tokenizer(data: dict[str, Any], path: str) -> str:
             return SPLITS[_CONTRACTIONS + r"\p{N}" + _TAIL] if digits_apart else SPLITS[regexes[0]]
         if not regexes and gpt2_split:
             return "smollm" if digits_apart else "gpt-2"
-    raise GRITError(f"pre-tokenizer: {path} splits text with {kinds} in a way that llama.cpp has no name for; use Llama 3's split")
+    raise GRITError(
+        f"pre-tokenizer: {path} splits text with {kinds}, for which llama.cpp has no name; use Llama 3's split"
+    )

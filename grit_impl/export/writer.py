@@ -6,6 +6,7 @@ for byte where those scripts accept the model.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -177,7 +178,7 @@ def check_same_base(model: Path | str, adapter: Path | str) -> None:
 
     ours, theirs = (read_metadata(Path(p)).get(FINGERPRINT_KEY) for p in (model, adapter))
     if ours and theirs and ours != theirs:
-        raise GRITError(f"adapter on the wrong base: {adapter} was trained on {theirs[:12]}, {model} is {ours[:12]}")
+        raise GRITError(f"wrong-base: {adapter} was trained on {theirs[:12]}, {model} is {ours[:12]}")
 
 
 def _check_dtype(dtype: str) -> dict[str, GGMLQuantizationType]:
@@ -227,7 +228,7 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {**scaling, "theta": float(theta), "type": kind}
 
 
-def _rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
+def rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
     """Llama 3's frequency divisors (head_dim / 2), `modeling_rope_utils._compute_llama3_parameters` in float32."""
     rope = rope_settings(config)
     if rope["type"] != "llama3":
@@ -257,7 +258,8 @@ def permute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _rotary_heads(name: str, config: dict[str, Any]) -> int | None:
+def rotary_heads(name: str, config: dict[str, Any]) -> int | None:
+    """By how many heads a parameter's rows are to be permuted; None for all but queries and keys."""
     if ".q_proj" in name:
         return int(config["num_attention_heads"])
     if ".k_proj" in name:
@@ -265,10 +267,16 @@ def _rotary_heads(name: str, config: dict[str, Any]) -> int | None:
     return None
 
 
-def _gguf_name(name: str, config: dict[str, Any]) -> str:
+@functools.cache
+def _name_map(layers: int) -> Any:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    found = get_tensor_name_map(MODEL_ARCH.LLAMA, int(config["num_hidden_layers"])).get_name(name, (".weight", ".bias"))
+    return get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+
+
+def gguf_name(name: str, config: dict[str, Any]) -> str:
+    """A Hugging Face parameter's name in a GGUF Llama. Raises `GRITError` if it has none."""
+    found = _name_map(int(config["num_hidden_layers"])).get_name(name, (".weight", ".bias"))
     if found is None:
         raise GRITError(f"cannot export tensor {name}: it has no place in a GGUF Llama")
     return str(found)
@@ -288,16 +296,16 @@ def _merged_items(model: Checkpoint, lora: Adapter | None, reader: TensorReader,
                 weight = round_trip(weight)
             if module in pairs:
                 weight = pairs[module].merged(weight)
-            heads = _rotary_heads(name, model.config)
+            heads = rotary_heads(name, model.config)
             return permute(weight, heads) if heads else weight
 
         return load
 
-    factors = _rope_factors(model.config)
+    factors = rope_factors(model.config)
     if factors is not None:
         yield Item("rope_freqs.weight", tuple(factors.shape), lambda: factors)
     for name in model.names():
-        yield Item(_gguf_name(name, model.config), model.shape(name), value(name, name))
+        yield Item(gguf_name(name, model.config), model.shape(name), value(name, name))
     changed = {EMBEDDING, HEAD} & {*replaced, *(f"{module}.weight" for module in pairs)}
     if model.tied and changed:
         # One of the two was trained, so they are no longer the same matrix.
@@ -308,8 +316,8 @@ def _merged_items(model: Checkpoint, lora: Adapter | None, reader: TensorReader,
 
 def _adapter_items(model: Checkpoint, lora: Adapter, alpha: float) -> Iterator[Item]:
     for module, pair in lora.pairs.items():
-        name = _gguf_name(f"{module}.weight", model.config)
-        heads = _rotary_heads(f"{module}.", model.config)
+        name = gguf_name(f"{module}.weight", model.config)
+        heads = rotary_heads(f"{module}.", model.config)
         folded = pair.b * (pair.scaling / (alpha / pair.rank))
         b = permute(folded, heads) if heads else folded
         yield Item(f"{name}.lora_a", tuple(pair.a.shape), lambda a=pair.a: a)  # type: ignore[misc]

@@ -1,0 +1,298 @@
+"""`grit export`, `grit serve`, `grit deploy`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grit_impl.errors import GRITError
+
+if TYPE_CHECKING:
+    from grit_impl.export.check import Verification
+    from grit_impl.export.writer import Export, Progress
+
+_URL = click.option(
+    "--ollama-url", default=None, metavar="URL", help="Ollama server.  [default: $OLLAMA_HOST or 127.0.0.1:11434]"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a base folder, an adapter (None: the base itself), and the folder for the files."""
+
+    base: Path
+    adapter: Path | None
+    folder: Path
+    name: str
+    four_bit: bool | None
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["gguf", "adapter", "ollama"]),
+    default="gguf",
+    show_default=True,
+    help="gguf: merged model; adapter: base and LoRA apart; ollama: merged, and created in a server.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    default="q8_0",
+    show_default=True,
+    help="Number type of the model's matrices.",
+)
+@click.option("--base", "base_spec", default=None, metavar="MODEL", help="Base model.  [default: the run's]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for the files.  [default: RUN/gguf]")
+@click.option(
+    "--existing",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=None,
+    help="Verify this GGUF (e.g. from save_pretrained_gguf) instead of writing one.",
+)
+@click.option(
+    "--verify/--no-verify", default=False, show_default=True, help="Compare with Hugging Face, token by token."
+)
+@click.option(
+    "--qlora/--no-qlora", default=None, help="The adapter was trained on NF4 weights.  [default: as the run says]"
+)
+@click.option(
+    "--sixteen-bit-base", is_flag=True, help="Merge a QLoRA adapter into the 16-bit weights, not the dequantised."
+)
+@click.option("--temperature", type=float, default=1.5, show_default=True, help="Sampling temperature for chat.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Sampling threshold for chat."
+)
+@click.option("--num-ctx", type=click.IntRange(4), default=2048, show_default=True, help="Context window in tokens.")
+@click.option("--name", default=None, help="Model name for --to ollama.  [default: grit-ARM]")
+@_URL
+def export(run: Path, target: str, dtype: str, **options: Any) -> None:
+    """Write RUN (a run record, a PEFT adapter folder, or a base model folder) for llama.cpp and Ollama."""
+    source = _source(run, options["base_spec"], options["out"], options["qlora"])
+    from grit_impl.export.modelfile import write_modelfile
+    from grit_impl.export.writer import export_adapter, export_merged
+
+    modelfile = source.folder / "Modelfile"
+    sampling = {key: options[key] for key in ("temperature", "min_p", "num_ctx")}
+    written: list[Export] = []
+    lora: Path | None = None
+    if options["existing"] is not None:
+        model, modelfile_or_none = options["existing"], None
+    else:
+        model, modelfile_or_none = source.folder / f"model-{dtype}.gguf", modelfile
+        with _progress(f"exporting {source.name}") as progress:
+            if target == "adapter":
+                if source.adapter is None:
+                    raise GRITError(f"{run} has no adapter to export")
+                model, lora = source.folder / f"base-{dtype}.gguf", source.folder / "adapter-f16.gguf"
+                written.append(export_merged(source.base, None, model, dtype, progress))
+                written.append(export_adapter(source.base, source.adapter, lora, "f16", progress))
+            else:
+                written.append(
+                    export_merged(
+                        source.base, source.adapter, model, dtype, progress,
+                        four_bit=source.four_bit, sixteen_bit_base=options["sixteen_bit_base"],
+                    )
+                )  # fmt: skip
+        write_modelfile(model, modelfile, adapter=lora, stop=written[0].stops, **sampling)
+        for item in written:
+            click.echo(f"{item.path}  {item.dtype}  {item.size / 2**20:.1f} MiB  sha256 {item.sha256[:16]}")
+        click.echo(str(modelfile))
+    verification = None
+    if options["verify"] or options["existing"] is not None:
+        from grit_impl.export.check import verify_export
+
+        verification = verify_export(
+            source.base, source.adapter, model, gguf_adapter=lora, modelfile=modelfile_or_none,
+            four_bit=source.four_bit, sixteen_bit_base=options["sixteen_bit_base"],
+        )  # fmt: skip
+    _record(source.folder, written, verification)
+    if verification is not None:
+        click.echo(("verified  " if verification.passed else "NOT THE TRAINED MODEL  ") + verification.summary())
+        if not verification.passed:
+            raise click.exceptions.Exit(1)
+    if target == "ollama":
+        _deploy(options["ollama_url"], options["name"] or f"grit-{source.name}", modelfile, None)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]FILE...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=11434, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per model.")
+@click.option(
+    "--parallel", type=click.IntRange(1, 64), default=1, show_default=True, help="Requests computed at once per model."
+)
+@click.option(
+    "--context", type=click.IntRange(4), default=4096, show_default=True, help="Default context window in tokens."
+)
+@click.option("--keep-models", type=click.IntRange(1), default=8, show_default=True, help="Models loaded at once.")
+def serve(
+    models: tuple[str, ...], host: str, port: int, threads: int, parallel: int, context: int, keep_models: int
+) -> None:
+    """Serve GGUF files, Modelfiles or run folders through Ollama's API until ctrl-C."""
+    import signal
+
+    from grit_impl.evaluate.server import EmbeddedOllama
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    chosen = dict(_named(text) for text in models)
+    try:
+        with EmbeddedOllama(
+            chosen, host=host, port=port, threads=threads, parallel=parallel, context=context, most=keep_models
+        ) as server:
+            click.echo(f"Ollama's API at {server.url} with {', '.join(chosen)}; ctrl-C ends it")
+            if host not in ("127.0.0.1", "::1", "localhost"):
+                click.echo(f"warning: everybody who reaches {host} can use and change these models", err=True)
+            server.wait()
+    except KeyboardInterrupt:
+        click.echo("stopped")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--name", default=None, help="Name in Ollama.  [default: grit-FOLDER]")
+@click.option("--quantize", default=None, metavar="TYPE", help="Let Ollama quantise, e.g. q4_K_M (from f16 or bf16).")
+@click.option("--delete", "remove", default=None, metavar="NAME", help="Remove a model from Ollama instead.")
+@_URL
+def deploy(
+    model: Path | None, name: str | None, quantize: str | None, remove: str | None, ollama_url: str | None
+) -> None:
+    """Create MODEL (a Modelfile, or a run with one) in a real Ollama, and check what arrived."""
+    if remove is not None:
+        from grit_impl.evaluate.client import server_url
+        from grit_impl.export.deploy import delete
+
+        delete(server_url(ollama_url), remove)
+        click.echo(f"deleted {remove}")
+        return
+    if model is None:
+        raise GRITError("nothing to deploy: give a Modelfile or a run folder, or --delete NAME")
+    modelfile = _modelfile(model)
+    folder = modelfile.parent.parent if modelfile.parent.name == "gguf" else modelfile.parent
+    _deploy(ollama_url, name or f"grit-{folder.resolve().name}".lower(), modelfile, quantize)
+
+
+def resolve_base(spec: str) -> Path:
+    """The folder of a base model: `tiny`, a folder, or a hub id, which is downloaded if the hub is reachable.
+
+    Raises:
+        GRITError: there is no such model.
+    """
+    from grit_impl.recipes.bases import TINY
+
+    folder = TINY if spec == "tiny" else Path(spec)
+    if folder.is_dir():
+        return folder
+    if spec.startswith("random:"):
+        raise GRITError(f"{spec} has no files: save it with python -m grit_impl.recipes.random_base {spec} FOLDER")
+    if spec.count("/") != 1 or spec.startswith((".", "~")):
+        raise GRITError(f"unknown base model {spec!r}: there is no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise GRITError(
+            f"base model {spec!r} is neither a folder nor on the hub ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _source(run: Path, base: str | None, out: Path | None, four_bit: bool | None) -> Source:
+    from grit_impl.record import RunRecord
+
+    if (run / "run.json").is_file():
+        record = RunRecord(run)
+        if not record.complete:
+            raise GRITError(f"{run} is not complete: train it to the end first")
+        settings = record.run.get("config") or {}
+        known = settings.get("four_bit") if four_bit is None else four_bit
+        spec = base or str(record.run["base_model"])
+        return Source(resolve_base(spec), record.adapter, out or record.gguf, record.arm, known)
+    if (run / "adapter_config.json").is_file():
+        from grit_impl.export.checkpoint import read_json
+
+        spec = base or str(read_json(run / "adapter_config.json").get("base_model_name_or_path") or "")
+        return Source(resolve_base(spec), run, out or run / "gguf", run.resolve().name, four_bit)
+    if (run / "config.json").is_file():
+        if out is None:
+            raise GRITError(f"{run} is a base model: say with --out where its files go")
+        return Source(run, None, out, run.resolve().name, four_bit)
+    raise GRITError(f"{run} is no run record, no PEFT adapter and no model folder")
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    source = Path(path if equals else text)
+    found = _modelfile(source)
+    if equals:
+        return name, found
+    if source.is_dir():
+        return source.resolve().name.lower(), found
+    return (source.stem if source.suffix == ".gguf" else source.resolve().parent.name).lower(), found
+
+
+def _modelfile(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for candidate in (path / "Modelfile", path / "gguf" / "Modelfile"):
+        if candidate.is_file():
+            return candidate
+    raise GRITError(f"{path} is no GGUF file, no Modelfile, and no folder with one: run grit export first")
+
+
+def _deploy(url: str | None, name: str, modelfile: Path, quantize: str | None) -> None:
+    from grit_impl.evaluate.client import server_url
+    from grit_impl.export.deploy import deploy as send
+
+    address = server_url(url)
+    with _progress(f"uploading to {address}") as progress:
+        done = send(
+            address, name, modelfile, quantize=quantize, progress=lambda file, sent, size: progress(sent, size, file)
+        )
+    click.echo(
+        f"{done.name} at {address}: {done.quantization}, {done.uploaded / 2**20:.1f} MiB sent, prompt format verified"
+    )
+    for warning in done.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _record(folder: Path, written: list[Export], verification: Verification | None) -> None:
+    from grit_impl.record import write_atomic
+
+    body = {
+        "files": [item.as_dict() for item in written],
+        "verification": verification.as_dict() if verification is not None else None,
+    }
+    write_atomic(folder / "verification.json", json.dumps(body, indent=2, default=str))
+
+
+class _progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task(label, total=None)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return lambda done, total, _: self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
