@@ -272,6 +272,8 @@ class GRITManager:
             if b is not None:
                 grads.append(b)
                 new.append(b.to(inverse.dtype) @ inverse[side_b, i, :r, :r])
+        if not grads:
+            return  # called after zero_grad: a mistake that GRITCallback can be told to make
         if self.config.renormalise == "gradient_norm":
             old_norms = torch.stack(torch._foreach_norm([g.to(inverse.dtype) for g in grads]))
             new_norms = torch.stack(torch._foreach_norm(new))
