@@ -24,7 +24,7 @@ from scipy import signal  # type: ignore[import-untyped]
 from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
 from grit_impl.verify import curves
-from grit_impl.verify.calibration_runs import EVALUATION_SEEDS, OPTIMIZERS, TUNING_SEEDS
+from grit_impl.verify.calibration_runs import EVALUATION_SEEDS, OPTIMIZERS, REPLICATES, TUNING_SEEDS
 from grit_impl.verify.compare import compare_logs
 from grit_impl.verify.logs import RunLog
 from grit_impl.verify.statistics import clopper_pearson
@@ -72,8 +72,8 @@ def null_pairs(noise: str, reruns: int, count: int, seed: int) -> Iterator[tuple
     for _ in range(count):
         n = int(rng.choice([60, 100, 200, 400]))
         curve = rng.uniform(0.5, 3) + np.exp(-np.arange(n) / rng.uniform(10, 80)) + rng.normal(0, 0.1, n)
-        # From float32 reordering (1e-6) to a noisy forward pass (1%), all before the first update included.
-        scale = 10.0 ** rng.uniform(-6, -2)
+        # From twice the floor of float32 to a noisy forward pass (2%), the first step included.
+        scale = 10.0 ** rng.uniform(-3.5, -1.7)
         copies = [curve + scale * NOISES[noise](rng, n) for _ in range(2 + reruns)]
         if noise.endswith("decimals"):
             copies = [np.round(c, 4) for c in copies]
@@ -142,15 +142,26 @@ def different_verdicts(runs: Runs, seeds: Sequence[int], reruns: int) -> dict[st
 
 
 def rerun_verdicts(runs: Runs, seeds: Sequence[int], reruns: int) -> dict[str, dict[str, int]]:
-    """Verdicts on real reruns: the same optimizer on the same batches, with noise."""
-    found: dict[str, dict[str, int]] = {}
-    for optimizer in OPTIMIZERS:
-        verdicts: Counter[str] = Counter()
-        for seed in seeds:
-            a, b, *again = (runs.get(optimizer, seed, 1 + k) for k in range(2 + reruns))
-            verdicts[compare_logs(a, b, again).verdict] += 1
-        found[optimizer] = dict(verdicts)
-    return found
+    """Verdicts on real reruns, the same optimizer on the same batches with noise: all roles of the four replicates."""
+    roles = [
+        (a, b, again)
+        for a, b in itertools.permutations(range(1, REPLICATES + 1), 2)
+        for again in itertools.combinations([k for k in range(1, REPLICATES + 1) if k not in (a, b)], reruns)
+    ]
+    return {
+        optimizer: dict(
+            Counter(
+                compare_logs(
+                    runs.get(optimizer, seed, a),
+                    runs.get(optimizer, seed, b),
+                    [runs.get(optimizer, seed, k) for k in again],
+                ).verdict
+                for seed in seeds
+                for a, b, again in roles
+            )
+        )
+        for optimizer in OPTIMIZERS
+    }
 
 
 # -- correlation

@@ -11,7 +11,7 @@ import numpy as np
 
 from grit_impl.errors import GRITError
 from grit_impl.verify import statistics
-from grit_impl.verify.compare import Comparison, compare_logs, outcome
+from grit_impl.verify.compare import CAVEAT, Comparison, compare_logs, outcome
 from grit_impl.verify.logs import RunLog
 
 ALPHA = 0.05
@@ -94,7 +94,9 @@ def _compare(
 ) -> Comparison:
     result = Comparison(a, b)
     rows = _pairs(x, y, result)
-    singles = {label: compare_logs(u, v, first_update=first_update, anyway=anyway) for label, u, v, _ in rows}
+    singles = {
+        label: compare_logs(u, v, again, first_update=first_update, anyway=anyway) for label, u, v, again in rows
+    }
     refused = {k: s.reasons["comparable"] for k, s in singles.items() if s.verdicts["training"] == "not exercised"}
     if refused:
         label, reason = next(iter(refused.items()))
@@ -106,11 +108,14 @@ def _compare(
     verdict = next(iter(counts)) if len(counts) == 1 else "inconclusive"
     tally = ", ".join(f"{n} {v}" for v, n in counts.most_common())
     result.answer("training", verdict, f"by seed: {tally}")
+    if not any(again for *_, again in rows) and verdict != "different":
+        result.notes.append(f"Train some seeds of {a} twice: further runs of a seed are its reruns, the noise floor.")
     correlations = [s.numbers["correlation"]["zero"].estimate for s in singles.values() if "correlation" in s.numbers]
     if correlations:
         kinds = Counter(s.verdicts["decorrelated"] for s in singles.values())
         low, high = min(correlations), max(correlations)
         result.answer("decorrelated", kinds.most_common(1)[0][0], f"r at lag 0 from {low:.3f} to {high:.3f} over seeds")
+        result.notes.append(CAVEAT)
     result.curves = {
         "steps": rows[0][1].steps,
         "a": np.mean([u.loss for _, u, _, _ in rows], axis=0),

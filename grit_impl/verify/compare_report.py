@@ -41,7 +41,7 @@ def number_rows(result: Comparison) -> list[tuple[str, str]]:
     for key, d in result.numbers.get("difference", {}).items():
         first, last = d["window"]
         ratio, floor = d["ratio"], result.numbers["floor"][key]
-        name = key.split()[0].replace("grad_norm", "gradient norm")
+        name = key.split()[0].replace("grad_norm", "log gradient norm")
         rows.append(
             (
                 f"{name}, steps {first}-{last}",
