@@ -47,6 +47,8 @@ def save_random(spec: str, folder: Path) -> Path:
     config = model.config.to_dict() | {
         "architectures": ["LlamaForCausalLM"],
         "torch_dtype": "bfloat16",
+        # transformers 5 keeps it in rope_parameters only, where Unsloth does not look.
+        "rope_theta": 500000.0,
         "quantization_config": quantization.to_dict() | {"quant_method": "bitsandbytes"},
     }
     # Last: its presence says that the rest is whole.
