@@ -34,9 +34,9 @@ __all__ = [
 @cache
 def catalogue() -> dict[str, Claim]:
     """All claims by id, in the order in which a report shows them."""
-    from grit_impl.verify.claims import curves, evaluation, export, gradients, hypotheses, training
+    from grit_impl.verify.claims import curves, evaluation, export, gpu, gradients, hypotheses, training
 
-    families = (gradients, curves, training, export, evaluation, hypotheses)
+    families = (gradients, curves, training, export, evaluation, hypotheses, gpu)
     claims = [claim for family in families for claim in family.CLAIMS]
     by_id = {claim.id: claim for claim in claims}
     if len(by_id) != len(claims):

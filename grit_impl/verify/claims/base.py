@@ -44,6 +44,14 @@ class Metric:
     method: str = ""
     subject: str = ""
 
+    def __post_init__(self) -> None:
+        # NumPy's numbers pass for Python's until something (xdist, SQLite) has to send them elsewhere.
+        object.__setattr__(self, "estimate", float(self.estimate))
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        object.__setattr__(self, "n", None if self.n is None else int(self.n))
+
     def __str__(self) -> str:
         text = f"{_short(self.estimate)}{_suffix(self.unit)}"
         if self.low is not None and self.high is not None:
@@ -110,7 +118,8 @@ class Evidence:
         verdicts: The ledger's verdict by arm.
         exports: Exported models by model name (`base` and the arms): `path`, `sha256` and what else the export noted.
         evaluation: The evaluation of all models, or None.
-        missing: For an arm, or for `evaluation`: why it is not here.
+        missing: For a requirement (`verdict:pure`), an arm, or `evaluation`: why it is not here.
+        failed: The same for what was tried and broke: a claim that needs it fails its test, whatever it gates.
     """
 
     options: Options = field(default_factory=Options)
@@ -119,6 +128,7 @@ class Evidence:
     exports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Any = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def gather(self, requires: Iterable[str]) -> Evidence:
         """The evidence for these requirements. Here: itself; a live source trains and evaluates first."""
@@ -145,9 +155,18 @@ class Evidence:
                 raise GRITError(f"unknown requirement {requirement!r}: record, verdict, export or evaluation")
         if name in found:
             return None
-        reason = self.missing.get(requirement) or self.missing.get(name) or self.missing.get(kind)
+        reason = self._reason(self.failed, requirement) or self._reason(self.missing, requirement)
         have = ", ".join(sorted(found)) or "none"
         return f"needs {_NAMES[kind]} of {name!r}: {reason or f'found {have}'}"
+
+    def broke(self, requirement: str) -> bool:
+        """Whether a requirement is not met because making it failed."""
+        return self._reason(self.failed, requirement) is not None
+
+    @staticmethod
+    def _reason(reasons: Mapping[str, str], requirement: str) -> str | None:
+        kind, _, name = requirement.partition(":")
+        return next((reasons[key] for key in (requirement, name, kind) if key in reasons), None)
 
 
 _NAMES = {
@@ -187,7 +206,8 @@ class Claim:
         """The verdict on this evidence; `not exercised`, with the reason, where a requirement is not met."""
         reasons = [reason for requirement in self.requires if (reason := evidence.lacks(requirement))]
         if reasons:
-            return Judgement("not exercised", "; ".join(dict.fromkeys(reasons)))
+            broken = [requirement for requirement in self.requires if evidence.broke(requirement)]
+            return Judgement("not exercised", "; ".join(dict.fromkeys(reasons)), evidence={"broken": broken})
         return self.decide(evidence)
 
 
@@ -224,6 +244,8 @@ def items_to_decide(metric: Metric, bound: float) -> int | None:
     if metric.n is None or metric.low is None or metric.high is None or metric.estimate == bound:
         return None
     reach = metric.estimate - metric.low if metric.estimate > bound else metric.high - metric.estimate
-    if not math.isfinite(reach):
+    distance = abs(metric.estimate - bound)
+    # A million times the width: no sample that anybody would take.
+    if not reach < 1e6 * distance:
         return None
-    return max(metric.n + 1, math.ceil(metric.n * (reach / (metric.estimate - bound)) ** 2))
+    return max(metric.n + 1, math.ceil(metric.n * (reach / distance) ** 2))

@@ -52,8 +52,8 @@ def same_schedule(*arms: str) -> Callable[[Evidence], Judgement]:
     return decide
 
 
-def overhead(arm: str) -> Callable[[Evidence], Judgement]:
-    """Supported if the arm's step takes at most `OVERHEAD` times the baseline's, by the paired ratio of step times."""
+def overhead(arm: str, against: str = "baseline", bound: float = OVERHEAD) -> Callable[[Evidence], Judgement]:
+    """Supported if a step of `arm` takes at most `bound` times one of `against`, by the paired ratio of step times."""
 
     def decide(evidence: Evidence) -> Judgement:
         import numpy as np
@@ -61,7 +61,7 @@ def overhead(arm: str) -> Callable[[Evidence], Judgement]:
         from grit_impl.verify.statistics import bootstrap_interval
 
         mine, base = (
-            [row["seconds"] for row in evidence.records[name].steps if row.get("seconds")] for name in (arm, "baseline")
+            [row["seconds"] for row in evidence.records[name].steps if row.get("seconds")] for name in (arm, against)
         )
         if min(len(mine), len(base)) < 10:
             return Judgement("inconclusive", "fewer than 10 timed steps", needed=10)
@@ -76,11 +76,11 @@ def overhead(arm: str) -> Callable[[Evidence], Judgement]:
             unit="x",
             n=interval.n,
             method=interval.method,
-            subject=f"{arm} / baseline",
+            subject=f"{arm} / {against}",
         )
         mirrored = Metric(ratio.name, -ratio.estimate, -interval.high, -interval.low, n=ratio.n)
-        verdict = decide_at_least(mirrored, -OVERHEAD, arm)
-        text = f"a step of {arm} takes {ratio}; at most {OVERHEAD:g} x was expected"
+        verdict = decide_at_least(mirrored, -bound, arm)
+        text = f"a step of {arm} takes {ratio} of {against}'s; at most {bound:g} x was expected"
         return Judgement(verdict.verdict, text, (ratio,), needed=verdict.needed)
 
     return decide
