@@ -1,9 +1,9 @@
 """Thresholds that an evaluation must keep, decided so that luck neither passes nor fails a session.
 
-A session has a dozen gates. At alpha = .05 each, two of three sessions of a perfect model would raise a false alarm, so
-the session's error (one in a thousand) is divided among its gates (Bonferroni), and each is decided on the bounds of an
-interval of that confidence: `supported` if the lower bound keeps the threshold, `refuted` if the upper bound breaks it,
-`inconclusive` otherwise, with the difference that this many items can find.
+A session has a dozen gates. At alpha = .05 each, nearly every second session of a perfect model would raise a false
+alarm, so the session's error (one in a thousand) is divided among its gates and directions (Bonferroni), and each is
+decided on the bounds of an interval of that confidence: `supported` if the lower bound keeps the threshold, `refuted`
+if the upper bound breaks it, `inconclusive` otherwise, with the difference that this many items can find.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from grit_impl.errors import GRITError
@@ -20,7 +21,7 @@ from grit_impl.evaluate.results import Evaluation
 from grit_impl.verify.statistics import Interval, clopper_pearson
 
 SESSION_ALPHA = 1e-3
-"""Probability that any gate of a session says `supported` (or any says `refuted`) wrongly."""
+"""Probability that any gate of a session decides wrongly, in whichever direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def judge(evaluation: Evaluation, thresholds: Thresholds | None = None) -> list[
             asked.append(("delta_speed", label, -limits.max_speed_loss))
         if limits.min_retention is not None:
             asked.append(("retention", label, limits.min_retention))
-    each = limits.alpha / max(len(asked), 1)
+    each = limits.alpha / 2 / max(len(asked), 1)
     return [_decide(evaluation, name, label, threshold, each) for name, label, threshold in asked]
 
 
@@ -122,8 +123,7 @@ def _decide(evaluation: Evaluation, name: str, label: str, threshold: float, alp
 
 def _unanswered(evaluation: Evaluation, name: str, label: str, reference: str) -> list[str]:
     suite = "knowledge/" if name == "retention" else "aqi/"
-    metrics = evaluation.metrics
-    return [item for each in (label, reference) for item in metrics[each].unanswered if item.startswith(suite)]
+    return [item for each in (label, reference) for item in evaluation.unanswered(each) if item.startswith(suite)]
 
 
 Measured = tuple[Interval | None, float | None, float | None]
@@ -145,7 +145,12 @@ def _accuracy(reference: str) -> Callable[[Evaluation, str, float], Measured]:
 
 def _retention(evaluation: Evaluation, label: str, alpha: float) -> Measured:
     kept = evaluation.retained(label)
-    return (clopper_pearson(sum(kept), len(kept), 1 - 2 * alpha).scaled(100) if kept else None), None, None
+    return (_exact_share(sum(kept), len(kept), 1 - 2 * alpha) if kept else None), None, None
+
+
+@lru_cache(maxsize=1024)
+def _exact_share(right: int, n: int, confidence: float) -> Interval:
+    return clopper_pearson(right, n, confidence).scaled(100)
 
 
 def _speed(evaluation: Evaluation, label: str, alpha: float) -> Measured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,7 @@ def paired(ours: Mapping[str, bool], theirs: Mapping[str, bool]) -> tuple[list[b
 
 
 def discordant(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
+    """How many items only the first, and only the second, got right."""
     gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     return gained, sum(b and not a for a, b in zip(ours, theirs, strict=True))
 
@@ -125,30 +127,44 @@ def discordant(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
 def compare(
     ours: Sequence[bool], theirs: Sequence[bool], confidence: float, reference: str, p: float, p_holm: float
 ) -> Comparison:
+    """All that is reported about two models' results on the same items."""
     gained, lost = discordant(ours, theirs)
-    return Comparison(
-        paired_difference_interval(ours, theirs, confidence).scaled(100),
-        p,
-        p_holm,
-        gained,
-        lost,
-        100 * detectable_difference(len(ours), (gained + lost) / len(ours)),
-        reference,
-    )
+    n = len(ours)
+    detectable = 100 * detectable_difference(n, (gained + lost) / n)
+    return Comparison(_difference(gained, lost, n, confidence), p, p_holm, gained, lost, detectable, reference)
 
 
 def share(right: Iterable[bool], confidence: float) -> Interval | None:
+    """Percent right, with Wilson's interval; None without any item."""
     values = list(right)
     return wilson(sum(values), len(values), confidence).scaled(100) if values else None
 
 
 def median(values: Iterable[float], confidence: float) -> Interval | None:
     """Median with the distribution-free interval between two order statistics (Conover 1999, section 3.2)."""
-    x = np.array([value for value in values if np.isfinite(value)])
+    x = np.sort([value for value in values if np.isfinite(value)])
     if not x.size:
         return None
-    interval = stats.quantile_test(x, q=float(np.median(x)), p=0.5).confidence_interval(confidence)
-    low, high = (float(v) if np.isfinite(v) else s * np.inf for v, s in ((interval.low, -1), (interval.high, 1)))
-    return Interval(
-        float(np.median(x)), float(low), float(high), int(x.size), f"median, order statistics {100 * confidence:g}%"
+    low, high = (
+        x[i] if i is not None else s * np.inf for i, s in zip(_order(x.size, confidence), (-1, 1), strict=True)
     )
+    method = f"median, order statistics {100 * confidence:g}%"
+    return Interval(float(np.median(x)), float(low), float(high), int(x.size), method)
+
+
+# The intervals depend on counts alone, and the same counts come up again and again.
+
+
+@lru_cache(maxsize=4096)
+def _difference(gained: int, lost: int, n: int, confidence: float) -> Interval:
+    same = [True] * (n - gained - lost)
+    ours, theirs = [True] * gained + [False] * lost + same, [False] * gained + [True] * lost + same
+    return paired_difference_interval(ours, theirs, confidence).scaled(100)
+
+
+@lru_cache(maxsize=256)
+def _order(n: int, confidence: float) -> tuple[int | None, int | None]:
+    """Positions of the two order statistics among n sorted values; None where n is too small for one."""
+    ends = stats.quantile_test(np.arange(n, dtype=float), q=(n - 1) / 2, p=0.5).confidence_interval(confidence)
+    low, high = (int(end) if np.isfinite(end) else None for end in (ends.low, ends.high))
+    return low, high

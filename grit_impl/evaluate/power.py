@@ -37,6 +37,7 @@ def mcnemar_power(difference: float, n: int, discordance: float, alpha: float = 
     return float(np.sum(stats.binom.pmf(m, n, discordance) * np.where(limit >= 0, rejected, 0.0)))
 
 
+@lru_cache(maxsize=4096)
 def detectable_difference(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest true difference (a fraction) that is found with this power.
 

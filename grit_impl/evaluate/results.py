@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from grit_impl.verify.statistics import (
 Row = dict[str, Any]
 SCORE_FIELD = {"category": "category_right", "exact": "exact", "within5": "within5"}
 SCHEMA = 1
+_mcnemar = lru_cache(maxsize=4096)(mcnemar_exact)
 
 
 class Evaluation:
@@ -83,6 +85,13 @@ class Evaluation:
         """Whether every model has a trustworthy answer to every question."""
         return not any(row.get("error") for row in self.answers)
 
+    def unanswered(self, label: str) -> tuple[str, ...]:
+        """Items of a model without a trustworthy answer, as `suite/id`."""
+        return tuple(f"{row['suite']}/{row['item']}" for row in self._everything(label) if row.get("error"))
+
+    def _everything(self, label: str) -> list[Row]:
+        return [row for suite in ("aqi", "knowledge") for row in self.rows(label, suite).values()]
+
     def scores(self, label: str, suite: str, score: str) -> dict[str, bool]:
         """Right or wrong by item, of the answered items that have a truth for this score."""
         return {
@@ -128,11 +137,11 @@ class Evaluation:
         over: Mapping[str, Comparison],
         kept: Mapping[str, Comparison],
     ) -> ModelMetrics:
-        everything = [row for suite in ("aqi", "knowledge") for row in self.rows(label, suite).values()]
+        everything = self._everything(label)
         answered = [row for row in everything if not row.get("error")]
         scores = [row["scores"] for row in answered]
         errors = [each["absolute_error"] for each in scores if each.get("absolute_error") is not None]
-        metrics = {name: share(self.correct(label, name).values(), confidence) for name in AQI_METRICS}
+        metrics = {name: self.accuracy(label, name, confidence) for name in AQI_METRICS}
         knowledge = self.scores(label, "knowledge", "correct")
         return ModelMetrics(
             label=label,
@@ -148,7 +157,7 @@ class Evaluation:
             tokens_per_second=median(self._rates(label).values(), confidence),
             delta_speed=self.delta_speed(label, confidence),
             delta_speed_absolute=self.delta_speed(label, confidence, absolute=True),
-            unanswered=tuple(f"{row['suite']}/{row['item']}" for row in everything if row.get("error")),
+            unanswered=self.unanswered(label),
             unparsable=dict(Counter(each["note"] for each in scores if each["unparsable"])),
             cut=sum(row.get("done_reason") == "length" for row in answered),
             faults=dict(Counter(kind for row in everything for kind in row.get("faults", ()))),
@@ -164,19 +173,23 @@ class Evaluation:
         others = [label for label in self.models if label != reference and label not in skip]
         pairs = {label: paired(correct(label), correct(reference)) for label in others} if others else {}
         pairs = {label: pair for label, pair in pairs.items() if pair[0]}
-        pvalues = {label: mcnemar_exact(*discordant(*pair)) for label, pair in pairs.items()}
+        pvalues = {label: _mcnemar(*discordant(*pair)) for label, pair in pairs.items()}
         corrected = dict(zip(pvalues, holm(list(pvalues.values())), strict=True)) if pvalues else {}
         return {
             label: compare(ours, theirs, confidence, reference, pvalues[label], corrected[label])
             for label, (ours, theirs) in pairs.items()
         }
 
+    def accuracy(self, label: str, metric: str | None = None, confidence: float = 0.95) -> Interval | None:
+        """Percent of AQI items right, by the primary or the given metric, with Wilson's interval."""
+        return share(self.correct(label, metric).values(), confidence)
+
     def compare(self, label: str, reference: str, confidence: float = 0.95) -> Comparison:
         """Any model against any other on AQI; its p-value is not corrected."""
         ours, theirs = paired(self.correct(label), self.correct(reference))
         if not ours:
             raise GRITError(f"{label!r} and {reference!r} have no answered item in common")
-        p = mcnemar_exact(*discordant(ours, theirs))
+        p = _mcnemar(*discordant(ours, theirs))
         return compare(ours, theirs, confidence, reference, p, p)
 
     # -- speed --------------------------------------------------------------------------------------------------------
