@@ -199,7 +199,7 @@ def _conclude(claim: Claim, judgement: Judgement, options: Options) -> None:
             pytest.fail(text, pytrace=False)
         case "refuted":
             pytest.xfail(text)
-        case _ if gates and options.strict_claims:
+        case _ if judgement.evidence.get("broken") or (gates and options.strict_claims):
             pytest.fail(text, pytrace=False)
         case _:
             pytest.skip(text)

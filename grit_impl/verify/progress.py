@@ -23,7 +23,8 @@ class ProgressLine:
         self._started: dict[str, float] = {}
         self._finished: set[str] = set()
         self._running: dict[str, str] = {}
-        self._last = 0.0
+        self._shown: dict[str, int] = {}
+        self._last: float | None = None
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Show that `done` of `total` of the work called `label` is done."""
@@ -44,10 +45,13 @@ class ProgressLine:
             filled = BAR * done // max(total, 1)
             self._running[label] = f"{label} {'━' * filled}{'╌' * (BAR - filled)} {done}/{total}{left}"
             self._write(stream, "  ".join(self._running.values()), last=False)
-        elif time.monotonic() - self._last >= LOG_SECONDS:
+        elif (self._last is None or time.monotonic() - self._last >= LOG_SECONDS) and self._shown.get(label) != done:
+            self._shown[label] = done
             self._write(stream, f"{label}: {done}/{total}{left}", last=True)
 
     def _write(self, stream: TextIO, text: str, *, last: bool) -> None:
+        if self._last is None:
+            stream.write("\n")  # pytest is in the middle of a line
         self._last = time.monotonic()
         if stream.isatty():
             stream.write("\r\x1b[2K" + text + ("\n" if last else ""))

@@ -24,6 +24,8 @@ from grit_impl.verify.schema import MIGRATIONS
 SCHEMA_VERSION = len(MIGRATIONS)
 BUSY_SECONDS = 30.0
 """How long to wait for another program's lock: write-ahead logging alone does not prevent 'database is locked'."""
+
+
 @dataclass(frozen=True, slots=True)
 class JudgedClaim:
     """A claim, its judgement and the test that asked for it."""
@@ -76,10 +78,14 @@ class Store:
             self.connection = sqlite3.connect(
                 f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECONDS, isolation_level=None
             )
-            self.connection.row_factory = sqlite3.Row
-            self.connection.execute("PRAGMA foreign_keys = ON")
-            self.connection.execute("PRAGMA synchronous = FULL")
-            self._migrate(readonly)
+            try:
+                self.connection.row_factory = sqlite3.Row
+                self.connection.execute("PRAGMA foreign_keys = ON")
+                self.connection.execute("PRAGMA synchronous = FULL")
+                self._migrate(readonly)
+            except BaseException:
+                self.connection.close()
+                raise
 
     def __enter__(self) -> Store:
         return self
@@ -283,8 +289,8 @@ def _artifacts(session: int, evidence: Evidence) -> Iterator[tuple[Any, ...]]:
 def _statements(script: str) -> Iterator[str]:
     """The statements of a script; `executescript` would commit the transaction that they belong to."""
     statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
+    for piece in script.split(";")[:-1]:
+        statement += piece + ";"
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""

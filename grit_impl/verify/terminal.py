@@ -19,6 +19,8 @@ COLOURS: dict[Outcome, str] = {
     "not exercised": "yellow",
 }
 MOST_REASONS = 12
+LOG_WIDTH = 200
+"""Columns of a line in a file or a CI log, which has no width of its own."""
 
 
 def outcome_of(report: pytest.TestReport, before: TestOutcome | None) -> TestOutcome:
@@ -30,7 +32,7 @@ def outcome_of(report: pytest.TestReport, before: TestOutcome | None) -> TestOut
         return TestOutcome(report.nodeid, "passed", seconds)
     if report.skipped:
         return TestOutcome(report.nodeid, "skipped", seconds, _reason(report))
-    detail = report.longreprtext
+    detail = str(report.longrepr)  # without the worker's name, which longreprtext adds under xdist
     crash = getattr(report.longrepr, "reprcrash", None)
     message = str(getattr(crash, "message", None) or detail or "failed").strip().splitlines()[0]
     return TestOutcome(report.nodeid, "failed" if report.when == "call" else "error", seconds, message, detail)
@@ -51,7 +53,7 @@ def summary(reporter: pytest.TerminalReporter, results: Results, written: bool) 
         return
     reporter.section("claims")
     width = max(len(each.claim.id) for each in judged)
-    room = max(reporter._tw.fullwidth, 80)
+    room = max(reporter._tw.fullwidth, 80) if reporter.isatty else LOG_WIDTH
     for each in judged:
         verdict = each.judgement.verdict
         colour = {COLOURS[verdict]: True} if each.claim.gates or verdict != "refuted" else {"cyan": True}

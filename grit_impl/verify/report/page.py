@@ -50,10 +50,13 @@ def render_html(
     session: Session, judged: Sequence[JudgedClaim], evidence: Evidence, folder: Path, changes: Any = None
 ) -> str:
     """The page."""
-    from grit_impl.verify.report.figures import figures
+    drawn = []
+    if evidence.records or evidence.evaluation is not None:
+        from grit_impl.verify.report.figures import figures
 
+        drawn = figures(evidence)
     values = _common(session, judged, evidence, folder, changes)
-    return _environment().get_template("index.html.j2").render(**values, figures=figures(evidence))
+    return _environment().get_template("index.html.j2").render(**values, figures=drawn)
 
 
 def render_markdown(

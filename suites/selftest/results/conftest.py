@@ -43,6 +43,22 @@ VERDICTS = {
 RIGHT = {"base": (0.25, 0.9), "baseline": (0.60, 0.85), "hybrid": (0.62, 0.85), "pure": (0.61, 0.86)}
 
 
+def ledger_rows(arm: str) -> list[dict[str, Any]]:
+    """A ledger of two tensors: turned before the optimizer (pure, hybrid), after it (hybrid_late), or never."""
+    rows: list[dict[str, Any]] = [{"kind": "run", "tensors": 2}]
+    for step in range(1, STEPS + 1):
+        rows.append({"kind": "step", "step": step})
+        for side in "AB":
+            row = {"kind": "tensor", "step": step, "name": f"layers.0.q_proj.lora_{side}.default.weight"}
+            row |= {"raw": 1.0, "entry": 1.0, "update": 0.1, "update_raw": 0.1}
+            if arm in ("pure", "hybrid") and step > 5:
+                row |= {"turn": 0.3, "mods": 1}
+            if arm == "hybrid_late" and step > 5:
+                row |= {"late": "callback"}
+            rows.append(row)
+    return rows
+
+
 def write_run(folder: Path, arm: str, offset: float = 0.0, **changes: Any) -> RunRecord:
     """A finished run whose loss falls from 4 to about 1, shifted by `offset` after the first step."""
     spectra = [
@@ -71,22 +87,23 @@ def write_run(folder: Path, arm: str, offset: float = 0.0, **changes: Any) -> Ru
         },
     )
     noise = random.Random(1)
-    for step in range(1, STEPS + 1):
-        record.append_step(
-            {
-                "step": step,
-                "loss": 1 + 3 * math.exp(-step / 12) + 0.1 * noise.random() + (offset if step > 1 else 0.0),
-                "grad_norm": 1.0 + noise.random() + (offset if step > 1 else 0.0),
-                "learning_rate": 3e-3 * (1 - step / STEPS),
-                "tokens": 300 + step,
-                "seconds": 0.1 + 0.01 * noise.random(),
-                "memory_bytes": 2**30,
-            }
-        )
+    rows = [
+        {
+            "step": step,
+            "loss": 1 + 3 * math.exp(-step / 12) + 0.1 * noise.random() + (offset if step > 1 else 0.0),
+            "grad_norm": 1.0 + noise.random() + (offset if step > 1 else 0.0),
+            "learning_rate": 3e-3 * (1 - step / STEPS),
+            "tokens": 300 + step,
+            "seconds": 0.1 + 0.01 * noise.random(),
+            "memory_bytes": 2**30,
+        }
+        for step in range(1, STEPS + 1)
+    ]
+    (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record.adapter.mkdir()
     (record.adapter / "adapter_model.safetensors").write_bytes(arm.encode())
     with gzip.open(record.ledger, "wt") as handle:
-        handle.write("{}\n")
+        handle.write("".join(json.dumps(row) + "\n" for row in ledger_rows(arm)))
     record.finish()
     return record
 
@@ -159,8 +176,3 @@ def make_evidence(tmp_path: Path) -> Any:
         )
 
     return build
-
-
-def dump(value: Any) -> str:
-    """JSON for comparisons."""
-    return json.dumps(value, sort_keys=True, default=str)
