@@ -31,6 +31,8 @@ DEFAULT_PORT = 11434
 MAX_BODY = 8 * 2**20
 """Bytes: no evaluation answer is longer, an endless stream of garbage is."""
 T = TypeVar("T")
+PREFLIGHT = 4
+"""Attempts at a server that may not be there at all: the user waits for the message."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -217,7 +219,7 @@ class Endpoint:
             return value[key]
 
         try:
-            return self._retry(ask, [])
+            return self._retry(ask, [], min(self.attempts, PREFLIGHT))
         except Unanswered as error:
             raise GRITError(
                 f"no Ollama server answers at {self.url} ({error}): start `ollama serve` or `grit serve`, "
@@ -273,12 +275,12 @@ class Endpoint:
                 empty_before = False
             return Reply(**reply, seconds=time.perf_counter() - start, faults=faults)
 
-        return self._retry(ask, faults)
+        return self._retry(ask, faults, self.attempts)
 
-    def _retry(self, ask: Callable[[], T], faults: list[str]) -> T:
+    def _retry(self, ask: Callable[[], T], faults: list[str], attempts: int) -> T:
         try:
             for attempt in Retrying(
-                stop=stop_after_attempt(self.attempts),
+                stop=stop_after_attempt(attempts),
                 wait=self._wait,
                 retry=retry_if_exception(lambda e: isinstance(e, Fault) and e.retry),
             ):

@@ -70,6 +70,7 @@ class Evaluation:
         self.meta = dict(meta or {})
         self.base, self.baseline, self.aqi_metric, self.path = base, baseline, aqi_metric, path
         self._cache: dict[float, dict[str, ModelMetrics]] = {}
+        self._scores: dict[tuple[str, str, str], dict[str, bool]] = {}
         self._rows: dict[tuple[str, str], dict[str, Row]] = {}
         for row in self.answers:
             self._rows.setdefault((row["label"], row["suite"]), {})[row["item"]] = row
@@ -92,15 +93,18 @@ class Evaluation:
     def _everything(self, label: str) -> list[Row]:
         return [row for suite in ("aqi", "knowledge") for row in self.rows(label, suite).values()]
 
-    def scores(self, label: str, suite: str, score: str) -> dict[str, bool]:
+    def scores(self, label: str, suite: str, score: str) -> Mapping[str, bool]:
         """Right or wrong by item, of the answered items that have a truth for this score."""
-        return {
-            item: bool(row["scores"][score])
-            for item, row in self.rows(label, suite).items()
-            if not row.get("error") and row["scores"].get(score) is not None
-        }
+        key = (label, suite, score)
+        if key not in self._scores:
+            self._scores[key] = {
+                item: bool(row["scores"][score])
+                for item, row in self.rows(label, suite).items()
+                if not row.get("error") and row["scores"].get(score) is not None
+            }
+        return self._scores[key]
 
-    def correct(self, label: str, metric: str | None = None) -> dict[str, bool]:
+    def correct(self, label: str, metric: str | None = None) -> Mapping[str, bool]:
         """Right or wrong by item on AQI, by the primary or the given metric."""
         return self.scores(label, "aqi", SCORE_FIELD[metric or self.aqi_metric])
 
@@ -166,7 +170,7 @@ class Evaluation:
     def _comparisons(
         self,
         reference: str,
-        correct: Callable[[str], dict[str, bool]],
+        correct: Callable[[str], Mapping[str, bool]],
         confidence: float,
         skip: Iterable[str] = (),
     ) -> dict[str, Comparison]:
