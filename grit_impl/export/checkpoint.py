@@ -76,7 +76,7 @@ def safetensors_entries(path: Path) -> dict[str, TensorEntry]:
         }
     except FileNotFoundError:
         raise GRITError(f"{path} is missing") from None
-    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError, MemoryError) as error:
+    except (OSError, struct.error, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
         raise GRITError(f"{path} is not a readable safetensors file ({error})") from error
     if any(entry.end > size for entry in entries.values()):
         raise GRITError(f"{path} is truncated: its table names bytes beyond its end; copy or download it again")

@@ -119,9 +119,14 @@ class Adapter:
             if (pair.b.shape[0], pair.a.shape[1]) != shape:
                 got = (pair.b.shape[0], pair.a.shape[1])
                 raise GRITError(f"wrong-base: {module} is {got} in {self.folder} and {shape} in {base.folder}")
-        for name in self.replaced:
-            if name not in known:
-                raise GRITError(f"cannot export {self.folder}: it stores {name}, which {base.folder} does not have")
+        with base.reader() as reader:
+            for name, tensor in list(self.replaced.items()):
+                if name not in known:
+                    raise GRITError(f"cannot export {self.folder}: it stores {name}, which {base.folder} does not have")
+                original = reader(name if name in base.entries else "model.embed_tokens.weight")
+                # PEFT saves the weight under an adapted embedding or head, changed or not.
+                if tensor.shape == original.shape and bool((tensor == original).all()):
+                    del self.replaced[name]
 
     def _collect(self, tensors: dict[str, torch.Tensor]) -> None:
         for key in sorted(tensors):

@@ -6,6 +6,7 @@ for byte where those scripts accept the model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -363,7 +364,9 @@ def _stream(
         raise GRITError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         for handle in writer.fout or []:
-            handle.close()
+            # On a full disk closing fails once more.
+            with contextlib.suppress(OSError):
+                handle.close()
         partial.unlink(missing_ok=True)
     if progress is not None:
         progress(len(items), len(items), "done")

@@ -25,19 +25,22 @@ WORDS = (
 TEXTS = (WORDS * 8, WORDS.upper() * 3, "Grüße aus Köln, 東京は晴れ 🙂 naïve café\n\n\tindent  two spaces\n" * 4)
 
 
-def make_tokenizer(folder: Path, vocab: int = 512, *, extra_control: bool = True) -> Any:
-    """A byte-level BPE tokenizer with Llama 3's split, saved as `transformers` does; ids 0 and 1 are BOS and EOS."""
+def make_tokenizer(folder: Path, vocab: int = 512, *, split: str = "llama3") -> Any:
+    """A byte-level BPE tokenizer, saved as `transformers` does; ids 0 and 1 are BOS and EOS."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    if split == "llama3":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|begin_of_text|>", "<|end_of_text|>", *(["<|eot_id|>"] if extra_control else [])]
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=special,
@@ -68,13 +71,14 @@ def make_base(
     pad_rows: int = 0,
     seed: int = 0,
     vocab: int = 512,
+    split: str = "llama3",
     **config: Any,
 ) -> Path:
     """A random Llama of about half a million parameters with grouped-query attention, in a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(folder, vocab)
+    tokenizer = make_tokenizer(folder, vocab, split=split)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 500000.0}
     if llama3_rope:
         rope = {
@@ -108,6 +112,10 @@ def make_base(
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.data.uniform_(0.5, 1.5)
+        # Random answers would be half characters, for which llama.cpp reports no probabilities: make them unlikely.
+        for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+            if any(not 32 < ord(c) < 127 and c not in "ĠĊ" for c in token):
+                model.lm_head.weight.data[i] *= 0.3
     model.save_pretrained(folder)
     return folder
 
