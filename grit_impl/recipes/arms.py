@@ -109,7 +109,7 @@ class TrainingSettings:
 
 
 # A model of a few million parameters needs a larger step than the 2e-4 of real models.
-TINY_LEARNING_RATE = 3e-3
+TINY_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, gr
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True, help="Sequences per micro-batch.")
 @click.option("--accumulation", type=click.IntRange(1), default=4, show_default=True, help="Micro-batches per step.")
-@click.option("--lr", type=float, default=None, help="Peak learning rate.  [default: 3e-3 for tiny, else 2e-4]")
+@click.option("--lr", type=float, default=None, help="Peak learning rate.  [default: 2e-3 for tiny, else 2e-4]")
 @click.option("--max-length", type=click.IntRange(8), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="LoRA rank.")
 @click.option("--seed", type=int, default=3407, show_default=True, help="Seed of adapters and data order.")
