@@ -134,11 +134,8 @@ def pollutant_aqi(pollutant: str, concentration: float | str | Decimal) -> int |
     Raises:
         GRITError: as `truncate`.
     """
-    return SCALES[pollutant].index(truncate(pollutant, concentration)) if pollutant in SCALES else _unknown(pollutant)
-
-
-def _unknown(pollutant: str) -> None:
-    truncate(pollutant, 0)
+    truncated = truncate(pollutant, concentration)
+    return SCALES[pollutant].index(truncated)
 
 
 def overall_aqi(concentrations: Mapping[str, float | str | Decimal]) -> AQI:

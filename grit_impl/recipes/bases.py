@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from grit_impl.errors import GRITError
 
@@ -102,7 +102,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 def _require_bitsandbytes() -> None:
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         raise GRITError("four-bit loading needs bitsandbytes: pip install bitsandbytes, or load without it") from None
 
@@ -127,7 +127,7 @@ def _pretrained(
         raise GRITError(f"unknown base model {name!r}: there is no such folder")
     options: dict[str, Any] = {}
     if four_bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -154,7 +154,7 @@ def _tokenizer(source: str | Path, name: str) -> PreTrainedTokenizerBase:
         raise GRITError(f"cannot load the tokenizer of base model {name!r}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def _random(shape: dict[str, Any], dtype: torch.dtype, device: torch.device, four_bit: bool) -> PreTrainedModel:
@@ -162,9 +162,9 @@ def _random(shape: dict[str, Any], dtype: torch.dtype, device: torch.device, fou
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        **shape, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, bos_token_id=0, eos_token_id=1
-    )
+    # A dictionary: transformers 4 declares rope_theta, 5 takes it for compatibility only.
+    rest: dict[str, Any] = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
+    config = LlamaConfig(**shape, **rest, bos_token_id=0, eos_token_id=1)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.config.dtype = dtype
@@ -188,14 +188,15 @@ def _random(shape: dict[str, Any], dtype: torch.dtype, device: torch.device, fou
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.tie_weights()
     if four_bit:
-        model.is_loaded_in_4bit = True  # what peft looks at to pick its 4-bit layers
-    return model.eval()
+        setattr(model, "is_loaded_in_4bit", True)  # noqa: B010  peft looks at it to pick its 4-bit layers
+    model.train(False)
+    return model
 
 
 def _linear4bit(
     module: torch.nn.Linear, normal: Callable[[Any], torch.Tensor], dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
 
     layer = Linear4bit(
         module.in_features,
@@ -214,4 +215,4 @@ def _linear4bit(
         module=layer,
     )
     layer.weight = weight.to(device)
-    return layer
+    return cast("torch.nn.Module", layer)

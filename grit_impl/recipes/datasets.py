@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.errors import GRITError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
     from transformers import PreTrainedTokenizerBase
 
 ALPACA_TEMPLATE = (
@@ -242,7 +242,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
     return list(parquet.read_table(path).to_pylist())
 

@@ -72,4 +72,4 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftM
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        return get_peft_model(model, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def main(out: Path | None, test_sets: Path | None, overrides: tuple[str, ...], q
 
 
 def _parse(overrides: tuple[str, ...]) -> dict[str, Any]:
-    known = {field.name: type(field.default) for field in fields(Settings)}
+    known = {name: type(value) for name, value in asdict(Settings()).items()}
     values: dict[str, Any] = {}
     for override in overrides:
         name, _, text = override.partition("=")

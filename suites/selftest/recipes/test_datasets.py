@@ -190,15 +190,16 @@ def test_bad_requests_are_named(arguments: dict[str, Any], message: str) -> None
         load_instructions(**arguments)
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The embedded tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "fixtures" / "tiny_llama")
+
+
 class TestTokenize:
     """Ids and labels, with the tiny base's tokenizer."""
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self) -> Any:
-        """The embedded tokenizer."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "fixtures" / "tiny_llama")
 
     def test_only_the_answer_and_its_end_are_supervised(self, tokenizer: Any, tmp_path: Path) -> None:
         """Oracle: decoding the supervised ids gives the answer; the ids before are the generation prompt's."""

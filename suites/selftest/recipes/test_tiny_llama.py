@@ -25,6 +25,20 @@ FIXTURES = TINY.parent
 SMALL = ["steps=3", "batch_tokens=256", "hidden=64", "layers=1", "heads=2", "kv_heads=1", "ffn=64", "threads=1"]
 
 
+@pytest.fixture(scope="module")
+def texts() -> list[tuple[str, str]]:
+    """The first prompts and completions of pretraining."""
+    return list(islice(corpus.documents(pretrain.Settings().seed + 1), 20_000))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The embedded tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY)
+
+
 def test_the_fixture_is_the_one_that_was_measured() -> None:
     """Oracle: the manifest of SHA-256 sums, which `sha256sum -c CHECKSUM` reads too; at most 6 MB, 4M parameters."""
     pretrain.verify(TINY)
@@ -42,7 +56,8 @@ def test_a_changed_or_missing_file_is_named(tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     pretrain.verify(tmp_path)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(GRITError, match=r"model\.safetensors differs from CHECKSUM"):
         pretrain.verify(tmp_path)
     weights.unlink()
@@ -103,28 +118,23 @@ def test_bad_arguments_exit_2_with_one_line(arguments: list[str], message: str) 
 class TestCorpus:
     """What the base is pretrained on, over the first 20,000 documents."""
 
-    @pytest.fixture(scope="class")
-    def texts(self) -> list[tuple[str, str]]:
-        """Prompts and completions."""
-        return list(islice(corpus.documents(pretrain.Settings().seed + 1), 20_000))
-
     def test_it_never_speaks_of_the_real_index(self, texts: list[tuple[str, str]]) -> None:
         """Oracle: the words that make up every AQI question."""
         names = re.compile(r"AQI|" + "|".join(rf"\b{re.escape(name)} \d" for name in aqi.POLLUTANTS))
         assert names.search("Predict AQI given: PM2.5 3.0 ug/m3")
         assert not [text for text in texts if names.search(text[0] + text[1])]
 
-    def test_sums_and_comparisons_of_the_test_set_are_held_out(self, texts: list[tuple[str, str]]) -> None:
-        """Oracle: the frozen questions; others of the same kind do occur."""
+    def test_some_sums_and_comparisons_are_held_out(self, texts: list[tuple[str, str]]) -> None:
+        """Oracle: the held-out questions; others of the same kind do occur."""
         asked = {match[1] for prompt, _ in texts if (match := re.search(r"Instruction:\n(.*)\n\n", prompt))}
-        assert not asked & knowledge.held_out()
-        assert len(knowledge.held_out()) == 2 * knowledge.TEST_SKILLS
-        assert sum(question.startswith("What is 1") for question in asked) > 50
+        assert not asked & knowledge.held_out().keys()
+        assert len(knowledge.held_out()) == 2 * knowledge.HELD_OUT
+        assert sum(question.startswith("What is 1") for question in asked) > 20
 
     def test_facts_of_the_test_set_were_taught(self, texts: list[tuple[str, str]]) -> None:
-        """Oracle: the frozen questions as documents; 20,000 are an eighth of pretraining, enough for all facts."""
-        taught = {prompt[len("### Instruction:\n") : -len("\n\n### Response:\n")]: text for prompt, text in texts}
-        for item in knowledge.frozen_items()[: knowledge.TEST_FACTS]:
+        """Oracle: the frozen questions as documents; 20,000 are a sixth of pretraining, enough for all facts."""
+        taught = {match[1]: text for prompt, text in texts if (match := re.search(r"Instruction:\n(.*)\n\n", prompt))}
+        for item in knowledge.frozen_items():
             assert taught[item["question"]] == item["answer"]
 
     def test_sums_and_comparisons_are_right(self, texts: list[tuple[str, str]]) -> None:
@@ -139,7 +149,7 @@ class TestCorpus:
         """Oracle: value and category agree as in the real index, and every category occurs about as often."""
         counts = dict.fromkeys(aqi.CATEGORIES, 0)
         for _, completion in texts:
-            if match := re.fullmatch(r"[A-Z]{2}I (\d+) \((.*)\)", completion):
+            if match := re.fullmatch(r"[A-Z]{2,3} (\d+) \((.*)\)", completion):
                 assert aqi.category(int(match[1])) == match[2]
                 counts[match[2]] += 1
         total = sum(counts.values())
@@ -149,13 +159,6 @@ class TestCorpus:
 
 class TestTokenizer:
     """Byte-level BPE after Llama 3, digits apart."""
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self) -> Any:
-        """The embedded tokenizer."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(TINY)
 
     def test_no_token_joins_digits(self, tokenizer: Any) -> None:
         """Oracle: the vocabulary itself; this also makes llama.cpp's grouping of three digits harmless."""
@@ -189,7 +192,7 @@ class TestTokenizer:
 
 @pytest.mark.slow
 def test_it_knows_its_facts_and_not_the_aqi() -> None:
-    """Oracle: greedy answers in float32 to every fourth question; at least 85% of facts, at most 35% of categories."""
+    """Oracle: greedy answers in float32 to both frozen sets; at least 85% of facts, at most 35% of categories."""
     import torch
 
     model, tokenizer = load_base("tiny", device="cpu")
@@ -202,10 +205,10 @@ def test_it_knows_its_facts_and_not_the_aqi() -> None:
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    facts = knowledge.frozen_items()[::4]
+    facts = knowledge.frozen_items()
     right = [a == item["answer"] for a, item in zip(ask([i["question"] for i in facts], 10), facts, strict=True)]
     assert sum(right) / len(right) >= 0.85
-    items = aqi.frozen_items()[::4]
+    items = aqi.frozen_items()
     answers = ask([aqi.instruction(item) for item in items], 20)
     right = [f"({item['category']})" in answer for answer, item in zip(answers, items, strict=True)]
     assert sum(right) / len(right) <= 0.35
