@@ -17,7 +17,7 @@ COMMANDS = {
     "serve": ("grit_impl.export.commands", "serve", "Serve GGUF files through Ollama's API."),
     "deploy": ("grit_impl.export.commands", "deploy", "Create a model in a real Ollama."),
     "evaluate": ("grit_impl.evaluate.commands", "evaluate", "Evaluate models behind an Ollama API."),
-    "compare": ("grit_impl.verify.compare", "compare", "Compare runs that already exist, from their logs."),
+    "compare": ("grit_impl.verify.commands_compare", "compare", "Compare runs that already exist, from their logs."),
     "faults": ("grit_impl.verify.faults", "faults", "Print the confusion matrix of the fault zoo."),
     "report": ("grit_impl.verify.commands", "report", "Write the report again, or against an earlier one."),
     "baseline": ("grit_impl.verify.commands", "baseline", "Promote results to the baseline of later reports."),

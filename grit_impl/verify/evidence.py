@@ -193,7 +193,9 @@ class LiveEvidence(Evidence):
             )
             write_modelfile(gguf, modelfile, stop=export.stops or ("<|end_of_text|>",))
             # Written last: its presence says that the rest is whole.
-            write_atomic(note, json.dumps({"inputs": inputs, **export.as_dict(), "modelfile": str(modelfile)}, indent=2))
+            write_atomic(
+                note, json.dumps({"inputs": inputs, **export.as_dict(), "modelfile": str(modelfile)}, indent=2)
+            )
         self.exports = {**self.exports, name: json.loads(note.read_text())}
 
     # Evaluation
