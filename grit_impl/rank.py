@@ -116,9 +116,9 @@ class Reprojection:
             self.directions[i] = (pair[0].to(s.dtype), pair[1].to(s.dtype))
             changed = True
         self.count += 1
+        self.enforce()
         if changed:
             factors.restrict()
-            self.enforce()
             if optimizer is not None:
                 self._project_moments(optimizer)
 

@@ -1,4 +1,4 @@
-"""Oracle b: LoRA's parametrisation is a gauge. (A, B) and (R^-1 A, B R) are the same model and must take the same step."""
+"""Oracle b: (A, B) and (R^-1 A, B R) are the same model, and must take the same step."""
 
 from __future__ import annotations
 

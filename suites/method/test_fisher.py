@@ -105,7 +105,7 @@ def test_statistics_are_the_weights_images_of_the_outer_ones(linear: Any, fit: A
 
 
 def test_white_data_gives_riemannian_lora(linear: Any, fit: Any, relative: Any) -> None:
-    """Oracle e: for white x and dy, dA <- (B'B)^-1 dA / s^2 and dB <- dB (AA')^-1, scaled gradient descent's formula."""
+    """Oracle e: for white x and dy, dA <- (B'B)^-1 dA / s^2 and dB <- dB (AA')^-1 (scaled gradient descent)."""
     model = linear()
     x, dy = pairs(whitened(8, 5), whitened(11, 6))
     manager = fit(model, x, dy)

@@ -206,7 +206,7 @@ def test_preconditioned_gradients_do_not_depend_on_the_split(
 
 
 def test_saving_and_loading_changes_nothing(llama: Any, sequences: Any, collate: Any, tmp_path: Any) -> None:
-    """Oracle f: the state through a file, then one more step: bit for bit the gradients of the uninterrupted manager."""
+    """Oracle f: the state through a file, then one more step: the gradients of the uninterrupted manager, to the bit."""
     options = {"kfac_update_freq": 2, "kfac_min_samples": 1, "reprojection_freq": 2, "reprojection_k": 3}
     model = llama()
     manager = GRITManager(model, GRITConfig(**options)).attach()
@@ -238,7 +238,7 @@ def test_a_state_of_another_model_is_refused(llama: Any) -> None:
 
 
 def test_a_skipped_step_leaves_nothing_behind(llama: Any, sequences: Any, collate: Any, relative: Any) -> None:
-    """Oracle f: gradients that were cleared without a step take their statistics with them, however they were cleared."""
+    """Oracle f: gradients that were cleared without a step, in either way, take their statistics with them."""
     model = llama()
     expected = collect(model, [collate(sequences(4))])
     for clear in ("model", "optimizer"):

@@ -61,7 +61,7 @@ def test_projecting_twice_is_projecting_once(two_sided: bool, projected: Any, re
 
 def test_one_sided_projection_is_the_best_in_its_space(projected: Any, relative: Any) -> None:
     """Oracle d: B A becomes B V V' A, V the top eigenvectors of S_a, computed here from the statistics."""
-    manager, _, after = projected(3)
+    _, _, after = projected(3)
     fresh, before, _ = projected(6)
     v = torch.linalg.eigh(fresh.factors.covariances()[0, 0]).eigenvectors[:, -3:]
     layer = fresh.layers[0]

@@ -85,7 +85,7 @@ def test_hybrid_does_not_resume_without_its_state(run: Any, tmp_path: Any) -> No
     """Never silently afresh: a checkpoint without GRIT's state is refused by name."""
     run("hybrid", "killed", kill=2)
     (tmp_path / "killed" / "checkpoint-2" / "grit_state.pt").unlink()
-    with pytest.raises(GRITError, match="grit_state.pt is missing"):
+    with pytest.raises(GRITError, match=r"grit_state\.pt is missing"):
         run("hybrid", "killed", resume=True)
 
 

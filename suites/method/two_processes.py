@@ -1,0 +1,98 @@
+"""One training for test_processes.py: `RANK=0 WORLD_SIZE=2 ... python two_processes.py OUT [FAULT]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STEPS = 6
+
+
+def train(out: Path, fault: str = "") -> None:
+    """Train the tiny model with pure GRIT and save factors and adapters of this process to OUT."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+    from grit_impl.autograd import RankStatistics
+    from grit_impl.config import GRITConfig
+    from grit_impl.manager import GRITManager
+    from grit_impl.trainer import GRITTrainer
+
+    if fault == "no-all-reduce":
+        RankStatistics.all_reduce = lambda self: None  # type: ignore[method-assign]
+        # GRIT would notice that its statistics miss the other process's tokens, and stop.
+        GRITManager._check_completeness = lambda self: None  # type: ignore[method-assign]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, 9, (4 * STEPS,), generator=generator).tolist()
+    ids = [torch.randint(3, 48, (n,), generator=generator).tolist() for n in lengths]
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in ids]
+    grit = GRITConfig(kfac_update_freq=2, kfac_min_samples=1, reprojection_freq=3, reprojection_k=3, lambda_kfac=1e-3)
+    arguments = TrainingArguments(
+        output_dir=str(out.parent / "checkpoints"),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2 // world,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+    )
+    trainer = GRITTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=pad,
+        grit_config=grit,
+    )
+    trainer.train()
+    manager = trainer.grit_manager
+    result: dict[str, Any] = {
+        "world": trainer.accelerator.num_processes,
+        "factors": manager.factors.covariances(),
+        "seen": manager.factors.seen,
+        "adapters": torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]),
+        "completeness": float(manager.completeness.max()) if manager.completeness is not None else None,
+    }
+    torch.save(result, out)
+
+
+def pad(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Right padding; -100 where there is no label."""
+    longest = max(len(f["input_ids"]) for f in features)
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([f[name] + [fill] * (longest - len(f[name])) for f in features])
+        for name, fill in fills.items()
+    }
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), *sys.argv[2:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
