@@ -9,10 +9,10 @@ from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, dec
 
 SAME_FIRST_LOSS = 1e-3
 """Relative difference of the losses of step 1, before any update: only labels, data or the base can exceed it."""
-ONSET_STEPS = 20
-"""Steps over which a run is compared with the noise floor: the paired difference is largest against noise early."""
+FEWEST_STEPS = 20
+"""Losses that a correlation needs."""
 FLOOR_FACTOR = 3.0
-"""A run differs from its baseline if it exceeds this many times the largest rerun difference."""
+"""Figures draw the noise band at this many times the rerun's difference."""
 
 
 def losses(evidence: Evidence, arm: str) -> list[float]:
@@ -23,10 +23,6 @@ def losses(evidence: Evidence, arm: str) -> list[float]:
 def rms(values: list[float]) -> float:
     """Root mean square; NaN for none."""
     return math.sqrt(sum(value * value for value in values) / len(values)) if values else math.nan
-
-
-def _differences(evidence: Evidence, arm: str, other: str) -> list[float]:
-    return [a - b for a, b in zip(losses(evidence, arm), losses(evidence, other), strict=False)]
 
 
 def identical(arm: str, other: str = "baseline") -> Callable[[Evidence], Judgement]:
@@ -80,15 +76,28 @@ def comparable(*arms: str) -> Callable[[Evidence], Judgement]:
 
 
 def beyond_noise(arm: str) -> Callable[[Evidence], Judgement]:
-    """Supported if the early paired loss difference exceeds the rerun's noise floor."""
+    """Supported if `grit compare` calls the arm and the baseline different, with the rerun as its noise floor."""
 
     def decide(evidence: Evidence) -> Judgement:
-        window = slice(1, 1 + ONSET_STEPS)  # step 1 is measured before any update
-        floor = FLOOR_FACTOR * rms(_differences(evidence, "rerun", "baseline")[window])
-        value = rms(_differences(evidence, arm, "baseline")[window])
-        metric = Metric("early_rms_difference", value, n=ONSET_STEPS, subject=f"{arm} - baseline")
-        judged = decide_at_least(metric, floor, f"early RMS loss difference of {arm}", strictly=True)
-        return Judgement(judged.verdict, judged.summary, (metric, Metric("noise_floor", floor)))
+        from grit_impl.verify.compare import compare_records
+
+        baseline, rerun = evidence.records["baseline"], evidence.records["rerun"]
+        comparison = compare_records(baseline, evidence.records[arm], [rerun])
+        outcome = {"different": "supported", "same": "refuted"}.get(comparison.verdict, "inconclusive")
+        metrics = tuple(
+            Metric(
+                f"{name} difference over its noise floor",
+                found["ratio"]["estimate"],
+                found["ratio"]["low"],
+                found["ratio"]["high"],
+                unit="x",
+                n=found["ratio"]["n"],
+                method=found["ratio"]["method"],
+                subject=f"{arm} - baseline",
+            )
+            for name, found in comparison.numbers.get("difference", {}).items()
+        )
+        return Judgement(outcome, comparison.summary, metrics, {"reasons": list(comparison.reasons)})
 
     return decide
 
@@ -99,8 +108,8 @@ def curves_agree(arm: str, threshold: float = 0.95) -> Callable[[Evidence], Judg
     def decide(evidence: Evidence) -> Judgement:
         from grit_impl.verify.statistics import correlation_interval
 
-        if len(evidence.records[arm].steps) < ONSET_STEPS:
-            return Judgement("inconclusive", f"fewer than {ONSET_STEPS} steps", needed=ONSET_STEPS)
+        if len(evidence.records[arm].steps) < FEWEST_STEPS:
+            return Judgement("inconclusive", f"fewer than {FEWEST_STEPS} steps", needed=FEWEST_STEPS)
         interval = correlation_interval(losses(evidence, arm), losses(evidence, "baseline"))
         metric = Metric(
             "loss_correlation",

@@ -97,7 +97,7 @@ CLAIMS = (
             ),
             Claim(
                 f"gpu.{arm}-memory",
-                f"{arm} GRIT needs at most {PEAK_MEMORY:g} times the peak memory of {against}.",
+                f"{arm.capitalize()} GRIT needs at most {PEAK_MEMORY:g} times the peak memory of {against}.",
                 (f"record:{arm}", f"record:{against}"),
                 _COST,
                 memory(arm, against),
