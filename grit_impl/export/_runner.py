@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def main() -> None:
     except Exception as error:
         reply.write(json.dumps({"error": str(error)}) + "\n")
         reply.flush()
-        sys.stderr.flush()
+        # llama.cpp writes its log, and with it the reason, from a thread of its own.
+        time.sleep(0.3)
         os._exit(1)
     reply.write(json.dumps({"url": server.listening_address}) + "\n")
     reply.flush()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+
 from grit_impl.errors import GRITError
 from grit_impl.export import export_adapter, export_merged, read_metadata, read_modelfile, write_modelfile
 from grit_impl.export.check import PROMPTS, Verification, verify_export

@@ -1,4 +1,4 @@
-"""The GGUF writer. Oracles: Hugging Face's forward pass on the same tokens, PEFT's own unmerged forward, and PEFT's merge."""
+"""The GGUF writer. Oracles: Hugging Face's forward pass on the same tokens, and PEFT's unmerged one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+
 from grit_impl.errors import GRITError
 from grit_impl.export import export_adapter, export_merged, read_metadata
 from grit_impl.export.check import PROMPTS, verify_export
@@ -186,8 +187,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(lab: SimpleNamespace, tmp_path
     monkeypatch.undo()
     full = Path("/dev/full")
     if full.exists():
+        (tmp_path / ".m.gguf.partial").symlink_to(full)
         with pytest.raises(GRITError, match="cannot write"):
-            (tmp_path / ".m.gguf.partial").symlink_to(full)
             export_merged(lab.untied, None, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -249,8 +250,9 @@ def test_rank_that_contradicts_its_configuration_is_refused(lab: SimpleNamespace
 
 def test_fingerprint_tells_models_apart_and_copies_not(lab: SimpleNamespace, tmp_path: Path) -> None:
     """Oracle: a copy, a copy cut into shards, and a model of the same shape with another seed."""
-    from grit_impl.export.checkpoint import Checkpoint
     from transformers import AutoModelForCausalLM
+
+    from grit_impl.export.checkpoint import Checkpoint
 
     start = time.perf_counter()
     original = Checkpoint(lab.untied).fingerprint()
