@@ -180,6 +180,9 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, settings: Settings, out
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    # transformers 5 writes a class name that 4 does not know; both know this one.
+    name = "tokenizer_config.json"
+    files[name] = files[name].replace(b"TokenizersBackend", b"PreTrainedTokenizerFast")
     files["pretraining.json"] = (json.dumps(asdict(settings), indent=2) + "\n").encode()
     (out / MANIFEST).unlink(missing_ok=True)
     for name, data in files.items():
