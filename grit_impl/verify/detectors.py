@@ -76,18 +76,6 @@ def _non_finite(f: Facts) -> Finding | None:
     return Finding(text + (f"; {skipped} steps were skipped" if skipped else ""), {"nonfinite": len(bad)})
 
 
-@_detector("no-steps", "no torch optimizer stepped on the watched parameters")
-def _no_steps(f: Facts) -> Finding | None:
-    skipped = f.total("skipped")
-    if len(f.steps) == skipped or not any(s.get("held") for s in f.steps):
-        return Finding(
-            f"{len(f.steps)} steps seen, {skipped} skipped by GradScaler, none by a torch optimizer that holds a "
-            "watched parameter",
-            {"skipped": skipped},
-        )
-    return None
-
-
 @_detector("wrong-parameters", "gradients were written to tensors that no optimizer of this model uses")
 def _wrong_parameters(f: Facts) -> Finding | None:
     t = f.tensors
@@ -106,6 +94,26 @@ def _wrong_parameters(f: Facts) -> Finding | None:
     if _idle(f) and orphans:
         return Finding(f"gradients of {orphans} tensors that are no longer in the model were written", numbers)
     return None
+
+
+@_detector("no-steps", "no torch optimizer stepped on the watched parameters")
+def _no_steps(f: Facts) -> Finding | None:
+    skipped = f.total("skipped")
+    if len(f.steps) == skipped or not any(s.get("held") for s in f.steps):
+        return Finding(
+            f"{len(f.steps)} steps seen, {skipped} skipped by GradScaler, none by a torch optimizer that holds a "
+            "watched parameter",
+            {"skipped": skipped},
+        )
+    return None
+
+
+@_detector("dropped", "gradients were zeroed or removed before the optimizer ran")
+def _dropped(f: Facts) -> Finding | None:
+    lost = f.live[f.live.lost]
+    if not len(lost) or len(lost) < 0.9 * len(f.live):
+        return None
+    return Finding(f"{_most(lost.undone_by)} removed {len(lost)} of {len(f.live)} gradients", {"dropped": len(lost)})
 
 
 @_detector("learning-rate-zero", "the optimizer ran but could not move the parameters")
@@ -172,14 +180,6 @@ def _overwritten(f: Facts) -> Finding | None:
     return Finding(text, {"overwritten": len(back), "overwritten_by": by, "written_by": writer})
 
 
-@_detector("dropped", "gradients were zeroed or removed before the optimizer ran")
-def _dropped(f: Facts) -> Finding | None:
-    lost = f.live[f.live.lost]
-    if not len(lost) or len(lost) < 0.9 * len(f.live):
-        return None
-    return Finding(f"{_most(lost.undone_by)} removed {len(lost)} of {len(f.live)} gradients", {"dropped": len(lost)})
-
-
 @_detector("starved", "no statistics reach the preconditioner: its hooks never fire")
 def _starved(f: Facts) -> Finding | None:
     hooked = max((s.get("hooked_modules") or 0 for s in f.steps), default=0)
@@ -238,9 +238,9 @@ def _twice(f: Facts) -> Finding | None:
 @_detector("against-the-gradient", "the modified gradient points away from the raw one: a preconditioner is positive")
 def _against(f: Facts) -> Finding | None:
     away = f.bent[f.bent.turn > 1.0]
-    if len(away) < 0.5 * max(1, len(f.bent)):
+    cosine = 1 - _median(f.bent.turn)
+    if len(away) < 0.8 * max(1, len(f.bent)) or not cosine < -0.1:
         return None
-    cosine = 1 - _median(away.turn)
     return Finding(f"{len(away)} of {len(f.bent)} modified gradients have a negative cosine", {"cosine": cosine})
 
 
@@ -265,7 +265,7 @@ def _unrelated(f: Facts) -> Finding | None:
     bent = f.bent
     residual = _median(bent.fit)
     cosine = 1 - _median(bent.turn)
-    if not len(bent) or not cosine < 0.1 or residual < 0.3:
+    if not len(bent) or not abs(cosine) < 0.1 or residual < 0.3:
         return None
     text = f"the written gradients have cosine {cosine:.2f} with the raw ones and are no r x r multiple of them"
     return Finding(text, {"cosine": cosine, "fit": residual})
@@ -285,10 +285,12 @@ def _undone(f: Facts) -> Finding | None:
 @_detector("not-consumed", "the optimizer used other gradients than those in `.grad`")
 def _not_consumed(f: Facts) -> Finding | None:
     rows = f.touched[f.touched.replay.notna()]
-    replay, raw = _median(rows.replay), _median(rows.update_turn)
+    replay, raw, reaction = _median(rows.replay), _median(rows.update_turn), _median(f.touched.reaction)
+    numbers = {"replay": replay, "update_turn": raw, "reaction": reaction}
+    if reaction < 1e-6:
+        return Finding("the optimizer's update does not depend on `.grad`: it has gradients of its own", numbers)
     if not replay > 0.05:
         return None
-    numbers = {"replay": replay, "update_turn": raw}
     if raw < SAME_UPDATE:
         return Finding(f"the updates are those of the raw gradients (replay residual {replay:.2g})", numbers)
     text = f"the optimizer's replay misses the updates by {replay:.0%}: something else moves the parameters"
@@ -372,7 +374,7 @@ def _nothing_written(f: Facts) -> Finding | None:
     if not f.modifier_known:
         return None
     return Finding(
-        "a preconditioner is attached, but changes no gradient before the optimizer: not called, or it writes to a copy",
+        "a preconditioner is attached, but changes no gradient before the optimizer: not called, or written to a copy",
         {"statuses": f.statuses},
     )
 

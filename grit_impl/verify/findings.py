@@ -14,7 +14,7 @@ from grit_impl.verify.rows import read_rows
 from grit_impl.verify.timeline import SCALER, TURN
 
 _NUMBERS = ["raw", "entry", "turn", "written", "turn_written", "turns", "mods", "update", "update_exact", "update_raw"]
-_NUMBERS += ["update_turn", "replay", "fit", "condition", "identity", "twice", "stale", "step"]
+_NUMBERS += ["update_turn", "replay", "reaction", "fit", "condition", "identity", "twice", "stale", "step"]
 _FLAGS = ("unheld", "nonfinite", "lost")
 _TEXTS = ("name", "hash_raw", "hash_entry", "hash_before", "hash_after", "by", "undone_by", "micro", "late")
 

@@ -125,7 +125,7 @@ class GradientLedger:
         self._replaced = 0
         trainable = [i for i, p in enumerate(self._parameters) if p.requires_grad]
         self._sample = spread(trainable, sample)
-        self._structured = spread(trainable, STRUCTURE)
+        self._structured = spread([i for i in trainable if self._parameters[i].ndim == 2], STRUCTURE)
         self._shadows = Shadows({i: self._parameters[i] for i in self._sample})
         self._sketch = Sketcher(max(p.numel() for p in self._parameters))
         self._writer = RowWriter(path)
@@ -201,6 +201,9 @@ class GradientLedger:
             self._now.raw_norm = None if probe.table is None else probe.table[:, 1]
         if self._now.unhooked:
             self._look("gradient hooks", self._hooks.kind)
+        if self._frames:  # a closure: the optimizer's own entry came too early
+            self._frames[-1]["entry"] = len(self._now.probes) - 1
+            self._shadows.before(self._frames[-1]["optimizer"])
 
     def clips(self, maximum: float | None, value: float | None) -> None:
         """Before clipping, by total norm or element-wise."""
@@ -257,13 +260,21 @@ class GradientLedger:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         held = np.array([id(p) in ids for p in self._parameters])
         name = type(optimizer).__name__
-        for frame in self._frames:
-            frame["innermost"] = False
+        if held.any():
+            for frame in self._frames:
+                frame["innermost"] = False
         if not self._frames:
             self._orphans.look(self.steps, ids, self._parameters)
         self._look(f"step:{name}")
         self._context.append(f"{name}.step")
-        frame = {"held": held, "innermost": True, "entry": len(self._now.probes) - 1, "name": name, "before": None}
+        frame = {
+            "held": held,
+            "innermost": True,
+            "entry": len(self._now.probes) - 1,
+            "name": name,
+            "optimizer": optimizer,
+            "before": None,
+        }
         self._frames.append(frame)
         if held.any():
             if self._now.full:
@@ -282,7 +293,8 @@ class GradientLedger:
         self._now.entry[held] = frame["entry"]
         self._now.optimizers.append(frame["name"])
         if held.any():
-            result = self._shadows.after(optimizer, self._raw_gradients(), self._now.clip_value)
+            nested = any(f["optimizer"] is optimizer for f in self._frames)
+            result = self._shadows.after(optimizer, self._raw_gradients(), self._now.clip_value, nested)
             if result is not None:
                 self._now.shadows.append(result)
             if frame["before"] is not None:

@@ -80,6 +80,11 @@ def turn(a: Table, b: Table) -> Table:
         return np.asarray(1.0 - (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1)))
 
 
+def turn_at(step: StepData, raw: int, j: int) -> Table:
+    """(N,) 1 - cos between the raw gradients and those of probe j."""
+    return turn(step.probes[raw].table, step.probes[j].table)
+
+
 def classify(a: Probe, b: Probe) -> NDArray[np.int64]:
     """(N,) what happened between two probes."""
     code = np.full(len(a.missing), SAME)
@@ -107,7 +112,7 @@ class StepData:
         raw: Position of the probe after each backward pass, before any gradient hook.
         entry: (N,) probe at the entry of the innermost optimizer that holds the tensor; -1: none.
         moved: Fingerprints of the parameters at the optimizer's entry and after it.
-        shadow: Position of a sampled tensor -> |u|, |u_raw|, cos(u, u_raw), replay residual.
+        shadow: Position of a sampled tensor -> what `Shadows.after` returns.
         facts: What else goes into the step's row.
     """
 
@@ -194,12 +199,12 @@ def _tensors(
     raw = step.raw[-1]
     table = step.probes[raw]
     hashes = [p.hash for p in step.probes]
-    turns = {j: turn(table.table, step.probes[j].table) for j in range(raw, len(step.probes))}
+    turns = {j: turn_at(step, raw, j) for j in range(raw, len(step.probes))}
     update = None if step.moved is None else step.moved[1] - step.moved[0]
     out = []
     for i, name in enumerate(names):
         entry = int(step.entry[i])
-        end = entry if entry >= 0 else len(step.probes) - 1
+        end = max(entry, raw) if entry >= 0 else len(step.probes) - 1
         if table.missing[i] and all(p.missing[i] for p in step.probes):
             continue
         row: dict[str, Any] = {"kind": "tensor", "step": step.number, "name": name}
@@ -234,9 +239,14 @@ def _tensors(
         scaled_back = [w for j, c, w in segments if peak < j <= end and c == SCALED and w not in NOT_MODIFIERS]
         if ("written" in row or "lost" in row or "nonfinite" in row) and (undone or scaled_back):
             row["undone_by"] = (undone or scaled_back)[-1]
-        micro = [w for j, c, w in mine if j <= raw and c in (TURNED, ZEROED, APPEARED) and w != TENSOR_HOOK]
-        if micro:
-            row["micro"] = micro[0]
+        micro = [(j, w) for j, c, w in mine if j <= raw and c in (TURNED, ZEROED, APPEARED) and w != TENSOR_HOOK]
+        cleared = [j for j, c, w in segments if j <= raw and c in (ZEROED, GONE)]
+        if micro and cleared and cleared[-1] >= micro[-1][0]:
+            j, row["by"] = micro[-1]
+            row["written"], row["turn_written"] = short(step.probes[j].norm[i]), short(turn_at(step, raw, j)[i])
+            row["undone_by"] = "clearing and another backward"
+        elif micro:
+            row["micro"] = micro[0][1]
         late = [w for j, c, w in mine if entry >= 0 and j > entry + 1 and c in (TURNED, APPEARED, SCALED)]
         if late:
             row["late"] = late[0]
@@ -280,8 +290,8 @@ def _structure(
 def _shadow(values: list[float]) -> dict[str, Any]:
     if not values or not np.isfinite(values[0]):
         return {}
-    u, raw, cosine, replay = values
-    row = {"update_exact": u, "update_raw": raw, "update_turn": 1 - cosine, "replay": replay}
+    u, raw, cosine, replay, reaction = values
+    row = {"update_exact": u, "update_raw": raw, "update_turn": 1 - cosine, "replay": replay, "reaction": reaction}
     return {k: short(v) for k, v in row.items() if np.isfinite(v)}
 
 

@@ -124,7 +124,7 @@ def _in_front(parameter: Any, index: int, store: Callable[[], dict[int, Tensor]]
             kept[index] = kept[index] + grad if index in kept else grad.detach().clone()
 
         handle = parameter.register_hook(keep)
-        parameter._backward_hooks.move_to_end(handle.id, last=False)
+        _move_to_front(parameter._backward_hooks, handle.id)
         return handle
 
     def keep_accumulated(p: Tensor) -> None:
@@ -132,5 +132,14 @@ def _in_front(parameter: Any, index: int, store: Callable[[], dict[int, Tensor]]
         store()[index] = p.grad.detach().clone()
 
     handle = parameter.register_post_accumulate_grad_hook(keep_accumulated)
-    parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+    _move_to_front(parameter._post_accumulate_grad_hooks, handle.id)
     return handle
+
+
+def _move_to_front(hooks: dict[int, Any], key: int) -> None:
+    # Not move_to_end: autograd iterates in the order of insertion.
+    others = {k: hook for k, hook in hooks.items() if k != key}
+    own = hooks[key]
+    hooks.clear()
+    hooks[key] = own
+    hooks.update(others)

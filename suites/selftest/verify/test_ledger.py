@@ -1,0 +1,138 @@
+"""The ledger: it changes nothing, leaves nothing behind, and its file can be read by anyone."""
+
+from __future__ import annotations
+
+import gzip
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+from grit_impl.errors import GRITError
+from grit_impl.verify.findings import facts
+from grit_impl.verify.ledger import gradient_ledger
+from grit_impl.verify.rows import read_rows
+from grit_impl.verify.zoo import Bench, Moments, Whitening
+
+INTERCEPTED = (
+    (torch.autograd, "backward"),
+    (torch.nn.utils, "clip_grad_norm_"),
+    (torch.nn.utils.clip_grad, "clip_grad_norm_"),
+    (torch.amp.GradScaler, "step"),
+    (torch.optim.Optimizer, "zero_grad"),
+    (nn.Module, "zero_grad"),
+)
+
+
+def train(path=None, observed=True, trainer="loop", optimizer="adamw", **options):
+    bench = Bench(trainer, optimizer, seed=3, steps=6)
+    moments = Moments(before_step=Whitening(bench.lora).apply)
+    if not observed:
+        bench.train(moments)
+        return bench, None
+    with gradient_ledger(bench.model, path, **options) as ledger:
+        bench.train(moments)
+    return bench, ledger
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The ledger file of one run, and the bench it came from."""
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl.gz"
+    return path, train(path)[0]
+
+
+@pytest.mark.parametrize("trainer", ["loop", "pure"])
+def test_training_is_the_same_bit_for_bit(trainer):
+    """Oracle: the parameters of the same training without a ledger."""
+    plain, _ = train(observed=False, trainer=trainer)
+    watched, _ = train(trainer=trainer)
+    assert all(torch.equal(p, q) for p, q in zip(plain.lora.values(), watched.lora.values(), strict=True))
+
+
+def test_nothing_stays_behind():
+    """Oracle: the functions before; also after an exception inside the context."""
+    before = [getattr(owner, name) for owner, name in INTERCEPTED]
+    bench, _ = train()
+    assert [getattr(owner, name) for owner, name in INTERCEPTED] == before
+    with pytest.raises(RuntimeError), gradient_ledger(bench.model):
+        raise RuntimeError
+    assert [getattr(owner, name) for owner, name in INTERCEPTED] == before
+    assert "grad" not in vars(nn.Parameter)
+    assert not _global_optimizer_pre_hooks
+    assert not any(p._backward_hooks for p in bench.lora.values())
+
+
+def test_pandas_reads_it_in_one_line(written):
+    """Oracle: pandas; 28 tensors and 6 steps, every tensor's gradient turned before the optimizer."""
+    table = pd.read_json(written[0], lines=True)
+    tensors = table[table.kind == "tensor"]
+    assert len(tensors) == 28 * 6
+    assert (tensors.turn > 1e-4).all()
+    assert list(table[table.kind == "step"].step) == list(range(1, 7))
+
+
+def test_numbers_are_the_gradients_own(written):
+    """Oracle: the optimizer's state. In one AdamW step from rest, exp_avg = 0.1 x the gradient it was given."""
+    bench = Bench("loop", "adamw", seed=3, steps=1)
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments(before_step=Whitening(bench.lora).apply))
+    rows = {r["name"]: r for r in ledger.rows() if r["kind"] == "tensor"}
+    for name, p in bench.lora.items():
+        assert rows[name]["entry"] == pytest.approx(float(bench.built.state[p]["exp_avg"].norm()) * 10, rel=1e-3)
+
+
+def test_size_on_disk_for_the_large_model(written):
+    """Oracle: bytes per row, extrapolated to 448 tensors and 200 steps: below 20 MB."""
+    rows = sum(r["kind"] == "tensor" for r in read_rows(written[0]))
+    assert written[0].stat().st_size / rows * 448 * 200 < 20e6
+
+
+def test_every_third_step(tmp_path):
+    """Oracle: counting; the sample is followed at every step, everything at steps 1, 2, 4 and 7."""
+    _, ledger = train(tmp_path / "l.jsonl.gz", every=3, sample=4)
+    rows = [r for r in ledger.rows() if r["kind"] == "tensor"]
+    full = {r["step"] for r in rows if "hash_raw" in r}
+    assert full == {1, 2, 4}
+    assert {r["step"] for r in rows if "update_turn" in r} == set(range(1, 7))
+
+
+def test_an_exception_leaves_no_file(tmp_path):
+    """Oracle: the directory is empty."""
+    bench = Bench()
+    with pytest.raises(RuntimeError), gradient_ledger(bench.model, tmp_path / "l.jsonl.gz"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_line(tmp_path):
+    """Oracle: the message names the thing."""
+    with pytest.raises(GRITError, match="every = 0"), gradient_ledger(Bench().model, every=0):
+        pass
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(GRITError, match="no trainable parameter"), gradient_ledger(frozen):
+        pass
+    with pytest.raises(GRITError, match="no gradient ledger"):
+        facts(tmp_path / "missing.jsonl.gz")
+    for name, content in {"cut": b'{"kind": "run"}\n{"ki', "other": b'{"a": 1}\n', "list": b"[]\n"}.items():
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        with pytest.raises(GRITError, match="corrupt gradient ledger"):
+            facts(tmp_path / name)
+    (tmp_path / "plain").write_bytes(b"hello")
+    with pytest.raises(GRITError, match="corrupt gradient ledger"):
+        facts(tmp_path / "plain")
+
+
+def test_any_model_can_be_watched():
+    """Oracle: without LoRA tensors, all trainable parameters are watched."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradient_ledger(model) as ledger:
+        for _ in range(3):
+            model(torch.randn(5, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ledger.names == ["weight", "bias"]
+    assert ledger.steps == 3
