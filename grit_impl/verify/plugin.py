@@ -134,6 +134,7 @@ def judge(request: pytest.FixtureRequest) -> Judge:
                 "rationale": found.rationale,
                 "gates": found.gates,
                 "live": subject is None,
+                "evaluation": str(getattr(source.evaluation, "path", None) or ""),
                 "judgement": judgement.to_dict(),
             }
         )
@@ -216,6 +217,7 @@ class _Controller:
         self.gpu_seen = 0
         self.written = False
         self.live: set[str] = set()
+        self.evaluation = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -229,6 +231,7 @@ class _Controller:
             self.results.add(claim, judgement, report.nodeid)
             if each["live"] and judgement.verdict != "not exercised":
                 self.live |= set(claim.requires)
+                self.evaluation = self.evaluation or each["evaluation"]
         before = self.results.outcomes.get(report.nodeid)
         self.results.outcomes[report.nodeid] = outcome_of(report, before)
         if "gpu" in report.keywords:
@@ -262,15 +265,13 @@ class _Controller:
 
     def _evidence(self) -> Evidence:
         """The evidence that tests used: this process's own, or, under xdist, found again in the reports folder."""
-        from grit_impl.verify.claims import Evidence
-        from grit_impl.verify.evidence import LiveEvidence
+        from grit_impl.verify.stored import stored_evidence
 
-        options = self.config.stash[_options]
-        if _evidence in self.config.stash or not self.live:
-            return self.config.stash.get(_evidence, Evidence(options))
-        found = LiveEvidence(replace(options, reuse_runs=True))
-        found.gather(self.live)
-        return found
+        found = self.config.stash.get(_evidence, None)
+        if found is not None:
+            return found
+        evaluation = Path(self.evaluation) if self.evaluation else None
+        return stored_evidence(self.config.stash[_options], self.live, evaluation)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         from grit_impl.verify.terminal import summary

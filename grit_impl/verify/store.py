@@ -282,6 +282,9 @@ def _artifacts(session: int, evidence: Evidence) -> Iterator[tuple[Any, ...]]:
     for model, export in evidence.exports.items():
         if Path(export["path"]).is_file():
             files[Path(export["path"])] = (model, "gguf")
+    folder = getattr(evidence.evaluation, "path", None)
+    if folder is not None and (folder / "evaluation.json").is_file():
+        files[folder / "evaluation.json"] = ("all", "evaluation")
     for path, (subject, kind) in files.items():
         yield session, subject, kind, str(path), sha256_file(path), path.stat().st_size
 

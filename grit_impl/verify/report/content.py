@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
-from grit_impl.verify.claims.curves import losses, rms
+from grit_impl.verify.claims.curves import losses
 from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.options import PLAN_MODELS
 from grit_impl.verify.store import JudgedClaim
@@ -104,8 +105,8 @@ def _grit(record: RunRecord, key: str, digits: int, scale: float = 1) -> str:
 def _divergence(evidence: Evidence, name: str) -> str:
     if name == "baseline" or not {name, "baseline"} <= evidence.records.keys():
         return DASH
-    pairs = zip(losses(evidence, name), losses(evidence, "baseline"), strict=False)
-    return number(rms([a - b for a, b in pairs]), 4)
+    gaps = [a - b for a, b in zip(losses(evidence, name), losses(evidence, "baseline"), strict=False)]
+    return number(math.sqrt(statistics.fmean(gap * gap for gap in gaps)), 4) if gaps else DASH
 
 
 def counts(judged: Sequence[JudgedClaim]) -> dict[str, int]:
@@ -151,9 +152,9 @@ def evidence_text(value: Mapping[str, Any]) -> str:
 
 
 def fault_matrix(folder: Path) -> dict[str, Any] | None:
-    """The confusion matrix of the fault zoo, from the reports or as recorded with the source; None without one."""
+    """The fault zoo's summary, as `grit faults --out` wrote it to the reports or recorded with the source; or None."""
     for path in (folder / "fault_matrix.json", Path("fixtures") / "fault_matrix.json"):
         if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text())
+            found: dict[str, Any] = json.loads(path.read_text())["summary"]
             return found
     return None

@@ -16,9 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from grit_impl.verify.claims import Evidence
-from grit_impl.verify.claims.curves import FLOOR_FACTOR, losses
+from grit_impl.verify.claims.curves import losses
+from grit_impl.verify.curves import MARGIN, rms
 
 INK, FAINT = "#010101", "#020202"
 """Stand-ins that become the page's text and grid colours."""
@@ -124,7 +126,7 @@ def loss_differences(evidence: Evidence) -> str | None:
         for arm in others:
             gap = np.array([a - b for a, b in zip(losses(evidence, arm), reference, strict=False)])
             if arm == "rerun":
-                floor = FLOOR_FACTOR * float(np.sqrt(np.mean(gap**2)))
+                floor = MARGIN * rms(gap)
             style = ARM_STYLES.get(arm, "-")
             axes.plot(np.arange(1, len(gap) + 1), gap, color=colour(arm), linestyle=style, linewidth=1, label=arm)
         if floor:
@@ -223,7 +225,11 @@ def provenance(evidence: Evidence) -> str | None:
             everything = table.tensors.groupby("step").size()
             for rows, whole, style in (
                 (table.bent, live, {"color": colour(arm), "alpha": 0.8}),
-                (table.tensors[table.tensors.late.notna()], everything, {"color": colour("hybrid_late"), "alpha": 0.35}),
+                (
+                    table.tensors[table.tensors.late.notna()],
+                    everything,
+                    {"color": colour("hybrid_late"), "alpha": 0.35},
+                ),
             ):
                 share = 100 * rows.groupby("step").size().reindex(whole.index, fill_value=0) / whole
                 axes.fill_between(share.index, share.to_numpy(), step="mid", linewidth=0, **style)
@@ -234,6 +240,27 @@ def provenance(evidence: Evidence) -> str | None:
         text = svg(figure, "provenance")
         plt.close(figure)
         return text
+
+
+def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """The fault zoo's confusion matrix: rows are what was planted, columns what the verdict named."""
+    names = sorted({*counts, *(given for row in counts.values() for given in row)})
+    planted = sorted(counts)
+    with _axes(1.6 + 0.2 * len(planted)) as (figure, axes):
+        for y, expected in enumerate(planted):
+            total = sum(counts[expected].values())
+            for given, n in counts[expected].items():
+                x = names.index(given)
+                right = given == expected
+                shade = colour("pure" if right else "hybrid_late")
+                alpha = 0.25 + 0.6 * n / total
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, linewidth=0, color=shade, alpha=alpha))
+                axes.text(x, y, str(n), ha="center", va="center", fontsize=7)
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(planted) - 0.5, -0.5), xlabel="verdict", ylabel="planted")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(planted)), planted, fontsize=7)
+        axes.grid(visible=False)
+        return svg(figure, "confusion")
 
 
 def figures(evidence: Evidence) -> list[dict[str, str]]:

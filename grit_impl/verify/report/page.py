@@ -13,6 +13,11 @@ from grit_impl.verify.claims import Evidence
 from grit_impl.verify.report import content
 from grit_impl.verify.store import JudgedClaim, Session
 
+_FAULTS = (
+    "Every known way to lose a gradient, planted on purpose: {named} of {fault_runs} runs with a fault were named "
+    "right, {flagged} of {sound_runs} sound ones were flagged."
+)
+
 
 @cache
 def _environment() -> jinja2.Environment:
@@ -51,11 +56,21 @@ def render_html(
 ) -> str:
     """The page."""
     drawn = []
+    values = _common(session, judged, evidence, folder, changes)
     if evidence.records or evidence.evaluation is not None:
         from grit_impl.verify.report.figures import figures
 
         drawn = figures(evidence)
-    values = _common(session, judged, evidence, folder, changes)
+    if values["faults"]:
+        from grit_impl.verify.report.figures import confusion
+
+        drawn.append(
+            {
+                "svg": confusion(values["faults"]["confusion"]),
+                "title": "Fault zoo",
+                "caption": _FAULTS.format(**values["faults"]),
+            }
+        )
     return _environment().get_template("index.html.j2").render(**values, figures=drawn)
 
 

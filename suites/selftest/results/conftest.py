@@ -14,7 +14,7 @@ import pytest
 
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.record import RunRecord, sha256_file
-from grit_impl.verify.claims import Evidence
+from grit_impl.verify.claims import Claim, Evidence, catalogue
 from grit_impl.verify.options import Options
 
 STEPS = 40
@@ -146,6 +146,12 @@ def write_evaluation(right: dict[str, tuple[float, float]], items: int = ITEMS) 
         {"round": k, "label": model, "tokens_per_second": 900 + noise.random()} for k in range(8) for model in right
     ]
     return Evaluation({model: model for model in right}, answers, speed)
+
+
+@pytest.fixture
+def claims() -> list[Claim]:
+    """The catalogue without what only a GPU can decide."""
+    return [claim for claim in catalogue().values() if claim.family != "gpu"]
 
 
 @pytest.fixture

@@ -169,7 +169,9 @@ def test_files_are_the_same_under_xdist(project):
     """Oracle: database, JUnit XML and page of one process, against those of three, but for times."""
     pytest.importorskip("xdist")
     project.run_grit("--reports-dir", "one")
-    project.run_grit("--reports-dir", "many", "-p", "xdist", "-n", "3").assert_outcomes(passed=2, failed=1, skipped=3, xfailed=1)
+    project.run_grit("--reports-dir", "many", "-p", "xdist", "-n", "3").assert_outcomes(
+        passed=2, failed=1, skipped=3, xfailed=1
+    )
 
     def rows(folder: str) -> list[str]:
         with Store(project.path / folder / "results.db", readonly=True) as db:

@@ -17,7 +17,7 @@ import pytest
 
 from grit_impl.errors import GRITError
 from grit_impl.verify import schema, store
-from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric, catalogue
+from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
 from grit_impl.verify.store import JudgedClaim, Session, Store
 
 SESSION = Session("2026-01-01T00:00:00+00:00", "2026-01-01T00:10:00+00:00", "abc", {"steps": 200}, {"torch": "2.13.0"})
@@ -45,10 +45,10 @@ def test_numbers_round_trip(tmp_path, value):
     assert repr(metric) == repr(Metric("m", value, value, None, "s", 3, "by hand", "pure"))
 
 
-def test_judgements_round_trip(tmp_path, make_evidence):
+def test_judgements_round_trip(tmp_path, make_evidence, claims):
     """Oracle: the judgements of the whole catalogue on sound evidence."""
     evidence = make_evidence()
-    everything = [JudgedClaim(each, each.judge(evidence), f"t::{each.id}") for each in catalogue().values()]
+    everything = [JudgedClaim(each, each.judge(evidence), f"t::{each.id}") for each in claims]
     with Store(tmp_path / "results.db") as db:
         session = db.add(SESSION, everything, evidence)
         found = db.judged(session)
@@ -85,10 +85,10 @@ def test_tables_hold_the_evidence(tmp_path, make_evidence):
         assert loss["value"] == evidence.records["pure"].steps[2]["loss"]
 
 
-def test_documented_queries_run(tmp_path, make_evidence):
+def test_documented_queries_run(tmp_path, make_evidence, claims):
     """Oracle: the queries in the schema's own documentation give rows on a full database, and so does every view."""
     evidence = make_evidence()
-    everything = [JudgedClaim(each, each.judge(evidence)) for each in catalogue().values()]
+    everything = [JudgedClaim(each, each.judge(evidence)) for each in claims]
     with Store(tmp_path / "results.db") as db:
         db.add(SESSION, everything, evidence)
         documented = schema.__doc__.partition("Questions people ask:")[2]

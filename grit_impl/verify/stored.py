@@ -1,0 +1,41 @@
+"""Evidence as it lies in a reports folder: read, never made. Enough for reports; verdicts are in the database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from grit_impl.record import RunRecord
+from grit_impl.verify.claims import Evidence
+from grit_impl.verify.options import Options
+
+
+def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path | None = None) -> Evidence:
+    """Finished runs, exports and an evaluation that are there.
+
+    Args:
+        options: Where to look, and for which seed.
+        requires: Requirements of claims; what they do not name is left out.
+        evaluation: Folder of the evaluation, or None.
+
+    Raises:
+        GRITError: a record or the evaluation is corrupt.
+    """
+    named = [requirement.partition(":")[::2] for requirement in requires]
+    runs = Path(options.reports_dir) / "runs"
+    arms = sorted({name for kind, name in named if kind in ("record", "verdict", "evaluation", "export")})
+    records, exports = {}, {}
+    for name in arms:
+        record = RunRecord(runs / f"{name}-seed{options.seed}")
+        if record.complete:
+            records[name] = record
+        note = (runs / "base" if name == "base" else record.path) / "gguf" / "export.json"
+        if note.is_file():
+            exports[name] = json.loads(note.read_text())
+    found = None
+    if evaluation is not None and (evaluation / "evaluation.json").is_file():
+        from grit_impl.evaluate.results import Evaluation
+
+        found = Evaluation.load(evaluation)
+    return Evidence(options, records=records, exports=exports, evaluation=found)
