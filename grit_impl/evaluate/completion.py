@@ -1,7 +1,7 @@
 """/api/generate and /api/chat: from a request to a prompt, from llama.cpp's chunks to Ollama's.
 
-Source: Ollama's `server/routes.go`, `server/prompt.go` and `llm/llama_server.go` (0.30 and later, where every GGUF runs in
-llama.cpp's server).
+Source: Ollama's `server/routes.go`, `server/prompt.go` and `llm/llama_server.go` (0.30 and later, where every GGUF runs
+in llama.cpp's server).
 """
 
 from __future__ import annotations

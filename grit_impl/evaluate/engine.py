@@ -229,7 +229,8 @@ class Engines:
             gguf=gguf,
             adapter=adapter,
             context=context,
-            batch=max(1, min(options["num_batch"], 2048)),
+            # llama.cpp aborts on a batch of one.
+            batch=max(32, min(options["num_batch"], 2048)),
             threads=min(threads, os.cpu_count() or 1),
             gpu_layers=max(-1, min(options["num_gpu"], 10000)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -113,7 +114,7 @@ def test_client_that_leaves_stops_its_generation(server: EmbeddedOllama) -> None
     ("request_bytes", "status"),
     [
         (b"\x16\x03\x01\x02\x00\x01", b"400"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 400_000 + b"\r\n\r\n", b"400"),
         (b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"400"),
         (b"GET /api/blobs/../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
         (b"POST /api/blobs/sha256:..%2f..%2fx HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"40"),
@@ -123,7 +124,9 @@ def test_client_that_leaves_stops_its_generation(server: EmbeddedOllama) -> None
 def test_hostile_requests_are_refused(server: EmbeddedOllama, request_bytes: bytes, status: bytes) -> None:
     """Oracle: a status in the 400s, and a server that still answers."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-        connection.sendall(request_bytes)
+        # A server that has seen enough does not read the rest.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(request_bytes)
         assert connection.recv(100).split(b" ")[1].startswith(status)
     assert httpx.get(f"{server.url}/api/version", trust_env=False).status_code == 200
 
@@ -280,37 +283,40 @@ def fuzz(url: str, requests: int) -> int:
     schema = schemathesis.openapi.from_dict(specification())
     operations = [(o.ok().path, o.ok()) for o in schema.get_all_operations()]
     client = httpx.Client(base_url=url, timeout=120, trust_env=False)
-    sent = 0
-    for path, operation in operations:
-        share = max(1, int(requests * (0.5 / 10 if path in ("/", "/api/version", "/api/tags", "/api/ps") else 0.8 / 6)))
-        for mode in schemathesis.GenerationMode:
-            bounded = settings(
-                max_examples=max(1, share // 2), deadline=None, database=None, derandomize=True,
-                suppress_health_check=list(HealthCheck), phases=[Phase.generate],
-            )  # fmt: skip
+    statuses: list[int] = []
 
-            def check(case: Any, operation: Any = operation) -> None:
-                nonlocal sent
-                body = case.body if isinstance(case.body, bytes) else None
-                try:
-                    content = body if body is not None else json.dumps(case.body, default=str).encode()
-                except (TypeError, ValueError):
-                    content = b""
-                reply = client.request(operation.method, operation.path, content=content)
-                sent += 1
-                if reply.status_code >= 500:
-                    assert OWN_500.search(reply.json()["error"]), (operation.path, content, reply.text)
-                elif reply.status_code >= 400 and reply.status_code not in (404, 405):
-                    assert isinstance(reply.json()["error"], str)
-
+    def checker(operation: Any) -> Any:
+        def check(case: Any) -> None:
             try:
-                strategy = operation.as_strategy(generation_mode=mode)
-                bounded(given(case=strategy)(check))()
-            except Exception as error:
-                # An operation without parameters has no invalid request.
-                if "Unsatisfiable" not in type(error).__name__ and "Unsatisfiable" not in str(error):
-                    raise
-    return sent
+                content = case.body if isinstance(case.body, bytes) else json.dumps(case.body, default=str).encode()
+            except (TypeError, ValueError):
+                content = b""
+            reply = client.request(operation.method, operation.path, content=content)
+            statuses.append(reply.status_code)
+            if reply.status_code >= 500:
+                assert OWN_500.search(reply.json()["error"]), (operation.path, content, reply.text)
+            elif reply.status_code >= 400 and reply.status_code not in (404, 405):
+                assert isinstance(reply.json()["error"], str)
+
+        return check
+
+    for path, operation in operations:
+        simple = path in ("/", "/api/version", "/api/tags", "/api/ps")
+        # The invalid ones matter most where there is a body to get wrong.
+        modes = [schemathesis.GenerationMode.POSITIVE] + ([] if simple else [schemathesis.GenerationMode.NEGATIVE])
+        for mode in modes:
+            bounded = settings(
+                max_examples=max(1, int(requests * (0.01 if simple else 0.08))),
+                deadline=None,
+                database=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+                phases=[Phase.generate],
+            )
+            bounded(given(case=operation.as_strategy(generation_mode=mode))(checker(operation)))()
+    # A fuzzer that only ever meets the front door proves nothing.
+    assert {200, 400, 404, 500} <= set(statuses)
+    return len(statuses)
 
 
 def test_fuzzed_requests(server: EmbeddedOllama) -> None:
