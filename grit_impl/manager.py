@@ -432,7 +432,7 @@ class GRITManager:
         """
         names = [f"{layer.path}:{layer.adapter}" for layer in self.layers]
         if state["layers"] != names:
-            odd = next(iter(set(state["layers"]) ^ set(names)), "their order")
+            odd = min(set(state["layers"]) ^ set(names), default="their order")
             raise GRITError(f"the GRIT checkpoint does not fit this model: they differ in {odd}")
         self.step = state["step"]
         self.applied = state["applied"].to(self.applied.device).clone()

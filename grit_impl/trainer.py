@@ -59,7 +59,7 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
             reprojection = self.grit_manager.reprojection
             if self.args.should_save and state_dict is None and reprojection.shrunk:
                 # Beside the full-rank adapter that training resumes from: the one to export. Two folders deep, because
-                # a resuming Trainer takes an adapter in a checkpoint's subfolder for the one to load.
+                # a resuming Trainer loads adapters in a checkpoint's subfolders too.
                 save_adapter(self.model, Path(str(output_dir or self.args.output_dir), *SHRUNK_FOLDER), reprojection)
 
     WithGRIT.__name__ = WithGRIT.__qualname__ = f"GRIT{trainer_class.__name__}"

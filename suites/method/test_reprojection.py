@@ -187,6 +187,18 @@ def test_a_dropped_direction_stays_dropped(kind: str, optimizer: str, llama: Any
             assert float((moment - p @ moment).norm() / moment.norm()) < FLOAT32
 
 
+def test_a_reprojection_that_changes_nothing_still_projects(llama: Any, training: Any) -> None:
+    """Training that ends on a reprojection with the same k as before: what AdamW put back is gone again."""
+    options = {"kfac_update_freq": 1, "kfac_min_samples": 1, "reprojection_freq": 2, "reprojection_k": 2}
+    trainer = training("pure", llama(zero_b=True), GRITConfig(**options), max_steps=4)
+    trainer.train()
+    manager = trainer.grit_manager
+    assert manager.reprojection.count == 2
+    for i, layer in enumerate(manager.layers):
+        p = manager.factors.projector[0, i]
+        assert float((layer.a - p @ layer.a).norm() / layer.a.norm()) < FLOAT32
+
+
 def test_adamw_alone_brings_dropped_directions_back(llama: Any, training: Any, monkeypatch: Any) -> None:
     """Released fault 7, planted: without moments and parameters being projected the directions return."""
     monkeypatch.setattr(Reprojection, "_project_moments", lambda *a: None)

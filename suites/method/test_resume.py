@@ -73,6 +73,7 @@ def test_killed_and_resumed_is_bit_identical(kind: str, run: Any, adapters: Any,
         run(kind, f"killed{k}", kill=k)
         resumed = run(kind, f"killed{k}", resume=True)
         assert resumed.state.global_step == STEPS
+        assert set(resumed.model.peft_config) == {"default"}
         assert manager(resumed).reprojection.ranks == manager(whole).reprojection.ranks
         assert manager(resumed).step == STEPS
         assert torch.equal(adapters(resumed.model), adapters(whole.model))
