@@ -97,7 +97,7 @@ def judge_pair(ledger: Any, baseline: Any) -> Verdict:
     first = both[both.step == both.step.min()]
     start = _difference(first.raw, first.raw_b)
     equal = both.hash_after == both.hash_after_b
-    raw, update = _difference(both.raw, both.raw_b), _difference(both.update, both.update_b)
+    raw, update = _difference(both.raw, both.raw_b), _difference(both["update"], both["update_b"])
     numbers |= {"first_raw": start, "raw": raw, "update": update, "bit_equal": float(equal.mean())}
     if equal.all():
         text = f"every parameter is bit-equal to the baseline's after each of {numbers['steps']} steps"

@@ -287,8 +287,11 @@ def _hybrid_callback(moments: Moments) -> Any:
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.manager = Shell(moments)  # type: ignore[assignment]
 
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            """There is no manager to detach."""
+
         def on_save(self, *_: Any, **__: Any) -> None:
-            pass
+            """There is nothing to save."""
 
     return SabotagedCallback()
 
