@@ -18,7 +18,7 @@ help:
 	@echo "make lint     ruff and mypy"
 
 verify: $(VENV)/.verify
-	$(BIN)/python -m pytest suites -m "verify and not gpu" $(ARGS)
+	$(BIN)/python -m pytest suites --ignore suites/selftest --ignore suites/method -m "verify and not gpu" $(ARGS)
 
 test: $(VENV)/.tox
 	$(BIN)/tox run -e cpu

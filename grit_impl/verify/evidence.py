@@ -219,7 +219,11 @@ class LiveEvidence(Evidence):
         )
         out = self.reports / "evaluation" / inputs[:12]
         with self._server(models) as (url, names):
-            self.evaluation = evaluate(url, names, items, knowledge, out, EvaluationOptions())
+            # On a terminal it shows bars of its own; a log gets one line when it is done.
+            how = EvaluationOptions(progress=sys.stderr.isatty())
+            self.progress("evaluating", 0, 1)
+            self.evaluation = evaluate(url, names, items, knowledge, out, how)
+            self.progress("evaluating", 1, 1)
 
     @property
     def ollama_url(self) -> str:
