@@ -260,12 +260,17 @@ class EmbeddedOllama:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Stop listening, end every model's process, remove temporary files."""
+    def close(self, seconds: float = 20.0) -> bool:
+        """Stop listening, end every model's process, remove temporary files; False if something did not end in time."""
         self._server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(seconds)
+        ended = not self._thread.is_alive()
+        if not ended:
+            for engine in list(self.engines.loaded.values()):
+                engine.process.close()
         self._clean()
+        return ended
 
     def wait(self) -> None:
         """Block until the server ends (ctrl-C raises KeyboardInterrupt)."""

@@ -69,6 +69,9 @@ PROMPTS = (
 )
 # Probabilities asked for at each step: everything for small vocabularies, the head of the distribution for large ones.
 MOST_PROBABILITIES = 2048
+# Tokens below a probability of one in a million are left out of the maximum: no sampler ever picks them, and a maximum
+# over ten thousand of them measures their number.
+FLOOR = -14.0
 
 
 @dataclass
@@ -333,8 +336,7 @@ def _compare(result: Verification, reference: Reference, generated: list[_Steps]
                 continue
             indices, theirs = given
             row = ours[step]
-            # Below this neither side's last bits mean anything, and -inf would spoil the maximum.
-            kept = (theirs > -30) & (row[indices] > -30)
+            kept = (theirs > FLOOR) & (row[indices] > FLOOR)
             differences.append(float((row[indices] - theirs)[kept].abs().max()))
             kls.append(_kl(row, indices, theirs))
             agreements += int(row.argmax()) == item.ids[item.start + step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,16 +149,21 @@ def serve(
 
     signal.signal(signal.SIGTERM, stop)
     chosen = dict(_named(text) for text in models)
+    server = EmbeddedOllama(
+        chosen, host=host, port=port, threads=threads, parallel=parallel, context=context, most=keep_models
+    )
     try:
-        with EmbeddedOllama(
-            chosen, host=host, port=port, threads=threads, parallel=parallel, context=context, most=keep_models
-        ) as server:
-            click.echo(f"Ollama's API at {server.url} with {', '.join(chosen)}; ctrl-C ends it")
-            if host not in ("127.0.0.1", "::1", "localhost"):
-                click.echo(f"warning: everybody who reaches {host} can use and change these models", err=True)
-            server.wait()
+        server.__enter__()
+        click.echo(f"Ollama's API at {server.url} with {', '.join(chosen)}; ctrl-C ends it")
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            click.echo(f"warning: everybody who reaches {host} can use and change these models", err=True)
+        server.wait()
     except KeyboardInterrupt:
         click.echo("stopped")
+    finally:
+        if not server.close():
+            # A thread that waits for a hanging model would keep the process; the models end with it.
+            os._exit(1)
 
 
 @click.command()
