@@ -198,44 +198,46 @@ def _tensors(
 ) -> list[dict[str, Any]]:
     raw = step.raw[-1]
     table = step.probes[raw]
-    hashes = [p.hash for p in step.probes]
+    hashes, norms = [p.hash for p in step.probes], [p.norm for p in step.probes]
     turns = {j: turn_at(step, raw, j) for j in range(raw, len(step.probes))}
+    farthest = np.nan_to_num(np.stack(list(turns.values())), nan=-1.0, posinf=-1.0, neginf=-1.0)
+    changed = np.stack(codes, axis=1) != SAME if codes else np.zeros((len(names), 0), dtype=bool)
+    never = np.all(np.stack([p.missing for p in step.probes]), axis=0)
     update = None if step.moved is None else step.moved[1] - step.moved[0]
     out = []
     for i, name in enumerate(names):
         entry = int(step.entry[i])
         end = max(entry, raw) if entry >= 0 else len(step.probes) - 1
-        if table.missing[i] and all(p.missing[i] for p in step.probes):
+        if never[i]:
             continue
         row: dict[str, Any] = {"kind": "tensor", "step": step.number, "name": name}
-        row["raw"], row["hash_raw"] = short(table.norm[i]), _hex(hashes[raw][i])
+        row["raw"], row["hash_raw"] = short(norms[raw][i]), _hex(hashes[raw][i])
         if entry < 0:
             row["unheld"] = True
         else:
-            row["entry"] = short(step.probes[entry].norm[i])
+            row["entry"] = short(norms[entry][i])
             if hashes[entry][i] != hashes[raw][i]:
                 row["hash_entry"] = _hex(hashes[entry][i])
                 row["turn"] = short(turns[entry][i])
-        segments = [(j, int(codes[j - 1][i]), step.probes[j].who) for j in range(1, len(step.probes))]
-        mine = [(j, c, w) for j, c, w in segments if w not in NOT_MODIFIERS and c != SAME]
+        segments = [(j + 1, int(codes[j][i]), step.probes[j + 1].who) for j in np.flatnonzero(changed[i]).tolist()]
+        mine = [(j, c, w) for j, c, w in segments if w not in NOT_MODIFIERS]
         # The unmodified gradient may be seen through hooks first: a probe before them and one after.
         changes = [(j, c, w) for j, c, w in mine if raw < j <= end]
         turned = [j for j, c, w in changes if c in (TURNED, APPEARED)]
         if turned:
             row["turns"] = len(turned)
-        peak = max(range(raw, end + 1), key=lambda j: _finite(turns[j][i]))
-        if _finite(turns[peak][i]) > _finite(turns[end][i]) + TURN:
-            row["written"], row["turn_written"] = short(step.probes[peak].norm[i]), short(turns[peak][i])
+        peak = raw + int(farthest[: end + 1 - raw, i].argmax())
+        if farthest[peak - raw, i] > farthest[end - raw, i] + TURN:
+            row["written"], row["turn_written"] = short(norms[peak][i]), short(turns[peak][i])
             row["by"] = step.probes[peak].who
-        if np.isfinite(table.norm[i]) and any(c == NONFINITE for j, c, w in changes):
+        if np.isfinite(norms[raw][i]) and any(c == NONFINITE for j, c, w in changes):
             row["nonfinite"] = True
         if changes:
             row["mods"] = len(changes)
             row.setdefault("by", changes[-1][2])
-        final = step.probes[end]
-        if table.norm[i] > 0 and (final.missing[i] or final.norm[i] == 0):
+        if norms[raw][i] > 0 and norms[end][i] == 0:
             row["lost"] = True
-        undone = [w for j, c, w in segments if peak < j <= end and c not in (SAME, SCALED)]
+        undone = [w for j, c, w in segments if peak < j <= end and c != SCALED]
         scaled_back = [w for j, c, w in segments if peak < j <= end and c == SCALED and w not in NOT_MODIFIERS]
         if ("written" in row or "lost" in row or "nonfinite" in row) and (undone or scaled_back):
             row["undone_by"] = (undone or scaled_back)[-1]
@@ -243,7 +245,7 @@ def _tensors(
         cleared = [j for j, c, w in segments if j <= raw and c in (ZEROED, GONE)]
         if micro and cleared and cleared[-1] >= micro[-1][0]:
             j, row["by"] = micro[-1]
-            row["written"], row["turn_written"] = short(step.probes[j].norm[i]), short(turn_at(step, raw, j)[i])
+            row["written"], row["turn_written"] = short(norms[j][i]), short(turn_at(step, raw, j)[i])
             row["undone_by"] = "clearing and another backward"
         elif micro:
             row["micro"] = micro[0][1]
@@ -297,10 +299,6 @@ def _shadow(values: list[float]) -> dict[str, Any]:
 
 def _bits(table: Table, i: int) -> int:
     return int(np.ascontiguousarray(table[i, :1]).view(np.int64)[0])
-
-
-def _finite(value: float) -> float:
-    return float(value) if np.isfinite(value) else -1.0
 
 
 def _hex(value: int) -> str:
