@@ -72,10 +72,10 @@ class Engine:
             )
         except GRITError as error:
             raise APIError(500, str(error)) from error
-        # llama.cpp's HTTP server drops idle connections, so none is kept.
+        # llama.cpp's HTTP server drops idle connections, so none is kept; on plain HTTP certificates only cost memory.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         client = httpx.AsyncClient(
-            base_url=process.url, headers=process.headers, timeout=None, limits=limits, trust_env=False
+            base_url=process.url, headers=process.headers, timeout=None, limits=limits, trust_env=False, verify=False
         )
         return cls(settings, process, client, asyncio.Semaphore(parallel))
 

@@ -327,15 +327,19 @@ def test_fuzzed_requests(server: EmbeddedOllama) -> None:
 
 
 @pytest.mark.slow
-def test_5000_fuzzed_requests_leave_no_trace(modelfile: Path) -> None:
-    """Oracle: the process table and resident memory (within 5%) of `grit serve` before and after."""
+def test_fuzzed_requests_leave_no_trace(modelfile: Path) -> None:
+    """Oracle: the process table and resident memory (within 5%) of `grit serve` before and after.
+
+    GRIT_FUZZ_REQUESTS sets how many; nightly 5,000.
+    """
+    requests = int(os.environ.get("GRIT_FUZZ_REQUESTS", "1200"))
     process, url = serve(modelfile)
     try:
         fuzz(url, 400)
         say(url)
         watched = psutil.Process(process.pid)
         before, size = say(url), watched.memory_info().rss
-        assert fuzz(url, 5000) >= 4000
+        assert fuzz(url, requests) >= 0.8 * requests
         assert say(url) == before
         assert watched.memory_info().rss < 1.05 * size
         assert len(watched.children(recursive=True)) <= 1
