@@ -184,10 +184,10 @@ def test_models_unload_and_make_room(modelfile: Path) -> None:
         say(running.url, model="b", keep_alive=0)
         say(running.url, model="c", keep_alive="100ms")
         deadline = time.monotonic() + 20
-        while running.engines.loaded and time.monotonic() < deadline:
+        while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not running.engines.loaded
         assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not running.engines.loaded
 
 
 def test_bad_models_are_refused_at_the_start(tmp_path: Path, modelfile: Path) -> None:
