@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.claims.curves import losses
@@ -33,7 +34,12 @@ ARM_COLOURS = {
     "hybrid_late": "#030306",
     "other": "#030307",
 }
-ARM_STYLES = {"rerun": (0, (1, 2)), "hybrid_late": (0, (4, 3)), "hybrid_starved": (0, (4, 2, 1, 2))}
+ARM_STYLES = {
+    "pure": (0, (6, 1.5)),
+    "rerun": (0, (1, 2)),
+    "hybrid_late": (0, (4, 3)),
+    "hybrid_starved": (0, (4, 2, 1, 2)),
+}
 WIDTH = 5.6
 """Inches; narrow, so that text stays legible when a phone scales the drawing down."""
 SMOOTHING = 15
@@ -110,6 +116,7 @@ def loss_curves(evidence: Evidence) -> str | None:
             steps = np.arange(1, len(values) + 1)
             axes.plot(steps, values, color=colour(arm), linewidth=0.6, alpha=0.3)
             axes.plot(steps, _smooth(values), color=colour(arm), linestyle=ARM_STYLES.get(arm, "-"), label=arm)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)")
         axes.legend(ncols=2)
         return svg(figure, "loss")
@@ -131,6 +138,7 @@ def loss_differences(evidence: Evidence) -> str | None:
             axes.plot(np.arange(1, len(gap) + 1), gap, color=colour(arm), linestyle=style, linewidth=1, label=arm)
         if floor:
             axes.axhspan(-floor, floor, color=FAINT, alpha=0.5, linewidth=0, label="noise floor")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="optimizer step", ylabel="loss minus the baseline's")
         axes.legend(ncols=2)
         return svg(figure, "difference")
@@ -200,6 +208,7 @@ def fisher_spectra(evidence: Evidence) -> str | None:
                 fade = 1 - 0.75 * rank / max(depth - 1, 1)
                 axes.plot(steps, positive, color=colour(arm), alpha=fade, marker="." if len(steps) < 12 else None)
             axes.set(title=name, xlabel="optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if any(value > 0 for row in history for value in row[f"top_{side}"]):
                 axes.set_yscale("log")
                 axes.yaxis.set_minor_formatter("")
@@ -237,6 +246,7 @@ def provenance(evidence: Evidence) -> str | None:
             axes.set_ylabel(arm, rotation=0, ha="right", va="center", labelpad=14)
             axes.grid(visible=False)
         panels[-1, 0].set_xlabel("optimizer step")
+        panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         text = svg(figure, "provenance")
         plt.close(figure)
         return text

@@ -55,7 +55,8 @@ def test_worse_means_support_was_lost(now, worse):
     """Oracle: only a refuted, or vanished, claim that was supported."""
     assert compare_sessions("x", {"c": judgement("supported")}, {"c": judgement(now)}).worse is worse
     assert compare_sessions("x", {"c": judgement("supported")}, {}).worse is True
-    assert compare_sessions("x", {"c": judgement("refuted")}, {"c": judgement("refuted")}).worse is False
+    for before in ("refuted", "inconclusive"):
+        assert compare_sessions("x", {"c": judgement(before)}, {"c": judgement("refuted", 5.0)}).worse is False
 
 
 @pytest.fixture
