@@ -51,6 +51,7 @@ def summary(reporter: pytest.TerminalReporter, results: Results, written: bool) 
     judged = results.ordered()
     if not judged:
         return
+    reporter.ensure_newline()  # or the first write_line breaks its line in two
     reporter.section("claims")
     width = max(len(each.claim.id) for each in judged)
     room = max(reporter._tw.fullwidth, 80) if reporter.isatty else LOG_WIDTH
