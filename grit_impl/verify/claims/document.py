@@ -10,13 +10,14 @@ from grit_impl.verify.claims import catalogue
 
 HEAD = """# Claims
 
-Generated from `grit_impl/verify/claims/`; edit there, then run `python -m grit_impl.verify.claims.document docs/claims.md`.
+Generated from `grit_impl/verify/claims/`; edit there, then run
+`python -m grit_impl.verify.claims.document docs/claims.md`.
 
-A claim is judged on evidence (run records, gradient ledgers, exports, an evaluation) as one of
-**supported**, **refuted**, **inconclusive** (with the sample size that would decide it) or **not exercised** (with the reason).
-A *gate* must hold: refuted, it fails its test; open, it is skipped, or fails under `--strict-claims`.
-A *hypothesis* is reported, and gates only under `--gate-hypotheses`. Where a number has an interval, the interval decides:
-all of it on the right side of the bound supports, all of it on the wrong side refutes, anything else is inconclusive.
+A claim is judged on evidence (run records, gradient ledgers, exports, an evaluation) as one of **supported**,
+**refuted**, **inconclusive** (with the sample size that would decide it) or **not exercised** (with the reason).
+A *gate* must hold: refuted, it fails its test; open, it is skipped, or fails under `--strict-claims`. A *hypothesis*
+is reported, and gates only under `--gate-hypotheses`. Where a number has an interval, the interval decides: all of it
+on the right side of the bound supports, all of it on the wrong side refutes, anything else is inconclusive.
 """
 
 
