@@ -93,7 +93,7 @@ def _proportion(k: int, n: int, confidence: float, method: str, name: str) -> In
     if n < 1 or not 0 <= k <= n:
         raise GRITError(f"a proportion needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     ci = stats.binomtest(int(k), int(n)).proportion_ci(confidence, method=method)
-    return Interval(k / n, float(ci.low), float(ci.high), int(n), f"{name} {confidence:.0%}")
+    return Interval(k / n, float(ci.low), float(ci.high), int(n), f"{name} {100 * confidence:.6g}%")
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
@@ -136,7 +136,7 @@ def paired_difference_interval(
         raise GRITError("paired_difference_interval takes right/wrong per item (0 or 1)")
     only_a, only_b = int(np.sum((x == 1) & (y == 0))), int(np.sum((x == 0) & (y == 1)))
     low, high = _tango(only_a, only_b, x.size, confidence)
-    return Interval((only_a - only_b) / x.size, low, high, x.size, f"Tango paired score {confidence:.0%}")
+    return Interval((only_a - only_b) / x.size, low, high, x.size, f"Tango paired score {100 * confidence:.6g}%")
 
 
 def _tango(b: int, c: int, n: int, confidence: float) -> tuple[float, float]:
@@ -209,7 +209,7 @@ def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean (Student, Biometrika 6, 1908); unbounded for a single value."""
     _check(confidence)
     d = as_floats(differences, "differences")
-    mean, method = float(d.mean()), f"paired t {confidence:.0%}"
+    mean, method = float(d.mean()), f"paired t {100 * confidence:.6g}%"
     if d.size == 1:
         return Interval(mean, -np.inf, np.inf, 1, method)
     half = t_critical(d.size - 1, confidence) * float(d.std(ddof=1)) / np.sqrt(d.size)
@@ -236,7 +236,7 @@ def bootstrap_interval(
     x = as_floats(values, minimum=2)
     estimate = float(statistic(x))
     if np.ptp(x) == 0:
-        return Interval(estimate, estimate, estimate, int(x.size), f"constant data {confidence:.0%}")
+        return Interval(estimate, estimate, estimate, int(x.size), f"constant data {100 * confidence:.6g}%")
     ci = stats.bootstrap(
         (x,),
         statistic,
@@ -245,7 +245,7 @@ def bootstrap_interval(
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(estimate, float(ci.low), float(ci.high), int(x.size), f"BCa bootstrap {confidence:.0%}")
+    return Interval(estimate, float(ci.low), float(ci.high), int(x.size), f"BCa bootstrap {100 * confidence:.6g}%")
 
 
 def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
@@ -335,7 +335,7 @@ def probability_of_improvement(a: ArrayLike, b: ArrayLike, confidence: float = 0
     draws = share(x[rng.integers(x.size, size=(RESAMPLES, x.size))], y[rng.integers(y.size, size=(RESAMPLES, y.size))])
     low, high = np.quantile(draws, ((1 - confidence) / 2, (1 + confidence) / 2))
     return Interval(
-        float(share(x, y)), float(low), float(high), int(min(x.size, y.size)), f"bootstrap {confidence:.0%}"
+        float(share(x, y)), float(low), float(high), int(min(x.size, y.size)), f"bootstrap {100 * confidence:.6g}%"
     )
 
 
@@ -403,5 +403,5 @@ def correlation_interval(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -
     r = float(np.corrcoef(u, v)[0, 1]) if np.ptp(u) > 0 and np.ptp(v) > 0 else 0.0
     half = float(stats.norm.ppf(0.5 + confidence / 2)) / np.sqrt(max(size - 3, 1.0))
     z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
-    method = f"Fisher z {confidence:.0%}, effective n {size:.0f}"
+    method = f"Fisher z {100 * confidence:.6g}%, effective n {size:.0f}"
     return Interval(r, float(np.tanh(z - half)), float(np.tanh(z + half)), int(u.size), method)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, decide_at_least
-from grit_impl.verify.claims.measures import measured, unanswered
+from grit_impl.verify.claims.measures import GATE_CONFIDENCE, measured, unanswered
 from grit_impl.verify.options import PLAN_ARMS
 
 
@@ -13,7 +13,7 @@ def gains(model: str) -> Callable[[Evidence], Judgement]:
     """delta_AQI above `--min-delta-aqi`."""
 
     def decide(evidence: Evidence) -> Judgement:
-        delta = measured(evidence, model, "delta_aqi")
+        delta = measured(evidence, model, "delta_aqi", GATE_CONFIDENCE)
         judged = decide_at_least(delta, evidence.options.min_delta_aqi, f"delta_AQI of {model}", strictly=True)
         return _with(judged, evidence, model, "aqi_accuracy")
 
@@ -22,7 +22,7 @@ def gains(model: str) -> Callable[[Evidence], Judgement]:
 
 def fine_tunes(evidence: Evidence) -> Judgement:
     """The baseline's gain reaches `--min-fine-tuning-gain`."""
-    delta = measured(evidence, "baseline", "delta_aqi")
+    delta = measured(evidence, "baseline", "delta_aqi", GATE_CONFIDENCE)
     judged = decide_at_least(delta, evidence.options.min_fine_tuning_gain, "gain of plain LoRA over the base")
     return _with(judged, evidence, "baseline", "aqi_accuracy")
 
@@ -31,7 +31,7 @@ def keeps_speed(model: str) -> Callable[[Evidence], Judgement]:
     """delta_speed not below minus `--max-speed-loss`."""
 
     def decide(evidence: Evidence) -> Judgement:
-        delta = measured(evidence, model, "delta_speed")
+        delta = measured(evidence, model, "delta_speed", GATE_CONFIDENCE)
         judged = decide_at_least(delta, -evidence.options.max_speed_loss, f"delta_speed of {model}")
         return _with(judged, evidence, model, "tokens_per_second")
 
@@ -42,7 +42,7 @@ def keeps_knowledge(model: str) -> Callable[[Evidence], Judgement]:
     """Retention reaches `--min-retention`."""
 
     def decide(evidence: Evidence) -> Judgement:
-        kept = measured(evidence, model, "retention")
+        kept = measured(evidence, model, "retention", GATE_CONFIDENCE)
         judged = decide_at_least(kept, evidence.options.min_retention, f"knowledge kept by {model}")
         return _with(judged, evidence, model, "knowledge")
 

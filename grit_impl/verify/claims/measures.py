@@ -19,20 +19,27 @@ UNITS = {
 """What an evaluation measures of every model, and the unit it is kept in."""
 
 
-def measured(evidence: Evidence, model: str, name: str) -> Metric:
+GATE_CONFIDENCE = 1 - 1e-4
+"""Of the intervals that gates are decided on: ten gates in a session are then wrong, together, in one session of a
+thousand. Twenty gates at 95% would raise a false alarm in two sessions of three."""
+
+
+def measured(evidence: Evidence, model: str, name: str, confidence: float | None = None) -> Metric:
     """One number of the evaluation; NaN where it was not measured (the base has no difference to itself).
 
     Args:
         evidence: With an evaluation.
         model: `base` or an arm.
         name: One of `UNITS`.
+        confidence: Of the interval; None: the evaluation's own, 95%.
 
     Raises:
         GRITError: the evaluation has no such model.
     """
     if evidence.evaluation is None or model not in evidence.evaluation.metrics:
         raise GRITError(f"the evaluation has no model {model!r}; evaluate it first")
-    value = getattr(evidence.evaluation.metrics[model], name)
+    metrics = evidence.evaluation.metrics if confidence is None else evidence.evaluation.metrics_at(confidence)
+    value = getattr(metrics[model], name)
     return as_metric(name, value, unit=UNITS[name], subject=model)
 
 

@@ -143,7 +143,7 @@ def write_evaluation(right: dict[str, tuple[float, float]], items: int = ITEMS) 
                 answers.append(row)
     noise = random.Random(2)
     speed = [
-        {"round": k, "label": model, "tokens_per_second": 900 + noise.random()} for k in range(8) for model in right
+        {"round": k, "label": model, "tokens_per_second": 900 + noise.random()} for k in range(30) for model in right
     ]
     return Evaluation({model: model for model in right}, answers, speed)
 
