@@ -14,7 +14,9 @@ from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, gr
 
 @click.command(epilog="Options of GRIT are set with --set, e.g. --set kfac_update_freq=5; --explain lists them.")
 @click.option("--arm", type=click.Choice(list(ARMS)), default="pure", show_default=True, help="Way of training.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="recommended", show_default=True, help="GRIT's options.")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), default="recommended", show_default=True, help="GRIT's options."
+)
 @click.option("--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="Replace one option of the preset.")
 @click.option("--base-model", default="tiny", show_default=True, help="tiny, a folder, a hub id, or random:llama-1b.")
 @click.option(
@@ -32,7 +34,9 @@ from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, gr
 @click.option("--seed", type=int, default=3407, show_default=True, help="Seed of adapters and data order.")
 @click.option("--save-every", type=click.IntRange(0), default=50, show_default=True, help="Steps between checkpoints.")
 @click.option("--ledger/--no-ledger", default=True, show_default=True, help="Record what happens to the gradients.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Record folder.  [default: reports/runs/ARM-seedSEED]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Record folder.  [default: reports/runs/ARM-seedSEED]"
+)
 @click.option("--explain", is_flag=True, help="List GRIT's options with their ranges and exit.")
 def train(**options: Any) -> None:
     """Train one arm and leave a run record.
@@ -78,7 +82,9 @@ def train(**options: Any) -> None:
     if isinstance(record, str):
         raise click.ClickException(f"{arm.name} did not finish: {record}")
     last = record.steps[-1]
-    click.echo(f"{record.path}: {len(record.steps)} steps, last loss {last['loss']:.4f}, {record.run['train_seconds']:.0f} s")
+    click.echo(
+        f"{record.path}: {len(record.steps)} steps, last loss {last['loss']:.4f}, {record.run['train_seconds']:.0f} s"
+    )
 
 
 def _override(text: str) -> tuple[str, Any]:

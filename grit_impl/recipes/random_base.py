@@ -38,7 +38,7 @@ def save_random(spec: str, folder: Path) -> Path:
         tensors.pop("lm_head.weight", None)
     save_torch_state_dict(tensors, folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
-    quantization = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -62,7 +62,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class StepLog(TrainerCallback):  # type: ignore[misc]
+class StepLog(TrainerCallback):
     """Writes `steps.jsonl`: the unrounded loss, tokens, seconds and memory of every optimizer step.
 
     The loss is summed where `training_step` returns it, because some versions of transformers round what they log.
@@ -211,7 +211,9 @@ def _model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
     if getattr(base, "is_loaded_in_4bit", False):
         from peft import prepare_model_for_kbit_training
 
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=settings.gradient_checkpointing)
+        base = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
+            base, use_gradient_checkpointing=settings.gradient_checkpointing
+        )
     return add_lora(base, lora, spec.seed), tokenizer
 
 
@@ -267,11 +269,12 @@ def _trainer(
 
         from grit_impl.trainer import GRITTrainer
 
-        trainer: Any = GRITTrainer(args=TrainingArguments(**arguments), grit_config=config, **common)
+        pure: Any = GRITTrainer
+        trainer = pure(args=TrainingArguments(**arguments), grit_config=config, **common)
         manager = trainer.grit_manager
         log.watch(trainer)
         return trainer, lambda: manager
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
     sft = SFTConfig(
         max_length=spec.training.max_length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments
@@ -291,7 +294,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     try:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
     except OSError as error:
         raise GRITError(f"cannot read checkpoints in {folder}: {error}") from error
     return Path(found) if found else None

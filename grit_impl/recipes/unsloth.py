@@ -27,7 +27,7 @@ def import_unsloth() -> Any:
     # One compiled region per decoder layer would hide the fused functions from GRIT.
     os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")
     try:
-        import unsloth
+        import unsloth  # type: ignore[import-not-found]
     except ImportError as error:
         raise GRITError(f"unsloth cannot be imported ({error}): pip install 'grit-verify[gpu]'") from error
     return unsloth

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
@@ -50,8 +49,7 @@ class LiveEvidence(Evidence):
     config: GRITConfig = field(default_factory=lambda: GRITConfig.preset("recommended"))
 
     def __post_init__(self) -> None:
-        self.records, self.verdicts, self.exports, self.missing = {}, {}, {}, {}
-        self._failed: dict[str, str] = {}
+        self.records, self.verdicts, self.exports, self.missing, self.failed = {}, {}, {}, {}, {}
 
     @property
     def reports(self) -> Path:
@@ -106,7 +104,7 @@ class LiveEvidence(Evidence):
         ]
 
     def _train(self, arms: list[str]) -> None:
-        todo = [name for name in arms if name not in self.records and name not in self._failed]
+        todo = [name for name in arms if name not in {**self.records, **self.missing, **self.failed}]
         if not todo:
             return
         specs = self._specs(todo)
@@ -116,14 +114,15 @@ class LiveEvidence(Evidence):
             for spec in specs:
                 record = finished(folder / f"{spec.arm}-seed{spec.seed}", None)
                 found[spec.arm] = record or f"no finished run in {folder}, and --reuse-runs trains none"
+            self.missing = {**self.missing, **{name: r for name, r in found.items() if isinstance(r, str)}}
         else:
             # One at a time where they would share a GPU; else one per core, for a run of one thread each.
             jobs = 1 if has_gpu() else max(1, min(2, os.cpu_count() or 1))
             found = run_arms(specs, folder, base=self.base, jobs=jobs, progress=self.progress)
         for name, result in found.items():
             if isinstance(result, str):
-                self._failed[name] = result
-                self.missing = {**self.missing, name: result}
+                if name not in self.missing:
+                    self.failed = {**self.failed, name: result}
                 continue
             self.records = {**self.records, name: result}
             self._judge(name, result)
@@ -140,7 +139,7 @@ class LiveEvidence(Evidence):
 
     @property
     def base(self) -> Path | str:
-        """The base model's folder, or its hub id. Random shapes get a folder on a GPU, so that Unsloth can load them."""
+        """The base model's folder or hub id; on a GPU random shapes get a folder, which Unsloth can load."""
         name = self.options.base_model
         if name == "tiny":
             return FIXTURES / "tiny_llama"

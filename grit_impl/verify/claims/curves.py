@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, decide_at_least, supported_if
+from grit_impl.verify.claims.base import (
+    Claim,
+    Evidence,
+    Judgement,
+    Metric,
+    Outcome,
+    decide_at_least,
+    supported_if,
+)
 
 SAME_FIRST_LOSS = 1e-3
 """Relative difference of the losses of step 1, before any update: only labels, data or the base can exceed it."""
@@ -83,7 +91,7 @@ def beyond_noise(arm: str) -> Callable[[Evidence], Judgement]:
 
         baseline, rerun = evidence.records["baseline"], evidence.records["rerun"]
         comparison = compare_records(baseline, evidence.records[arm], [rerun])
-        outcome = {"different": "supported", "same": "refuted"}.get(comparison.verdict, "inconclusive")
+        outcomes: dict[str, Outcome] = {"different": "supported", "same": "refuted"}
         metrics = tuple(
             Metric(
                 f"{name} difference over its noise floor",
@@ -97,7 +105,12 @@ def beyond_noise(arm: str) -> Callable[[Evidence], Judgement]:
             )
             for name, found in comparison.numbers.get("difference", {}).items()
         )
-        return Judgement(outcome, comparison.summary, metrics, {"reasons": list(comparison.reasons)})
+        return Judgement(
+            outcomes.get(comparison.verdict, "inconclusive"),
+            comparison.summary,
+            metrics,
+            {"reasons": list(comparison.reasons)},
+        )
 
     return decide
 
