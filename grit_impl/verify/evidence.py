@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.execute import Progress, finished, run_arms, source_fingerprint
 from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
 
+# owner/name, as the hub spells it.
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 
 
@@ -68,6 +71,7 @@ class LiveEvidence(Evidence):
         if evaluate:
             models |= set(PLAN_MODELS)
         arms = {name for kind, name in wanted if kind in ("record", "verdict")} | (models - {"base"})
+        self._refuse_early(evaluate)
         with self._lock():
             self._train([name for name in ARMS if name in arms])
             for name in [name for name in PLAN_MODELS if name in models]:
@@ -75,6 +79,21 @@ class LiveEvidence(Evidence):
             if evaluate and self.evaluation is None and "evaluation" not in self.missing:
                 self._evaluate()
         return self
+
+    def _refuse_early(self, evaluate: bool) -> None:
+        """Find bad input before minutes of training.
+
+        Raises:
+            GRITError: no such base model, or an Ollama that does not answer.
+        """
+        name = self.options.base_model
+        if not (name == "tiny" or name.startswith("random:") or Path(name).is_dir() or HUB_ID.fullmatch(name)):
+            raise GRITError(f"unknown base model {name!r}: give tiny, random:llama-1b, a model folder or a hub id")
+        if evaluate and self.ollama_url and self.evaluation is None:
+            from grit_impl.evaluate.client import Endpoint
+
+            with Endpoint(self.ollama_url) as endpoint:
+                endpoint.version()
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
