@@ -201,8 +201,10 @@ class LiveEvidence(Evidence):
             }
         )
         note, gguf, modelfile = folder / "export.json", folder / "model-q8_0.gguf", folder / "Modelfile"
-        if not (note.is_file() and gguf.is_file() and json.loads(note.read_text()).get("inputs") == inputs):
-            if self.options.reuse_runs:
+        reuse = self.options.reuse_runs
+        there = note.is_file() and gguf.is_file()
+        if not there or not (reuse or json.loads(note.read_text()).get("inputs") == inputs):
+            if reuse:
                 self.missing = {**self.missing, key: f"no export in {folder}, and --reuse-runs makes none"}
                 return
             folder.mkdir(parents=True, exist_ok=True)
@@ -222,6 +224,15 @@ class LiveEvidence(Evidence):
         absent = [name for name in PLAN_MODELS if name not in self.exports]
         if "base" in absent or len(absent) == len(PLAN_MODELS):
             self.missing = {**self.missing, "evaluation": f"nothing to evaluate: no export of {', '.join(absent)}"}
+            return
+        if self.options.reuse_runs:
+            from grit_impl.evaluate.results import Evaluation
+
+            done = list((self.reports / "evaluation").glob("*/evaluation.json"))
+            if done:
+                self.evaluation = Evaluation.load(max(done, key=lambda path: path.stat().st_mtime).parent)
+            else:
+                self.missing = {**self.missing, "evaluation": "no finished evaluation, and --reuse-runs makes none"}
             return
         from grit_impl.evaluate.session import EvaluationOptions, evaluate
 
