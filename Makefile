@@ -8,12 +8,11 @@ ARGS ?=
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/cpu.txt)
 
-.PHONY: verify test bench fixtures lint clean help
+.PHONY: verify test fixtures lint clean help
 
 help:
 	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (15 minutes on 2 cores)"
 	@echo "make test     the project's own tests, through tox (25 minutes on 2 cores)"
-	@echo "make bench    cost of GRIT's parts against plain LoRA, as ratios"
 	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
 	@echo "make lint     ruff and mypy"
 
@@ -23,11 +22,8 @@ verify: $(VENV)/.verify
 test: $(VENV)/.tox
 	$(BIN)/tox run -e cpu
 
-bench: $(VENV)/.verify
-	$(BIN)/python -m pytest suites/benchmarks --benchmark-only $(ARGS)
-
 fixtures: $(VENV)/.verify
-	$(BIN)/python -m grit_impl.recipes.tiny_llama --out fixtures/tiny_llama
+	$(BIN)/python -m grit_impl.recipes.tiny_llama --out fixtures/tiny_llama --test-sets fixtures
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -12,7 +12,7 @@ from grit_impl.errors import GRITError
 # name: (module, attribute, one line for `grit --help`)
 COMMANDS = {
     "verify": ("grit_impl.verify.commands", "verify", "Train, export, evaluate and judge all arms (runs pytest)."),
-    "train": ("grit_impl.recipes.commands", "train", "Train one arm and leave a run record."),
+    "train": ("grit_impl.verify.commands_train", "train", "Train one arm and leave a run record."),
     "export": ("grit_impl.export.commands", "export", "Write a run as GGUF, adapter or Ollama model, and verify it."),
     "serve": ("grit_impl.export.commands", "serve", "Serve GGUF files through Ollama's API."),
     "deploy": ("grit_impl.export.commands", "deploy", "Create a model in a real Ollama."),
@@ -54,7 +54,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit status 2."""
     try:
-        cli.main(standalone_mode=False)
+        status = cli.main(standalone_mode=False)
     except GRITError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -64,6 +64,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    # Without standalone mode click returns the status of ctx.exit instead of leaving with it.
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

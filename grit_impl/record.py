@@ -128,14 +128,13 @@ class RunRecord:
 
     def append_step(self, row: dict[str, Any]) -> None:
         """Append one optimizer step; non-finite numbers are kept as the strings 'nan', 'inf', '-inf'."""
-        clean = {key: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         with open(self.path / "steps.jsonl", "a") as handle:
-            handle.write(json.dumps(clean) + "\n")
+            handle.write(_step_line(row))
 
     def truncate_steps(self, last: int) -> None:
         """Forget the steps after `last`: a resumed run writes them again."""
         kept = [row for row in self.steps if row["step"] <= last] if (self.path / "steps.jsonl").exists() else []
-        write_atomic(self.path / "steps.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(self.path / "steps.jsonl", "".join(map(_step_line, kept)))
 
     def update(self, **fields: Any) -> None:
         """Change fields of `run.json`, atomically."""
@@ -166,3 +165,8 @@ class RunRecord:
                     break
                 raise GRITError(f"corrupt run record: {source}, line {number} is not a JSON object") from None
         return rows
+
+
+def _step_line(row: dict[str, Any]) -> str:
+    clean = {key: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(clean) + "\n"

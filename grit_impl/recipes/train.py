@@ -8,11 +8,10 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,12 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from grit_impl.config import GRITConfig
-from grit_impl.errors import GRITError
+from grit_impl.errors import GRITError, RunFailed
+from grit_impl.machine import git_commit, versions
 from grit_impl.recipes.arms import Arm, RunSpec, TrainingSettings, find_arm
 from grit_impl.record import RunRecord
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "unsloth", "grit-verify")
 Observer = Callable[[Any], contextlib.AbstractContextManager[Any]]
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that can change a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def machine() -> dict[str, Any]:
@@ -44,15 +34,6 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         about |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return about
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, with `+` if it has changes; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def peak_memory() -> int:
@@ -131,8 +112,9 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     """
     arm = find_arm(spec.arm)
     settings = spec.training
-    cuda = torch.cuda.is_available()
-    use_unsloth = arm.unsloth and cuda and spec.base_model != "tiny"
+    # The tiny base stays on the CPU, where a run can be repeated to the bit.
+    cuda = torch.cuda.is_available() and spec.base_model != "tiny"
+    use_unsloth = arm.unsloth and cuda
     if not cuda:
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(settings.threads)
@@ -147,9 +129,10 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         config=spec.to_dict(),
         grit=spec.grit,
         versions=versions(),
-        git_commit=git_commit(),
+        git_commit=git_commit(Path(__file__).parent),
         machine=machine(),
         unsloth=use_unsloth,
+        resumed_from=None,
         started=_now(),
         finished=None,
         train_seconds=None,
@@ -165,12 +148,17 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     checkpoints = path / "checkpoints"
     trainer, grit = _trainer(arm, spec, model, tokenizer, data, checkpoints, log)
     last = _last_checkpoint(checkpoints)
-    record.truncate_steps(int(last.name.rpartition("-")[2]) if last else 0)
+    done = int(last.name.rpartition("-")[2]) if last else 0
+    record.truncate_steps(done)
+    record.update(resumed_from=done or None)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with observer(model) if observer else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except GRITError as error:
+            raise RunFailed(str(error)) from error
     seconds = time.perf_counter() - began
 
     from grit_impl.rank import save_adapter
@@ -182,6 +170,8 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         report = {**manager.factor_report(), "spectra": manager.spectrum_history()}
     record.update(
         finished=_now(),
+        # What was really in this process, not what was asked for.
+        unsloth="unsloth" in sys.modules,
         train_seconds=seconds,
         peak_memory_bytes=peak_memory(),
         peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
@@ -207,7 +197,7 @@ def _model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
         return load_unsloth(spec.base_model, lora, settings, spec.seed)
     from grit_impl.recipes.bases import load_base
 
-    base, tokenizer = load_base(spec.base_model)
+    base, tokenizer = load_base(spec.base_model, device="cpu" if spec.base_model == "tiny" else None)
     if getattr(base, "is_loaded_in_4bit", False):
         from peft import prepare_model_for_kbit_training
 
@@ -217,7 +207,7 @@ def _model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
     return add_lora(base, lora, spec.seed), tokenizer
 
 
-def _arguments(settings: TrainingSettings, seed: int, folder: Path) -> dict[str, Any]:
+def _arguments(settings: TrainingSettings, seed: int, folder: Path, cpu: bool) -> dict[str, Any]:
     """Every training argument that has a default which differs between libraries, set explicitly."""
     return {
         "output_dir": str(folder),
@@ -233,7 +223,7 @@ def _arguments(settings: TrainingSettings, seed: int, folder: Path) -> dict[str,
         "bf16": settings.precision == "bf16",
         "fp16": settings.precision == "fp16",
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": cpu,
         "seed": seed,
         "data_seed": seed,
         "logging_steps": 1,
@@ -254,7 +244,8 @@ def _trainer(
     """The arm's trainer, and a function that returns its GRITManager (or None) once training has begun."""
     from transformers import DataCollatorForSeq2Seq
 
-    arguments = _arguments(spec.training, spec.seed, folder)
+    cpu = spec.base_model == "tiny" or not torch.cuda.is_available()
+    arguments = _arguments(spec.training, spec.seed, folder, cpu)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     common = {
         "model": model,

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,11 +18,12 @@ from pathlib import Path
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
+from grit_impl.machine import has_gpu, versions
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.execute import Progress, finished, run_arms, source_fingerprint
-from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
+from grit_impl.verify.options import PLAN_MODELS
 
 # owner/name, as the hub spells it.
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -32,11 +32,6 @@ FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 
 def no_progress(label: str, done: int, total: int) -> None:
     """Say nothing."""
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded; asks without importing torch."""
-    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
 @dataclass
@@ -89,7 +84,7 @@ class LiveEvidence(Evidence):
         name = self.options.base_model
         if not (name == "tiny" or name.startswith("random:") or Path(name).is_dir() or HUB_ID.fullmatch(name)):
             raise GRITError(f"unknown base model {name!r}: give tiny, random:llama-1b, a model folder or a hub id")
-        if evaluate and self.ollama_url and self.evaluation is None:
+        if evaluate and self.ollama_url and self.evaluation is None and not self.options.reuse_runs:
             from grit_impl.evaluate.client import Endpoint
 
             with Endpoint(self.ollama_url) as endpoint:
@@ -99,12 +94,16 @@ class LiveEvidence(Evidence):
     def _lock(self) -> Iterator[None]:
         from filelock import FileLock
 
+        lock = FileLock(self.reports / ".lock")
         try:
             self.reports.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.reports / ".lock"):
-                yield
+            lock.acquire()
         except OSError as error:
             raise GRITError(f"cannot use {self.reports}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     # Training
 
@@ -137,7 +136,7 @@ class LiveEvidence(Evidence):
         else:
             # One at a time where they would share a GPU; else one per core, for a run of one thread each.
             jobs = 1 if has_gpu() else max(1, min(2, os.cpu_count() or 1))
-            found = run_arms(specs, folder, base=self.base, jobs=jobs, progress=self.progress)
+            found = run_arms(specs, folder, jobs=jobs, progress=self.progress)
         for name, result in found.items():
             if isinstance(result, str):
                 if name not in self.missing:
@@ -179,7 +178,7 @@ class LiveEvidence(Evidence):
 
     def _export(self, name: str) -> None:
         key = f"export:{name}"
-        if name in self.exports or key in self.missing:
+        if name in self.exports or key in self.missing or key in self.failed:
             return
         record = self.records.get(name)
         if name != "base" and record is None:
@@ -208,9 +207,13 @@ class LiveEvidence(Evidence):
                 self.missing = {**self.missing, key: f"no export in {folder}, and --reuse-runs makes none"}
                 return
             folder.mkdir(parents=True, exist_ok=True)
-            export = export_merged(
-                base, adapter, gguf, "q8_0", lambda done, total, _: self.progress(f"exporting {name}", done, total)
-            )
+            try:
+                export = export_merged(
+                    base, adapter, gguf, "q8_0", lambda done, total, _: self.progress(f"exporting {name}", done, total)
+                )
+            except GRITError as error:  # a finding about this arm; the others go on
+                self.failed = {**self.failed, key: str(error)}
+                return
             write_modelfile(gguf, modelfile, stop=export.stops or ("<|end_of_text|>",))
             # Written last: its presence says that the rest is whole.
             write_atomic(
@@ -243,6 +246,7 @@ class LiveEvidence(Evidence):
                 "models": {name: self.exports[name]["sha256"] for name in models},
                 "items": [sha256_file(items), sha256_file(knowledge)],
                 "source": source_fingerprint("evaluate"),
+                "versions": versions(),
                 "url": self.ollama_url,
             }
         )
@@ -276,6 +280,3 @@ class LiveEvidence(Evidence):
 
         with EmbeddedOllama(files, port=0) as server:
             yield server.url, {name: name for name in models}
-
-
-__all__ = ["PLAN_ARMS", "LiveEvidence", "has_gpu"]

@@ -17,19 +17,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from grit_impl.errors import GRITError
+from grit_impl.errors import GRITError, RunFailed
+from grit_impl.machine import has_gpu, versions
 from grit_impl.recipes.arms import RunSpec, find_arm
+from grit_impl.recipes.bases import TINY
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
 
 # What determines a result, by stage: a change in a report must not train anything again.
+_LEDGER = ("ledger", "timeline", "structure", "sketches", "watches", "shadow", "patches", "rows")
 _SOURCES = {
     # The top level is GRIT itself and what it stands on.
-    "train": ("*.py", "recipes/*.py", "evaluate/aqi.py", "verify/ledger.py"),
+    "train": ("*.py", "recipes/*.py", "evaluate/aqi.py", *(f"verify/{name}.py" for name in _LEDGER)),
     "export": ("export/*.py",),
-    "evaluate": ("evaluate/*.py",),
+    "evaluate": ("evaluate/*.py", "export/llamacpp.py", "export/_runner.py"),
 }
 _POLL_SECONDS = 0.5
 
@@ -41,12 +44,22 @@ def source_fingerprint(stage: str = "train") -> str:
     return fingerprint({str(f.relative_to(root)): sha256_file(f) for f in files})
 
 
-def spec_fingerprint(spec: RunSpec, base: str | Path) -> str:
-    """Hash of everything that determines a run: spec, base weights, data file, and code."""
-    weights = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
-    data = [sha256_file(spec.dataset)] if Path(spec.dataset).is_file() else []
-    contents = [sha256_file(f) for f in weights] + data
-    return fingerprint({"spec": spec.to_dict(), "contents": contents, "source": source_fingerprint()})
+def spec_fingerprint(spec: RunSpec) -> str:
+    """Hash of everything that determines a run: spec, base weights, data file, code, libraries, kind of device."""
+    base = TINY if spec.base_model == "tiny" else Path(spec.base_model)
+    weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    data = [Path(spec.dataset)] if Path(spec.dataset).is_file() else []
+    described = spec.to_dict()
+    del described["training"]["save_every"]  # how often a run is saved does not change what it learns
+    return fingerprint(
+        {
+            "spec": described,
+            "contents": [sha256_file(f) for f in (*weights, *data)],
+            "source": source_fingerprint(),
+            "versions": versions(),
+            "gpu": has_gpu(),
+        }
+    )
 
 
 def finished(path: Path, wanted: str | None) -> RunRecord | None:
@@ -63,20 +76,20 @@ def run_arms(
     specs: Iterable[RunSpec],
     folder: Path,
     *,
-    base: str | Path,
     jobs: int,
     progress: Progress,
     name: Callable[[RunSpec], str] = lambda spec: f"{spec.arm}-seed{spec.seed}",
+    ledger: bool = True,
 ) -> dict[str, RunRecord | str]:
     """Train the arms that have no finished record.
 
     Args:
         specs: What to train.
         folder: Where run records are kept, each in a folder of its own.
-        base: The base model's folder or hub id, for the fingerprint.
         jobs: Arms that train at the same time.
         progress: Told about optimizer steps.
         name: The name of a run's folder.
+        ledger: Record what happens to the gradients.
 
     Returns:
         By arm, the complete record, or why there is none.
@@ -87,7 +100,7 @@ def run_arms(
     results: dict[str, RunRecord | str] = {}
     waiting: list[tuple[RunSpec, Path, str]] = []
     for spec in specs:
-        path, wanted = folder / name(spec), spec_fingerprint(spec, base)
+        path, wanted = folder / name(spec), spec_fingerprint(spec)
         if (record := finished(path, wanted)) is not None:
             results[spec.arm] = record
         else:
@@ -97,7 +110,7 @@ def run_arms(
         while waiting or running:
             while waiting and len(running) < jobs:
                 spec, path, wanted = waiting.pop(0)
-                running[_start(spec, path, wanted)] = (spec, path)
+                running[_start(spec, path, wanted, ledger)] = (spec, path)
             time.sleep(_POLL_SECONDS)
             for process, (spec, path) in list(running.items()):
                 progress(f"training {spec.arm}", _steps_done(path), spec.training.steps)
@@ -118,14 +131,27 @@ def run_arms(
     return results
 
 
-def _start(spec: RunSpec, path: Path, wanted: str) -> subprocess.Popen[bytes]:
-    """Start one arm. Leftovers of another spec are removed; those of the same spec are continued from."""
+def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool) -> subprocess.Popen[bytes]:
+    """Start one arm. An unfinished run of the same fingerprint is continued, of another one removed.
+
+    A finished run of another fingerprint is moved aside: it may have taken hours.
+
+    Raises:
+        GRITError: the folder holds something that is no run record.
+    """
     marker = path / "spec.json"
-    request = json.dumps({"spec": spec.to_dict(), "fingerprint": wanted}, indent=2)
-    if path.exists() and (not marker.is_file() or marker.read_text() != request):
-        shutil.rmtree(path)
-    (path / "COMPLETE").unlink(missing_ok=True)
-    write_atomic(marker, request)
+    request = {"spec": spec.to_dict(), "fingerprint": wanted, "ledger": ledger}
+    if path.exists() and any(path.iterdir()):
+        if not (marker.is_file() or (path / "run.json").is_file()):
+            raise GRITError(f"{path} holds files but no run record: choose another folder")
+        if (path / "COMPLETE").exists():
+            before = (path / "COMPLETE").read_text().strip()[:8] or "unknown"
+            aside = path.with_name(f"{path.name}.{before}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        elif not marker.is_file() or json.loads(marker.read_text()).get("fingerprint") != wanted:
+            shutil.rmtree(path)
+    write_atomic(marker, json.dumps(request, indent=2))
     threads = str(spec.training.threads)
     environment = {
         **os.environ,
@@ -180,7 +206,10 @@ def main() -> int:
     path = Path(sys.argv[1])
     request = json.loads((path / "spec.json").read_text())
     try:
-        run_here(path, RunSpec.from_dict(request["spec"]), request["fingerprint"])
+        run_here(path, RunSpec.from_dict(request["spec"]), request["fingerprint"], ledger=request["ledger"])
+    except RunFailed as error:
+        print(f"error: {error}", flush=True)
+        return 1
     except GRITError as error:
         print(f"error: {error}", flush=True)
         return 2

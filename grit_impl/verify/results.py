@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
+from grit_impl.machine import git_commit, versions
 from grit_impl.record import write_atomic
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
 from grit_impl.verify.junit import TestOutcome, junit_xml
 from grit_impl.verify.options import Options
 from grit_impl.verify.store import JudgedClaim, Session, Store
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "unsloth",
-    "bitsandbytes",
-    "xllamacpp",
-    "gguf",
-    "numpy",
-    "scipy",
-    "pytest",
-)
 
 
 def now() -> str:
@@ -37,29 +21,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def git_commit(folder: Path | None = None) -> str | None:
-    """The commit of the repository that `folder` is in, `+` appended if files differ from it; None without one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=30).stdout
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD").strip()
-        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def environment() -> dict[str, str]:
-    """Versions of what can change a result, without importing any of it."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """What the session ran with and on, without importing any of it."""
+    return {**versions(), "platform": platform.platform(), "machine": platform.machine()}
 
 
 @dataclass

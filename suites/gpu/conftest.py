@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grit_impl.verify.evidence import has_gpu
+from grit_impl.machine import has_gpu
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,14 @@ def identical(arm: str, other: str = "baseline") -> Callable[[Evidence], Judgeme
         if len(first) != len(second):
             return Judgement("refuted", f"{arm} has {len(first)} steps, {other} {len(second)}")
         gaps = {
-            key: max((abs(a[key] - b[key]) for a, b in zip(first, second, strict=True) if key in a), default=math.nan)
+            key: max(
+                (
+                    abs(a[key] - b[key])
+                    for a, b in zip(first, second, strict=True)
+                    if a.get(key) is not None and b.get(key) is not None
+                ),
+                default=math.nan,
+            )
             for key in ("loss", "grad_norm")
         }
         metrics = tuple(
@@ -64,7 +71,8 @@ def comparable(*arms: str) -> Callable[[Evidence], Judgement]:
 
     def decide(evidence: Evidence) -> Judgement:
         starts = {arm: losses(evidence, arm)[0] for arm in arms}
-        tokens = {arm: [row.get("tokens") for row in evidence.records[arm].steps] for arm in arms}
+        # The checksum of a step's batch tells other tokens from as many tokens; foreign records may have none.
+        tokens = {arm: [row.get("batch", row.get("tokens")) for row in evidence.records[arm].steps] for arm in arms}
         reference = arms[0]
         spread = max(abs(loss / starts[reference] - 1) for loss in starts.values())
         metrics = (
@@ -73,7 +81,7 @@ def comparable(*arms: str) -> Callable[[Evidence], Judgement]:
         )
         different = [arm for arm in arms if tokens[arm] != tokens[reference]]
         if different:
-            return Judgement("refuted", f"{', '.join(different)} counted other tokens than {reference}", metrics)
+            return Judgement("refuted", f"{', '.join(different)} saw other tokens than {reference}", metrics)
         if not spread <= SAME_FIRST_LOSS:
             listed = ", ".join(f"{arm} {loss:.4f}" for arm, loss in starts.items())
             return Judgement("refuted", f"the first losses differ, so labels or data do: {listed}", metrics)

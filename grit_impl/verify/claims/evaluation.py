@@ -61,7 +61,7 @@ def _with(judged: Judgement, evidence: Evidence, model: str, name: str) -> Judge
 CLAIMS = (
     Claim(
         "evaluation.fine-tuning-works",
-        "Plain LoRA raises AQI category accuracy over the base by at least 20 points.",
+        "Plain LoRA raises AQI category accuracy over the base by at least --min-fine-tuning-gain points (default 20).",
         ("evaluation:base", "evaluation:baseline"),
         "If ordinary fine-tuning does not show, the data, the labels or the export are broken, and no optimizer can "
         "be judged. Measured through the HTTP endpoint on the exported GGUF.",
@@ -81,7 +81,7 @@ CLAIMS = (
     *(
         Claim(
             f"evaluation.{arm}-speed",
-            f"{arm.capitalize()} is served at no less than 90% of the base model's tokens per second.",
+            f"{arm.capitalize()} is served at most --max-speed-loss percent (default 10) slower than the base model.",
             ("evaluation:base", f"evaluation:{arm}"),
             "A merged adapter has the base's shape; a slower model was exported differently.",
             keeps_speed(arm),
@@ -91,7 +91,7 @@ CLAIMS = (
     *(
         Claim(
             f"evaluation.{arm}-retention",
-            f"{arm.capitalize()} keeps at least 70% of the base model's general knowledge.",
+            f"{arm.capitalize()} keeps at least --min-retention percent (default 70) of what the base model knew.",
             ("evaluation:base", f"evaluation:{arm}"),
             "A gain on AQI that costs everything else is no improvement.",
             keeps_knowledge(arm),

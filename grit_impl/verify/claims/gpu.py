@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, supported_if
@@ -16,13 +17,17 @@ def all_layers(arm: str) -> Callable[[Evidence], Judgement]:
 
     def decide(evidence: Evidence) -> Judgement:
         report = evidence.records[arm].run["grit_report"]
+        error = report["completeness_error"]
         ready, layers = report["statuses"].get("ready", 0), len(report["layers"])
         numbers = (
             Metric("layers_with_statistics", ready, n=layers, subject=arm),
-            Metric("completeness_error", report["completeness_error"], subject=arm),
+            Metric("completeness_error", math.nan if error is None else error, subject=arm),
         )
-        text = f"{ready} of {layers} layers have statistics; completeness error {report['completeness_error']:.4f}"
-        return Judgement(supported_if(ready == layers), text, numbers)
+        text = f"{ready} of {layers} layers have statistics"
+        if error is None:
+            return Judgement("inconclusive", f"{text}; they were never compared with the gradients", numbers)
+        # GRIT itself stops a run whose error exceeds its tolerance.
+        return Judgement(supported_if(ready == layers), f"{text}; completeness error {error:.4f}", numbers)
 
     return decide
 

@@ -20,7 +20,9 @@ def pure_beats_lora(evidence: Evidence) -> Judgement:
 def hybrid_agrees(evidence: Evidence) -> Judgement:
     """Equivalence by interval inclusion: the whole interval within plus or minus `EQUIVALENT` points."""
     gap = paired_difference(evidence, "hybrid", "pure")
-    low, high = gap.low or 0.0, gap.high or 0.0
+    if gap.low is None or gap.high is None:
+        return Judgement("inconclusive", f"hybrid minus pure is {gap}, without an interval", (gap,))
+    low, high = gap.low, gap.high
     text = f"hybrid minus pure is {gap}; equivalent means within {EQUIVALENT:g} points"
     if low > -EQUIVALENT and high < EQUIVALENT:
         return Judgement("supported", text, (gap,))

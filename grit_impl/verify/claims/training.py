@@ -110,7 +110,8 @@ CLAIMS = (
             f"A step of {arm} GRIT takes at most {OVERHEAD:g} times a step of plain LoRA.",
             ("record:baseline", f"record:{arm}"),
             "Fisher statistics in rank space are small; the seed experiment's 5.7 times came from how they were "
-            "computed. Not gated: arms are timed one after the other, on whatever else the machine does.",
+            "computed. Not gated: on a CPU two arms train at a time, under the gradient ledger, on "
+            "whatever else the machine does.",
             overhead(arm),
             gates=False,
         )

@@ -49,7 +49,7 @@ def train(**options: Any) -> None:
         return
     arm = find_arm(options["arm"])
     config = GRITConfig.preset(options["preset"], **dict(_override(text) for text in options["overrides"]))
-    from grit_impl.verify.evidence import has_gpu
+    from grit_impl.machine import has_gpu
     from grit_impl.verify.execute import finished, run_arms, spec_fingerprint
 
     names = ("steps", "batch_size", "accumulation", "max_length", "rank", "save_every")
@@ -64,10 +64,10 @@ def train(**options: Any) -> None:
         training=default_training(options["base_model"], cuda=has_gpu(), **chosen),
         grit=grit_options(arm, config),
     )
-    out = options["out"] or Path("reports/runs") / f"{arm.name}-seed{spec.seed}"
+    out = (options["out"] or Path("reports/runs") / f"{arm.name}-seed{spec.seed}").resolve()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if finished(out, spec_fingerprint(spec, spec.base_model)):
+    if finished(out, spec_fingerprint(spec)):
         click.echo(f"{out} is complete")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -77,7 +77,9 @@ def train(**options: Any) -> None:
         def progress(label: str, done: int, total: int) -> None:
             bar.update(task, completed=done)
 
-        result = run_arms([spec], out.parent, base=spec.base_model, jobs=1, progress=progress, name=lambda _: out.name)
+        result = run_arms(
+            [spec], out.parent, jobs=1, progress=progress, name=lambda _: out.name, ledger=options["ledger"]
+        )
     record = result[arm.name]
     if isinstance(record, str):
         raise click.ClickException(f"{arm.name} did not finish: {record}")
