@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -201,8 +202,17 @@ def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True
     return record
 
 
+def _end_with_parent() -> None:
+    """Leave when the process that started this one is gone: two processes must not write one record."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)
+
+
 def main() -> int:
     """Entry of an arm's process: one argument, the record's folder with its `spec.json`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     path = Path(sys.argv[1])
     request = json.loads((path / "spec.json").read_text())
     try:

@@ -1,0 +1,118 @@
+"""Processes of arms: what is kept, what is refused, and what an arm's exit status means."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from grit_impl.errors import GRITError
+from grit_impl.recipes.arms import RunSpec
+from grit_impl.verify import execute
+from grit_impl.verify.execute import finished, run_arms, spec_fingerprint
+
+# Stands in for `python -m grit_impl.verify.execute`: leaves a record, or ends as it is told.
+ARM = """
+import json, pathlib, sys
+path, outcome = pathlib.Path(sys.argv[1]), sys.argv[2]
+if outcome == "fine":
+    request = json.loads((path / "spec.json").read_text())
+    (path / "run.json").write_text(json.dumps({"schema": 1, "arm": request["spec"]["arm"]}))
+    (path / "COMPLETE").write_text(request["fingerprint"])
+else:
+    print("error: it is the data" if outcome == "2" else "it broke")
+    sys.exit(int(outcome))
+"""
+
+
+@pytest.fixture
+def arms(monkeypatch, tmp_path):
+    """A function that runs one arm whose process ends as told; everything but the process is real."""
+    real = subprocess.Popen
+
+    def run(outcome, spec=None, folder=tmp_path):
+        def popen(command, **options):
+            return real([sys.executable, "-c", ARM, command[-1], outcome], **options)
+
+        monkeypatch.setattr(execute.subprocess, "Popen", popen)
+        monkeypatch.setattr(execute, "_POLL_SECONDS", 0.02)
+        return run_arms([spec or RunSpec("pure")], folder, jobs=1, progress=lambda *_: None)["pure"]
+
+    return run
+
+
+def test_finished_arm_is_not_trained_again(arms, tmp_path):
+    """Oracle: a second process would end with status 1."""
+    assert arms("fine").complete
+    assert arms("1").complete
+
+
+def test_other_settings_move_the_finished_run_aside(arms, tmp_path):
+    """Oracle: both records are on the disk afterwards; hours of training are never deleted."""
+    first = arms("fine")
+    before = (first.path / "COMPLETE").read_text()
+    assert arms("fine", RunSpec("pure", seed=3407, dataset="alpaca")).complete
+    kept = [path for path in tmp_path.iterdir() if path.name.startswith("pure-seed3407.")]
+    assert [(path / "COMPLETE").read_text() for path in kept] == [before]
+
+
+def test_saving_interval_changes_nothing(arms):
+    """Oracle: how often a run is saved is no part of what it learns."""
+    often = RunSpec("pure", training=execute_training(save_every=50))
+    assert spec_fingerprint(often) == spec_fingerprint(RunSpec("pure", training=execute_training(save_every=0)))
+    assert spec_fingerprint(often) != spec_fingerprint(RunSpec("pure", training=execute_training(steps=100)))
+
+
+def execute_training(**options):
+    """Training settings with these fields."""
+    from grit_impl.recipes.arms import TrainingSettings
+
+    return TrainingSettings(**options)
+
+
+def test_foreign_folder_is_refused(arms, tmp_path):
+    """Oracle: a folder with a user's file keeps it."""
+    mine = tmp_path / "pure-seed3407" / "thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(GRITError, match="holds files but no run record"):
+        arms("fine")
+    assert mine.read_text() == "years of work"
+
+
+def test_status_2_is_bad_input_and_1_is_a_finding(arms):
+    """Oracle: the arm's own last line, raised or returned."""
+    with pytest.raises(GRITError, match="it is the data"):
+        arms("2")
+    reason = arms("1")
+    assert "status 1" in reason
+    assert "it broke" in reason
+
+
+def test_unfinished_run_of_the_same_spec_is_continued(arms, tmp_path):
+    """Oracle: a checkpoint planted beside the spec of a killed run is still there when the next process starts."""
+    arms("1")
+    checkpoint = tmp_path / "pure-seed3407" / "checkpoints" / "checkpoint-50"
+    checkpoint.mkdir(parents=True)
+    assert arms("fine").complete
+    assert checkpoint.is_dir()
+
+
+def test_unfinished_run_of_another_spec_is_discarded(arms, tmp_path):
+    """Oracle: the checkpoint of a run with another data set must not be continued from."""
+    arms("1")
+    checkpoint = tmp_path / "pure-seed3407" / "checkpoints" / "checkpoint-50"
+    checkpoint.mkdir(parents=True)
+    assert arms("fine", RunSpec("pure", dataset="alpaca")).complete
+    assert not checkpoint.exists()
+
+
+def test_incomplete_record_is_not_finished(tmp_path):
+    """Oracle: a folder without COMPLETE, and one whose COMPLETE is of another fingerprint."""
+    (tmp_path / "run.json").write_text(json.dumps({"arm": "pure"}))
+    assert finished(tmp_path, None) is None
+    (tmp_path / "COMPLETE").write_text("abc\n")
+    assert finished(tmp_path, "def") is None
+    assert finished(tmp_path, "abc") is not None
