@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +31,16 @@ class ForwardContext:
         tokens: Number of tokens with padding, batch x length; None: unknown.
         tokens_per_unit: 0-dim tensor; what a gradient is multiplied by to become the gradient of one token's
             loss. None until the backward pass has reached the loss.
+        count: 0-dim tensor, the number of real tokens by the mask. Summed once, not once per layer.
     """
 
     mask: Tensor | None
     tokens: int | None = None
     tokens_per_unit: Tensor | None = None
+    count: Tensor | int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.count = 0 if self.mask is None else self.mask.sum()
 
 
 class RankStatistics:
@@ -96,7 +101,7 @@ class RankStatistics:
                 # Selected, not multiplied: what padding computes may be NaN.
                 real = context.mask.reshape(-1, 1)
                 a, raw = torch.where(real, a, 0), torch.where(real, raw, 0)
-                self.tokens[layer] += real.sum()
+                self.tokens[layer] += context.count
             g = raw * context.tokens_per_unit
             self.sum_a[layer, :rank, :rank].addmm_(a.T, a)
             self.sum_g[layer, :rank, :rank].addmm_(g.T, g)
