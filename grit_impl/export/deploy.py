@@ -99,7 +99,7 @@ def _checked(send: Callable[[], httpx.Response], url: Any) -> httpx.Response:
     try:
         response = send()
     except httpx.HTTPError as error:
-        raise GRITError(f"no Ollama at {url}: {error or type(error).__name__}; is it running?") from error
+        raise GRITError(f"no Ollama at {url}: {str(error) or type(error).__name__}; is it running?") from error
     if response.status_code >= 400:
         raise GRITError(f"Ollama at {url} answered {response.status_code}: {_reason(response)}")
     return response
@@ -148,7 +148,7 @@ def _upload(client: httpx.Client, path: Path, digest: str, progress: UploadProgr
             reraise=True,
         )(send)
     except httpx.HTTPError as error:
-        raise GRITError(f"cannot upload {path.name} to {client.base_url}: {error or type(error).__name__}") from error
+        raise GRITError(f"cannot upload {path.name} to {client.base_url}: {str(error) or type(error).__name__}") from error
 
 
 def _create(
