@@ -11,8 +11,8 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/
 .PHONY: verify test fixtures lint clean help
 
 help:
-	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (15 minutes on 2 cores)"
-	@echo "make test     the project's own tests, through tox (25 minutes on 2 cores)"
+	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (8 minutes on 2 cores)"
+	@echo "make test     the project's own tests, through tox (11 minutes on 2 cores)"
 	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
 	@echo "make lint     ruff and mypy"
 
