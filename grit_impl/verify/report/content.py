@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grit_impl.recipes.bases import TINY
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
 from grit_impl.verify.claims.curves import losses
@@ -19,6 +20,9 @@ from grit_impl.verify.store import JudgedClaim
 
 DASH = "\N{EN DASH}"
 GIB = 2**30
+
+FIXTURES = TINY.parent
+"""What was recorded once and is kept with the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ def evidence_text(value: Mapping[str, Any]) -> str:
 
 def fault_matrix(folder: Path) -> dict[str, Any] | None:
     """The fault zoo's summary, as `grit faults --out` wrote it to the reports or recorded with the source; or None."""
-    for path in (folder / "fault_matrix.json", Path("fixtures") / "fault_matrix.json"):
+    for path in (folder / "fault_matrix.json", FIXTURES / "fault_matrix.json"):
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_text())["summary"]
             return found
