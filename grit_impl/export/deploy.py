@@ -148,7 +148,9 @@ def _upload(client: httpx.Client, path: Path, digest: str, progress: UploadProgr
             reraise=True,
         )(send)
     except httpx.HTTPError as error:
-        raise GRITError(f"cannot upload {path.name} to {client.base_url}: {str(error) or type(error).__name__}") from error
+        raise GRITError(
+            f"cannot upload {path.name} to {client.base_url}: {str(error) or type(error).__name__}"
+        ) from error
 
 
 def _create(

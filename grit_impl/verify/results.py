@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 from grit_impl.machine import git_commit, versions
@@ -23,7 +24,8 @@ def now() -> str:
 
 def environment() -> dict[str, str]:
     """What the session ran with and on, without importing any of it."""
-    return {**versions(), "platform": platform.platform(), "machine": platform.machine()}
+    here = {"pytest": metadata.version("pytest"), "platform": platform.platform(), "machine": platform.machine()}
+    return {**versions(), **here}
 
 
 @dataclass
