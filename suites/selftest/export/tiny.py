@@ -25,6 +25,16 @@ WORDS = (
 TEXTS = (WORDS * 8, WORDS.upper() * 3, "Grüße aus Köln, 東京は晴れ 🙂 naïve café\n\n\tindent  two spaces\n" * 4)
 
 
+def _rope_options(rope: dict[str, Any]) -> dict[str, Any]:
+    """The same rotary settings where transformers 5 looks for them (`rope_parameters`) and where 4 does."""
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return {"rope_parameters": rope}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if rope["rope_type"] != "default" else None}
+
+
 def make_tokenizer(folder: Path, vocab: int = 512, *, split: str = "llama3") -> Any:
     """A byte-level BPE tokenizer, saved as `transformers` does; ids 0 and 1 are BOS and EOS."""
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +110,7 @@ def make_base(
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tied,
-        "rope_parameters": rope,
+        **_rope_options(rope),
         "bos_token_id": 0,
         "eos_token_id": 1,
         "initializer_range": 0.06,
