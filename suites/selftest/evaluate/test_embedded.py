@@ -46,8 +46,9 @@ def test_400_items_and_four_models_in_90_seconds(modelfiles, tmp_path: Path) -> 
     assert evaluation.winner()[0] is None
 
 
+@pytest.mark.alone
 def test_knowledge_and_speed_of_the_tiny_base(modelfiles, tmp_path: Path) -> None:
-    """Oracle: what the base was pretrained to: it knows most facts; two copies of it are about equally fast."""
+    """Oracle: what the base was pretrained to: it knows most facts; two copies of it are equally fast."""
     from grit_impl.evaluate.items import load_aqi, load_knowledge
     from grit_impl.evaluate.server import EmbeddedOllama
 
@@ -63,7 +64,6 @@ def test_knowledge_and_speed_of_the_tiny_base(modelfiles, tmp_path: Path) -> Non
     assert pure.retention.estimate == 100
     assert pure.tokens_per_second.n >= 14
     assert pure.tokens_per_second.estimate > 0
-    # Other tests share the cores, and one model's process can be the one that shares: 5% failed, a factor does not.
-    assert pure.delta_speed.low <= 200
-    assert pure.delta_speed.high >= -67
+    assert pure.delta_speed.low <= 5
+    assert pure.delta_speed.high >= -5
     assert {row["eval_count"] for row in evaluation.speed} == {options.speed_tokens}
