@@ -10,10 +10,11 @@ name at call time; both save A, B (gate, up, down or q, k, v) and X in the order
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ def fused_functions() -> Any | None:
     return module
 
 
+class _Branch(NamedTuple):
+    """One layer of a fused function: lora_A and lora_B, the scaling s, its input x and dL/dy; None without LoRA."""
+
+    a: Tensor | None
+    b: Tensor | None
+    scale: float | None
+    x: Tensor
+    dy: Tensor
+
+
 class FusedTap:
     """Reads a = A x and g = s B' dL/dy in the backward of the fused functions.
 
@@ -68,6 +79,7 @@ class FusedTap:
     ) -> None:
         self._layers, self._statistics, self._loss, self._module = layers, statistics, loss, module
         self._index: dict[int, int] = {}
+        self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
         self._originals = {name: getattr(module, name) for name in FUNCTIONS}
         for name, backward in zip(FUNCTIONS, (self._mlp, self._qkv, self._w), strict=True):
             original = self._originals[name]
@@ -81,37 +93,45 @@ class FusedTap:
     def _mlp(self, original: Any) -> Callable[..., Any]:
         def backward(ctx: Any, dy: Tensor) -> Any:
             gate_a, gate_b, up_a, up_b, down_a, down_b, x, _, _, *masks = ctx.saved_tensors
-            *weights, kernel = ctx.custom_saved_tensors
-            gate_s, up_s, down_s = weights[2], weights[5], weights[8]
+            saved = ctx.custom_saved_tensors
+            *weights, kernel = saved
             gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
 
             def element_wise(*arguments: Tensor) -> Any:
                 # The only place where the gradients at the outputs of gate and up exist.
                 h, d_up, d_gate = kernel(*arguments)
-                self._add(gate_a, gate_b, gate_s, gate_x, d_gate)
-                self._add(up_a, up_b, up_s, up_x, d_up)
-                self._add(down_a, down_b, down_s, self._dropped(h, masks, 2, ctx), dy)
+                self._add(
+                    _Branch(gate_a, gate_b, weights[2], gate_x, d_gate),
+                    _Branch(up_a, up_b, weights[5], up_x, d_up),
+                    _Branch(down_a, down_b, weights[8], self._dropped(h, masks, 2, ctx), dy),
+                )
                 return h, d_up, d_gate
 
             ctx.custom_saved_tensors = (*weights, element_wise)
-            return original.backward(ctx, dy)
+            try:
+                return original.backward(ctx, dy)
+            finally:
+                # The closure holds ctx and its activations: a cycle that only the garbage collector would free.
+                ctx.custom_saved_tensors = saved
 
         return backward
 
     def _qkv(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
+        def backward(ctx: Any, *dys: Tensor) -> Any:
             x, q_a, q_b, k_a, k_b, v_a, v_b, *masks = ctx.saved_tensors
             scales = ctx.custom_saved_tensors[2::3]
-            for i, (a, b, dy) in enumerate(((q_a, q_b, dq), (k_a, k_b, dk), (v_a, v_b, dv))):
-                self._add(a, b, scales[i], self._dropped(x, masks, i, ctx), dy)
-            return original.backward(ctx, dq, dk, dv)
+            pairs = ((q_a, q_b), (k_a, k_b), (v_a, v_b))
+            self._add(
+                *(_Branch(*pairs[i], scales[i], self._dropped(x, masks, i, ctx), dys[i]) for i in range(len(pairs)))
+            )
+            return original.backward(ctx, *dys)
 
         return backward
 
     def _w(self, original: Any) -> Callable[..., Any]:
         def backward(ctx: Any, dy: Tensor) -> Any:
             a, b, x, *masks = ctx.saved_tensors
-            self._add(a, b, ctx.custom_saved_tensors[2], self._dropped(x, masks, 0, ctx), dy)
+            self._add(_Branch(a, b, ctx.custom_saved_tensors[2], self._dropped(x, masks, 0, ctx), dy))
             return original.backward(ctx, dy)
 
         return backward
@@ -125,15 +145,43 @@ class FusedTap:
         return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _add(self, a: Tensor | None, b: Tensor | None, scale: float | None, x: Tensor, dy: Tensor) -> None:
+    def _add(self, *branches: _Branch) -> None:
+        """Take a and g of the layers of one fused function.
+
+        A product of this size costs the host more time than the device: layers that read the same x share one.
+        """
         context = self._loss.context
-        if a is None or b is None or scale is None or context is None or not self._statistics.collecting:
+        if context is None or not self._statistics.collecting:
             return
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with_lora = [b for b in branches if b.a is not None and b.b is not None and b.scale is not None]
+        for _, same_x in itertools.groupby(with_lora, lambda branch: id(branch.x)):
+            group: list[Any] = list(same_x)
+            x = group[0].x
             rows = x.reshape(-1, x.shape[-1])
-            outer = dy.reshape(-1, dy.shape[-1]).to(rows.dtype)
-            value, gradient = rows @ a.to(rows.dtype).t(), (outer @ b.to(rows.dtype)) * scale
-        self._statistics.add(self._find(a), value, gradient, context)
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                stacked, lora_b = self._cast(group, rows.dtype)
+                values = (rows @ stacked.t()).split([branch.a.shape[0] for branch in group], 1)
+                for branch, value, b in zip(group, values, lora_b, strict=True):
+                    gradient = branch.dy.reshape(-1, branch.dy.shape[-1]).to(rows.dtype) @ b
+                    if branch.scale != 1:
+                        gradient = gradient * branch.scale
+                    self._statistics.add(self._find(branch.a), value, gradient, context)
+
+    def _cast(self, group: list[Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """Every A below the other, (sum r, d_in), and each B, (d_out, r), in x's precision.
+
+        One call copies them all, into buffers that blocks of the same shape share.
+        """
+        weights = [branch.a for branch in group] + [branch.b for branch in group]
+        key = (dtype, *(w.shape for w in weights))
+        if key not in self._buffers:
+            ranks = [branch.a.shape[0] for branch in group]
+            stacked = weights[0].new_empty(sum(ranks), weights[0].shape[1], dtype=dtype)
+            lora_b = [torch.empty_like(branch.b, dtype=dtype) for branch in group]
+            self._buffers[key] = stacked, [*stacked.split(ranks), *lora_b]
+        stacked, copies = self._buffers[key]
+        torch._foreach_copy_(copies, [w.detach() for w in weights])
+        return stacked, copies[len(group) :]
 
     def _find(self, a: Tensor) -> int:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
