@@ -17,7 +17,8 @@ from grit_impl.verify.findings import Facts
 from grit_impl.verify.timeline import TURN
 
 SAME_UPDATE = 1e-3
-UNDECIDED = ("no-steps", "update-unexplained", "no-modifier", "undecided")
+PARTLY_SEEN = "partly-seen"
+UNDECIDED = ("no-steps", "update-unexplained", "no-modifier", "undecided", PARTLY_SEEN)
 
 
 @dataclass(frozen=True)
@@ -388,5 +389,6 @@ CAUSES: dict[str, str] = {
     **{d.cause: d.meaning for d in DETECTORS},
     "no-update": "the optimizer ran but changed no bit of the parameters",
     "scaled-only": "updates differ in size alone: a learning rate, not a preconditioner",
+    PARTLY_SEEN: "the run was resumed, and its ledger saw less than half of it",
     "update-unexplained": "the parameters move in a way that the optimizer does not explain",
 }

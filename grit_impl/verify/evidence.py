@@ -151,7 +151,7 @@ class LiveEvidence(Evidence):
         if not record.ledger.is_file():
             self.missing = {**self.missing, f"verdict:{name}": f"{record.path} has no gradient ledger"}
             return
-        self.verdicts = {**self.verdicts, name: judge_ledger(record.ledger)}
+        self.verdicts = {**self.verdicts, name: judge_ledger(record)}
 
     # Export
 

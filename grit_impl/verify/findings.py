@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
+from grit_impl.record import RunRecord
 from grit_impl.verify.rows import read_rows
 from grit_impl.verify.timeline import SCALER, TURN
 
@@ -30,13 +31,15 @@ class Facts:
             `group` ("A", "B" or "other"), `layer`, `live` (held by an optimizer, gradient not zero), `bent` (live, and
             the gradient at the optimizer's entry has another direction than the raw one).
         report: The preconditioner's last own report, or None.
+        unseen: Optimizer steps of the run before this ledger began: a resumed run's ledger has only what its last
+            process saw. Its steps are numbered like the run's.
     """
 
     run: dict[str, Any]
     steps: list[dict[str, Any]]
     tensors: pd.DataFrame
     report: dict[str, Any] | None
-    numbers: dict[str, Any] = field(default_factory=dict)
+    unseen: int = 0
 
     @property
     def live(self) -> pd.DataFrame:
@@ -73,12 +76,16 @@ class Facts:
 
 
 def facts(source: Any) -> Facts:
-    """Facts of a closed `GradientLedger`, of its rows, or of a ledger file.
+    """Facts of a closed `GradientLedger`, of its rows, of a ledger file, or of a run record's ledger.
 
     Raises:
         GRITError: the file is missing or corrupt, or the rows are not a ledger's.
     """
-    if isinstance(source, str | os.PathLike):
+    unseen = 0
+    if isinstance(source, RunRecord):
+        unseen = int(source.run.get("resumed_from") or 0)
+        rows = [{**row, "step": row["step"] + unseen} if "step" in row else row for row in read_rows(source.ledger)]
+    elif isinstance(source, str | os.PathLike):
         rows = read_rows(source)
     elif isinstance(source, list):
         rows = source
@@ -89,7 +96,7 @@ def facts(source: Any) -> Facts:
     tensors = _table([r for r in rows if r["kind"] == "tensor"])
     steps = [r for r in rows if r["kind"] == "step"]
     reports = [r for r in rows if r["kind"] == "factors"]
-    return Facts(rows[0], steps, _derive(tensors, steps), reports[-1] if reports else None)
+    return Facts(rows[0], steps, _derive(tensors, steps), reports[-1] if reports else None, unseen)
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:

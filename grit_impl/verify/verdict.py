@@ -7,15 +7,17 @@ the cause. Everything is decided from one run. Only "identical to the baseline" 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from grit_impl.verify.detectors import DETECTORS, UNDECIDED, Detector
+from grit_impl.verify.detectors import DETECTORS, PARTLY_SEEN, UNDECIDED, Detector
 from grit_impl.verify.findings import Facts, facts
 
 HARMLESS = ("effective", "no-modifier")
+MOST_UNSEEN = 0.5
+"""Share of a run's steps that may lie before its ledger (a resumed run's) if it is to speak for the run."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,45 @@ def judge_ledger(ledger: Any, detectors: Sequence[Detector] = DETECTORS) -> Verd
     """Name what happened.
 
     Args:
-        ledger: A closed `GradientLedger`, or the path of its file.
+        ledger: A closed `GradientLedger`, the path of its file, or a run record (which knows whether it was resumed).
         detectors: The decision order.
 
     Raises:
         GRITError: the file is missing or corrupt.
     """
     evidence = facts(ledger)
-    common = _numbers(evidence)
+    verdict = _first(evidence, detectors)
+    return _of_a_part(verdict, evidence) if evidence.unseen else verdict
+
+
+def _first(f: Facts, detectors: Sequence[Detector]) -> Verdict:
+    common = _numbers(f)
     for detector in detectors:
-        finding = detector.find(evidence)
+        finding = detector.find(f)
         if finding is not None:
             cause = finding.cause or detector.cause
             effective = True if cause == "effective" else None if cause in UNDECIDED else False
-            return Verdict(cause, effective, finding.summary, {**common, **finding.numbers}, _per_group(evidence))
-    return Verdict("undecided", None, "no detector recognised what happened", common, _per_group(evidence))
+            return Verdict(cause, effective, finding.summary, {**common, **finding.numbers}, _per_group(f))
+    return Verdict("undecided", None, "no detector recognised what happened", common, _per_group(f))
+
+
+def _of_a_part(verdict: Verdict, f: Facts) -> Verdict:
+    """The verdict on a run of which the ledger saw only the end: a fault is a fault, its absence may be chance."""
+    last = f.unseen + len(f.steps)
+    seen = f"steps {f.unseen + 1} to {last} seen; the run was resumed after step {f.unseen}"
+    numbers = {**verdict.numbers, "unseen_steps": f.unseen}
+    fault = verdict.cause not in (*HARMLESS, *UNDECIDED)
+    if fault or f.unseen <= MOST_UNSEEN * last:
+        return replace(verdict, summary=f"{verdict.summary} ({seen})", numbers=numbers)
+    summary = f"too little of the run is in its ledger to speak for it ({seen}); of that part: {verdict}"
+    return replace(verdict, cause=PARTLY_SEEN, effective=None, summary=summary, numbers=numbers)
 
 
 def assert_effective(ledger: Any, *, allow: Sequence[str] = ()) -> Verdict:
     """Raise `AssertionError` with the cause and its numbers unless modified gradients shaped the updates.
 
     Args:
-        ledger: A closed `GradientLedger`, or the path of its file.
+        ledger: What `judge_ledger` takes.
         allow: Causes that are accepted as well.
     """
     verdict = judge_ledger(ledger)
@@ -82,7 +101,7 @@ def assert_effective(ledger: Any, *, allow: Sequence[str] = ()) -> Verdict:
 
 
 def judge_pair(ledger: Any, baseline: Any) -> Verdict:
-    """Compare a run with its baseline, tensor by tensor and step by step.
+    """Compare a run with its baseline, tensor by tensor and step by step; both as `judge_ledger` takes them.
 
     Returns:
         `identical-to-baseline` (parameters bit-equal after every common step), `same-within-rounding`,

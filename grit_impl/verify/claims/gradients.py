@@ -9,6 +9,7 @@ from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, Out
 
 LATE = "modified-too-late"
 UNTOUCHED = "no-modifier"
+PARTLY_SEEN = "partly-seen"
 
 _PROVENANCE = (
     "Identical loss curves show neither that gradients reached the optimizer nor that they did not; only their "
@@ -32,7 +33,8 @@ def caused_by(arm: str, cause: str) -> Callable[[Evidence], Judgement]:
     """Supported if the ledger names exactly this cause."""
 
     def decide(evidence: Evidence) -> Judgement:
-        return _judgement(evidence, arm, supported_if(evidence.verdicts[arm].cause == cause))
+        found = evidence.verdicts[arm].cause
+        return _judgement(evidence, arm, "inconclusive" if found == PARTLY_SEEN else supported_if(found == cause))
 
     return decide
 

@@ -222,7 +222,7 @@ def provenance(evidence: Evidence) -> str | None:
     """Per arm and step: share of LoRA gradients that were turned at the optimizer's entry, and changed too late."""
     from grit_impl.verify.findings import facts
 
-    tables = {arm: facts(record.ledger) for arm, record in evidence.records.items() if record.ledger.is_file()}
+    tables = {arm: facts(record) for arm, record in evidence.records.items() if record.ledger.is_file()}
     tables = {arm: table for arm, table in tables.items() if len(table.tensors)}
     if not tables:
         return None

@@ -5,13 +5,19 @@ A ledger here has ten steps and four tensors (A and B of two layers), unless a c
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grit_impl.errors import GRITError
+from grit_impl.record import RunRecord
+from grit_impl.verify.claims import Evidence
+from grit_impl.verify.claims import find as find_claim
 from grit_impl.verify.detectors import DETECTORS, Finding
 from grit_impl.verify.findings import facts
 from grit_impl.verify.verdict import assert_effective, judge_ledger, judge_pair
@@ -758,3 +764,54 @@ def test_last_report_counts() -> None:
     rows = [*ledger(report=statuses(collecting=4)), {"kind": "factors", "step": 10, **statuses(ready=4)}]
     assert facts(rows).statuses == {"ready": 4}
     assert facts(rows).modifier_known
+
+
+@pytest.fixture
+def resumed(tmp_path: Path) -> Callable[[Rows, int], RunRecord]:
+    """A run record whose ledger begins after step k."""
+
+    def write(rows: Rows, k: int) -> RunRecord:
+        record = RunRecord.create(tmp_path / f"{k}-{len(rows)}", arm="pure", resumed_from=k or None)
+        with gzip.open(record.ledger, "wt") as handle:
+            handle.write("".join(json.dumps(row) + "\n" for row in rows))
+        return record
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "unseen", "cause", "effective", "claims"),
+    [
+        ("effective", 0, "effective", True, ("supported", "refuted")),
+        ("effective", 10, "effective", True, ("supported", "refuted")),
+        ("effective", 11, "partly-seen", None, ("inconclusive", "inconclusive")),
+        ("plain", 10, "no-modifier", None, ("inconclusive", "supported")),
+        ("plain", 11, "partly-seen", None, ("inconclusive", "inconclusive")),
+        ("overwritten", 99, "overwritten", False, ("refuted", "refuted")),
+        ("all-skipped", 99, "partly-seen", None, ("inconclusive", "inconclusive")),
+    ],
+)
+def test_resumed_run_is_judged_on_what_was_seen(
+    resumed: Any, name: str, unseen: int, cause: str, effective: bool | None, claims: tuple[str, str]
+) -> None:
+    """Oracle: ten steps seen: half of 20 speaks for the run, less does not, but a fault is one whenever it was seen."""
+    verdict = judge_ledger(resumed(CASES[name][1], unseen))
+    assert (verdict.cause, verdict.effective) == (cause, effective)
+    assert verdict.numbers.get("unseen_steps", 0) == unseen
+    seen = f"steps {unseen + 1} to {unseen + 10} seen; the run was resumed after step {unseen}"
+    assert (seen in verdict.summary) == bool(unseen)
+    assert str(CASES[name][2])[:30] in verdict.summary
+    evidence = Evidence(verdicts={"pure": verdict, "baseline": verdict})
+    found = [find_claim(f"gradients.{c}").judge(evidence) for c in ("pure-effective", "baseline-unmodified")]
+    assert tuple(each.verdict for each in found) == claims
+
+
+def test_resumed_run_is_compared_at_the_same_steps(resumed: Any) -> None:
+    """Oracle: parameters bit-equal to an uninterrupted run's after steps 7 to 10, which the ledger calls 1 to 4."""
+    whole = ledger()
+    tail = [{**row, "step": row["step"] - 6} if "step" in row else row for row in whole if row.get("step", 7) > 6]
+    verdict = judge_pair(resumed(tail, 6), resumed(whole, 0))
+    assert (verdict.cause, verdict.numbers["steps"]) == ("identical-to-baseline", 4)
+    assert judge_pair(resumed(tail, 0), resumed(whole, 0)).cause == "same-within-rounding"
+    stopped = resumed(CASES["stopped"][1], 6)
+    assert "no gradient was modified after step 13 of 16" in judge_ledger(stopped).summary
