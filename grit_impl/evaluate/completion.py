@@ -110,6 +110,8 @@ async def answer(engines: Engines, job: Job) -> AsyncIterator[dict[str, Any]]:
             yield {**chunk, "_debug_info": {"rendered_template": prompt}}
             return
         body = await _body(engine, job, prompt)
+        # One reply instead of a chunk per token, where nobody looks at the chunks and they cannot be too many.
+        body["stream"] = job.stream or body["n_predict"] > REPEATS
         said: list[str] = []
         last, repeats = "", 0
         async for chunk in engine.complete(body):
@@ -188,7 +190,6 @@ async def _chat_prompt(engine: Engine, job: Job, template: Template | None, mess
 
     prompt = await render(messages)
     for start in range(1, len(messages)):
-        # A token has at least one byte, so most prompts need no counting.
         if not job.truncate or len(prompt.encode()) <= engine.settings.context:
             break
         if len(await engine.tokenize(prompt)) <= engine.settings.context:
@@ -208,17 +209,18 @@ async def _body(engine: Engine, job: Job, prompt: str) -> dict[str, Any]:
     limit = OPEN_ENDED * context
     predict = limit if options["num_predict"] < 0 else min(options["num_predict"], limit)
     content: str | list[int] = prompt
-    if len(prompt.encode()) + 2 >= context or not job.request.get("shift", True):
+    shift = job.request.get("shift", True)
+    # A token has at least one byte, so most prompts need no counting.
+    if len(prompt.encode()) + 2 + (0 if shift else predict) >= context:
         tokens = await engine.tokenize(prompt, special=True)
         if len(tokens) >= context:
             if not job.truncate:
                 raise APIError(400, f"{TOO_LONG}: {len(tokens)} tokens, the context has {context}")
             content = _cut(tokens, context, options["num_keep"], job.model.leading_bos)
-        if not job.request.get("shift", True):
+        if not shift:
             predict = min(predict, max(1, context - len(tokens)))
     body: dict[str, Any] = {
         "prompt": content,
-        "stream": True,
         # Reusing a neighbour's prompt changes the shapes of the matrix products and with them the last bits: an answer
         # would depend on what was asked before.
         "cache_prompt": False,

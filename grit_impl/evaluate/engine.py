@@ -26,6 +26,10 @@ STOPPED = (
     "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error, "
     "check ollama server logs for details"
 )
+KEPT_SECONDS = 1.0
+"""Idle connections are closed after this, long before the other side does it."""
+SPARE = 3
+"""Connections beside those of the slots: one that waits, two for short calls. Each has a thread in `_runner`."""
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
 
 
@@ -72,12 +76,15 @@ class Engine:
             )
         except GRITError as error:
             raise APIError(500, str(error)) from error
-        # llama.cpp's HTTP server drops idle connections, so none is kept; on plain HTTP certificates only cost memory.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        # llama.cpp's HTTP server drops connections that are idle for five seconds; on plain HTTP certificates only cost
+        # memory.
+        limits = httpx.Limits(max_connections=parallel + SPARE, keepalive_expiry=KEPT_SECONDS)
+        headers = {**process.headers, "Connection": "keep-alive"}
         client = httpx.AsyncClient(
-            base_url=process.url, headers=process.headers, timeout=None, limits=limits, trust_env=False, verify=False
+            base_url=process.url, headers=headers, timeout=None, limits=limits, trust_env=False, verify=False
         )
-        return cls(settings, process, client, asyncio.Semaphore(parallel))
+        # One more than there are slots waits inside llama.cpp, so that a slot is never idle for the length of a reply.
+        return cls(settings, process, client, asyncio.Semaphore(parallel + 1))
 
     async def close(self) -> None:
         """End the process."""
@@ -128,6 +135,11 @@ class Engine:
 
     async def _produce(self, body: dict[str, Any], queue: asyncio.Queue[dict[str, Any] | BaseException | None]) -> None:
         try:
+            if not body["stream"]:
+                async with self.slots:
+                    queue.put_nowait(await self.call("/completion", body))
+                queue.put_nowait(None)
+                return
             async with self.slots, self.client.stream("POST", "/completion", json=body) as response:
                 if response.status_code != 200:
                     raise APIError(response.status_code, _message(await response.aread()))

@@ -37,7 +37,8 @@ def main() -> None:
     params.cache_ram_mib = 0
     params.warmup = params.ui = params.fit_params = False
     params.verbosity = 1
-    params.n_threads_http = settings["parallel"] + 2
+    # A connection occupies a thread for as long as it is kept.
+    params.n_threads_http = settings["parallel"] + 5
     if settings["exact"]:
         kind = xllamacpp.ggml_type.GGML_TYPE_F32
         params.cache_type_k = params.cache_type_v = kind
