@@ -166,7 +166,7 @@ def noise_floor(
 def _noisiest(difference: Floats, window: int) -> float:
     """Largest RMS of any `window` consecutive values."""
     squares = np.convolve(np.square(difference), np.ones(min(window, difference.size)), "valid")
-    return float(np.sqrt(max(squares.max(), 0.0) / min(window, difference.size)))
+    return float(np.sqrt(squares.max() / min(window, difference.size)))
 
 
 def _times(reruns: Sequence[Floats]) -> str:

@@ -389,7 +389,7 @@ def prewhiten(series: ArrayLike, max_order: int = 4) -> Floats:
         residual = target - design @ np.linalg.lstsq(design, target, rcond=None)[0] if order else target
         parameters = order + 1
         score = n * np.log(max(float(residual @ residual) / n, 1e-300))
-        score += 2 * parameters * n / max(n - parameters - 1, 1)
+        score += 2 * parameters * n / (n - parameters - 1)
         if score < best:
             best, chosen = score, residual
     return np.asarray(chosen, dtype=np.float64)
