@@ -1,0 +1,116 @@
+"""How much of llama.cpp's throughput is left behind Ollama's API: the same questions, driver and parallelism for both.
+
+By hand, with more repeats: `python suites/selftest/evaluate/test_throughput.py 10`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+FIXTURES = Path(__file__).parents[3] / "fixtures"
+IN_FLIGHT, QUESTIONS, REPEATS = 2, 200, 5
+ATTEMPTS = 3
+"""llama.cpp's server closes a kept connection after a hundred requests."""
+
+
+def drive(address: str, path: str, bodies: list[bytes], headers: dict[str, str], count: Callable[[Any], int]) -> float:
+    """Generated tokens per second of wall time, with `IN_FLIGHT` connections."""
+    parts, queue, lock, tokens = urlsplit(address), iter(bodies), threading.Lock(), []
+
+    def work() -> None:
+        connection = http.client.HTTPConnection(str(parts.hostname), parts.port)
+        while True:
+            with lock:
+                body = next(queue, None)
+            if body is None:
+                return connection.close()
+            for attempt in range(ATTEMPTS):
+                try:
+                    connection.request("POST", path, body, headers)
+                    reply = json.loads(connection.getresponse().read())
+                    break
+                except (http.client.HTTPException, OSError):
+                    connection.close()
+                    if attempt == ATTEMPTS - 1:
+                        raise
+            with lock:
+                tokens.append(count(reply))
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=work) for _ in range(IN_FLIGHT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tokens) == len(bodies)
+    return sum(tokens) / (time.perf_counter() - began)
+
+
+def measure(folder: Path, repeats: int) -> list[tuple[float, float]]:
+    """Tokens/s of the embedded server and of llama.cpp's own, one slot and one thread each, in turns."""
+    from grit_impl.evaluate.items import load_aqi
+    from grit_impl.evaluate.server import EmbeddedOllama
+    from grit_impl.evaluate.session import EvaluationOptions
+    from grit_impl.export import export_merged, write_modelfile
+    from grit_impl.export.llamacpp import LlamaCpp
+
+    gguf = folder / "base.gguf"
+    export_merged(FIXTURES / "tiny_llama", None, gguf)
+    models = {"m": write_modelfile(gguf, folder / "Modelfile")}
+    options = EvaluationOptions().greedy()
+    asked = [
+        {"model": "m", "prompt": item["prompt"], "stream": False, "truncate": False, "shift": False, "options": options}
+        for item in load_aqi(FIXTURES / "aqi_test.jsonl", limit=QUESTIONS).items
+    ]
+    with EmbeddedOllama(models) as server, LlamaCpp(gguf, context=512) as own:
+        ours = [json.dumps(each).encode() for each in asked]
+        theirs = []
+        for each in asked:
+            # The text that the template makes of the prompt, so that both read the same tokens.
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            connection.request("POST", "/api/generate", json.dumps({**each, "_debug_render_only": True}))
+            text = json.loads(connection.getresponse().read())["_debug_info"]["rendered_template"]
+            connection.close()
+            body = {"prompt": text, "n_predict": options["num_predict"], "cache_prompt": False, **options}
+            theirs.append(json.dumps(body).encode())
+        key = {"Authorization": own.headers["Authorization"]}
+        sides: list[Callable[[], float]] = [
+            lambda: drive(server.url, "/api/generate", ours, {}, lambda reply: reply["eval_count"]),
+            lambda: drive(own.url, "/completion", theirs, key, lambda reply: reply["tokens_predicted"]),
+        ]
+        for side in sides:
+            side()
+        pairs = []
+        for number in range(repeats):
+            first = sides[number % 2]()
+            second = sides[1 - number % 2]()
+            pairs.append((first, second) if number % 2 == 0 else (second, first))
+        return pairs
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_the_embedded_server_keeps_four_fifths_of_llamacpps_throughput(tmp_path: Path) -> None:
+    """Oracle: llama.cpp's own server on the same prompts; the median of five interleaved ratios."""
+    pairs = measure(tmp_path, REPEATS)
+    assert statistics.median(ours / theirs for ours, theirs in pairs) >= 0.8, pairs
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measure(Path(scratch), int(sys.argv[1]) if len(sys.argv) > 1 else REPEATS)
+    for ours, theirs in found:
+        print(f"{ours:7.0f} tokens/s embedded, {theirs:7.0f} llama.cpp: {ours / theirs:.2f}")
+    print(f"median of {len(found)}: {statistics.median(a / b for a, b in found):.2f}")
