@@ -227,3 +227,126 @@ def test_what_broke_is_told_apart_from_what_is_missing():
     assert "no GPU" in missing.judge(evidence).summary
     assert failed.judge(evidence).evidence == {"broken": ["verdict:pure"]}
     assert "status 1" in failed.judge(evidence).summary
+
+
+class TestMetric:
+    """How numbers read, and what they are made of."""
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (0.0, "0"),
+            (0.0999, "0.0999"),
+            (-0.0999, "-0.0999"),
+            (0.1, "0.10"),
+            (1.0, "1.00"),
+            (-1.234, "-1.23"),
+            (9999.0, "9999.00"),
+            (9999.99, "9999.99"),
+            (10000.0, "1e+04"),
+            (-123456.0, "-1.235e+05"),
+            (math.inf, "inf"),
+            (math.nan, "nan"),
+        ],
+    )
+    def test_number(self, value, text):
+        """Oracle: two decimals from 0.1 to 10,000, four digits elsewhere."""
+        assert str(Metric("m", value)) == text
+
+    @pytest.mark.parametrize(
+        ("metric", "text"),
+        [
+            (Metric("m", 1, unit="points"), "1.00 points"),
+            (Metric("m", 1, unit="%"), "1.00%"),
+            (Metric("m", 1, 0.5, 2, "s", 7), "1.00 s [0.50, 2.00] (n = 7)"),
+            (Metric("m", 1, 0.5, None, n=0), "1.00 (n = 0)"),
+            (Metric("m", 1, None, 2), "1.00"),
+        ],
+    )
+    def test_text(self, metric, text):
+        """Oracle: by hand: an interval needs both its ends."""
+        assert str(metric) == text
+
+    def test_plain_numbers(self):
+        """Oracle: Python's own types, whatever came in."""
+        numpy = pytest.importorskip("numpy")
+        metric = Metric("m", numpy.float32(0.5), numpy.int64(0), numpy.float64(1), n=numpy.int64(3))
+        assert [type(v) for v in (metric.estimate, metric.low, metric.high, metric.n)] == [float, float, float, int]
+        assert Metric("m", 1).low is Metric("m", 1).high is Metric("m", 1).n is None
+
+    def test_nothing_changes_it(self):
+        """Oracle: a judgement that was made stays as it is."""
+        for value in (Metric("m", 1), Judgement("supported", "s"), find("gradients.pure-effective")):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(value, dataclasses.fields(value)[0].name, "other")
+        assert find("gradients.pure-effective").family == "gradients"
+
+
+class TestNeededSample:
+    """`items_to_decide`, by hand."""
+
+    @pytest.mark.parametrize(
+        ("metric", "bound", "needed"),
+        [
+            (Metric("m", 5, 1, 8, n=100), 0, 101),  # decided already: one more than there are
+            (Metric("m", 2, -4, 3, n=100), 0, 900),  # the lower half of 6 must shrink to 2
+            (Metric("m", -2, -9, 4, n=100), 0, 900),  # the upper half of 6 must shrink to 2
+            (Metric("m", 3, -1, 9, n=10), 2, 160),
+            (Metric("m", 2.5, 2, 5, n=3), 2, 4),
+            (Metric("m", 2, 1, 3, n=10), 2, None),
+            (Metric("m", 2, 1, 3), 0, None),
+            (Metric("m", 2, None, 3, n=10), 0, None),
+            (Metric("m", 2, 1, None, n=10), 0, None),
+            (Metric("m", 1, -(10**6), 3, n=1), 0, None),
+            (Metric("m", 1, 2 - 10**6, 3, n=1), 0, (10**6 - 1) ** 2),
+            (Metric("m", 1, -math.inf, 3, n=1), 0, None),
+        ],
+    )
+    def test_cases(self, metric, bound, needed):
+        """Oracle: n times the square of (half-width over distance)."""
+        assert items_to_decide(metric, bound) == needed
+
+    def test_the_sentence_says_it(self):
+        """Oracle: the number that would decide, or that none does."""
+        open_one = decide_at_least(Metric("m", 2, -4, 3, "points", 100), 0, "delta")
+        text = "delta is 2.00 points [-4.00, 3.00] (n = 100); asked for at least 0 points; about 900 would decide"
+        assert (open_one.summary, open_one.needed) == (text, 900)
+        at_bound = decide_at_least(Metric("m", 2, 1, 3, "%", 10), 2, "delta", strictly=True)
+        assert at_bound.summary.endswith(
+            "asked for more than 2%; no sample size can be named: the estimate is at the bound"
+        )
+        assert at_bound.needed is None
+        sure = decide_at_least(Metric("m", 2, 1, 3), 0.5, "delta")
+        assert (sure.summary, sure.metrics) == (
+            "delta is 2.00 [1.00, 3.00]; asked for at least 0.5",
+            (Metric("m", 2, 1, 3),),
+        )
+        assert decide_at_least(Metric("m", 2, 1, 3), 3.5, "delta").summary == (
+            "delta is 2.00 [1.00, 3.00]; asked for at least 3.5"
+        )
+        assert decide_at_least(Metric("m", 2, 1, 3), 3.0, "delta").verdict == "inconclusive"
+        assert decide_at_least(Metric("m", 2, 1, 3), 1.0, "delta", strictly=True).verdict == "inconclusive"
+        assert decide_at_least(Metric("m", math.nan), 3.0, "delta").summary == "delta was not measured (not a number)"
+
+
+def test_what_is_lacking_is_named():
+    """Oracle: kind and name of the requirement, why, or what there is instead."""
+    evidence = Evidence(
+        verdicts={"b": None, "a": None},
+        missing={"export": "no disk", "pure": "no time"},
+        failed={"record:pure": "crash"},
+    )
+    assert evidence.lacks("verdict:a") is None
+    assert evidence.lacks("verdict:c") == "needs the gradient ledger of 'c': found a, b"
+    assert evidence.lacks("record:c") == "needs the run of 'c': found none"
+    assert evidence.lacks("export:c") == "needs the GGUF export of 'c': no disk"
+    assert evidence.lacks("evaluation:c") == "needs the evaluation of 'c': found none"
+    assert evidence.lacks("verdict:pure") == "needs the gradient ledger of 'pure': no time"
+    assert evidence.lacks("record:pure") == "needs the run of 'pure': crash"
+    assert [evidence.broke(f"{kind}:pure") for kind in ("record", "verdict")] == [True, False]
+    claim = Claim("x.y", "S.", ("record:pure", "verdict:a", "export:c"), "R.", lambda _: Judgement("supported", ""))
+    judgement = claim.judge(evidence)
+    assert judgement.summary == "needs the run of 'pure': crash; needs the GGUF export of 'c': no disk"
+    assert judgement.evidence == {"broken": ["record:pure"]}
+    assert claim.gates
+    assert evidence.gather(["verdict:a"]) is evidence
