@@ -10,9 +10,10 @@ one line and exit status 2.
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,26 +38,42 @@ TRAINER = {"verdict:trainer"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Every option, and its default in the configuration file as `grit_<name>`."""
+    """Every option's default in the configuration file, as `grit_<name>`."""
+    for each in fields(Options):
+        switch = isinstance(each.default, bool)
+        default = each.default if switch else str(each.default)
+        parser.addini(f"grit_{each.name}", _help(each), type="bool" if switch else None, default=default)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_load_initial_conftests(parser: pytest.Parser) -> None:
+    """Every option as `--grit-<name>`, and by its short name unless a plugin or a conftest.py of this project has it.
+
+    This late, because whoever came second with a name would end pytest.
+    """
     group = parser.getgroup("grit", "GRIT verification")
     for each in fields(Options):
-        help_text = each.metadata["help"].replace("%", "%%")
-        if isinstance(each.default, bool):
-            group.addoption(flag(each.name), action="store_true", default=None, dest=each.name, help=help_text)
-            parser.addini(f"grit_{each.name}", help_text, type="bool", default=each.default)
-        else:
-            shown = str(each.default) or "none"
-            metavar = each.name.rpartition("_")[2].upper()
-            help_text = f"{help_text} (default: {shown})"
-            group.addoption(flag(each.name), default=None, dest=each.name, metavar=metavar, help=help_text)
-            parser.addini(f"grit_{each.name}", help_text, default=str(each.default))
+        attributes: dict[str, Any] = {"action": "store_true"}
+        if not isinstance(each.default, bool):
+            attributes = {"metavar": each.name.rpartition("_")[2].upper()}
+        attributes |= {"default": None, "dest": f"grit_{each.name}", "help": _help(each)}
+        short, long = flag(each.name), flag(f"grit_{each.name}")
+        try:
+            group.addoption(short, long, **attributes)
+        except (ValueError, ArgumentError):
+            group.addoption(long, **attributes)
+
+
+def _help(option: Field[Any]) -> str:
+    text = str(option.metadata["help"]).replace("%", "%%")
+    return text if isinstance(option.default, bool) else f"{text} (default: {str(option.default) or 'none'})"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once; what cannot be read ends pytest here, before anything is collected."""
     config.addinivalue_line("markers", "verify: judges a claim on evidence; trains and evaluates what it needs")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
-    given = {each.name: config.getoption(each.name) for each in fields(Options)}
+    given = {each.name: config.getoption(f"grit_{each.name}") for each in fields(Options)}
     texts = {name: config.getini(f"grit_{name}") if value is None else value for name, value in given.items()}
     try:
         options = Options.parse(texts)

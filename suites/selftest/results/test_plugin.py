@@ -59,7 +59,7 @@ def project(pytester, monkeypatch):
     def run(*arguments: str) -> pytest.RunResult:
         return pytester.runpytest_subprocess(*plugin, *base, *arguments)
 
-    pytester.run_grit = run
+    pytester.run_grit, pytester.base = run, base
     return pytester
 
 
@@ -256,6 +256,49 @@ def test_b(): pytest.skip("needs Ollama, found none")
     project.run_grit().stdout.fnmatch_lines(
         ["other tests skipped: 3", "  2 x needs a GPU, found none", "  1 x needs Ollama, found none"]
     )
+
+
+OWN_OPTIONS = """
+def pytest_addoption(parser):
+    group = parser.getgroup("other")
+    group.addoption("--seed", default="of the other", help="their seed")
+    group.addoption("--steps", action="store_true", help="their steps")
+
+def pytest_configure(config):
+    assert config.getoption("--seed") in ("of the other", "7")
+"""
+
+
+@pytest.mark.parametrize("where", ["plugin-before", "plugin-after", "conftest"])
+def test_options_of_others_come_first(project, where):
+    """Oracle: a plugin, or a conftest.py, that has --seed and --steps keeps them; ours are then --grit-seed, ..."""
+    project.makepyfile(
+        test_it="def test_it(judge, grit_options): assert (grit_options.seed, grit_options.steps) == (5, 9)"
+    )
+    others = []
+    if where == "conftest":
+        project.makeconftest(CONFTEST + OWN_OPTIONS)
+    else:
+        project.makepyfile(other=OWN_OPTIONS)
+        others = ["-p", "other"]
+    ours = ["-p", "grit_impl.verify.plugin"]
+    both = [*others, *ours] if where == "plugin-before" else [*ours, *others]
+    options = ["--seed", "7", "--steps", "--grit-seed", "5", "--grit-steps", "9", "--min-delta-aqi", "1"]
+    project.syspathinsert()
+    result = project.runpytest_subprocess(*both, *project.base, *options)
+    result.assert_outcomes(passed=1)
+    text = project.runpytest_subprocess(*both, *project.base, "--help").stdout.str()
+    assert "their seed" in text
+    assert "--grit-seed" in text
+    assert "--min-delta-aqi" in text
+
+
+def test_long_names_are_always_there(project):
+    """Oracle: the same option by both names; the later one wins, as usual."""
+    project.makepyfile(
+        test_it="def test_it(grit_options): assert (grit_options.seed, grit_options.strict_claims) == (6, True)"
+    )
+    project.run_grit("--seed", "5", "--grit-seed", "6", "--grit-strict-claims").assert_outcomes(passed=1)
 
 
 def test_help_names_every_option_and_its_default(project):
