@@ -40,9 +40,10 @@ TRAINER = {"verdict:trainer"}
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Every option's default in the configuration file, as `grit_<name>`."""
     for each in fields(Options):
-        switch = isinstance(each.default, bool)
-        default = each.default if switch else str(each.default)
-        parser.addini(f"grit_{each.name}", _help(each), type="bool" if switch else None, default=default)
+        if isinstance(each.default, bool):
+            parser.addini(f"grit_{each.name}", _help(each), type="bool", default=each.default)
+        else:
+            parser.addini(f"grit_{each.name}", _help(each), default=str(each.default))
 
 
 @pytest.hookimpl(trylast=True)
