@@ -45,7 +45,14 @@ class GRITConfig:
     value raises `GRITError` with the option, the value and the accepted range.
     """
 
-    kfac_update_freq: int = _option(10, "optimizer steps between two inversions of the factors", 1)
+    update_rule: Literal["precondition", "eigenbasis"] = _option(
+        "precondition",
+        "precondition: K-FAC's gradient, then the inner optimizer; eigenbasis: Adam in the factors' eigenbasis, in the "
+        "inner AdamW's place",
+    )
+    kfac_update_freq: int = _option(
+        10, "optimizer steps between two inversions of the factors, or refreshes of the basis", 1
+    )
     kfac_damping: float = _option(1e-2, "damping; a fraction of trace(S)/r, or absolute (see damping_mode)", 0.0)
     damping_mode: Literal["relative", "absolute"] = _option(
         "relative", "relative: d = kfac_damping * trace(S) / r; absolute: d = kfac_damping"
@@ -82,6 +89,8 @@ class GRITConfig:
             _check(f.name, getattr(self, f.name), hints[f.name], f.metadata["low"], f.metadata["high"])
         if self.reprojection_k is not None and self.enable_rank_adaptation:
             raise GRITError("reprojection_k and enable_rank_adaptation both choose the rank: set one of them")
+        if self.update_rule != "precondition" and self.pairing == "released":
+            raise GRITError(f"update_rule = {self.update_rule!r} and pairing = 'released' exclude each other")
         if self.kfac_inversion_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.kfac_inversion_device):
             raise GRITError(f"kfac_inversion_device = {self.kfac_inversion_device!r}: choose cpu, cuda or cuda:N")
 

@@ -20,6 +20,7 @@ from grit_impl.errors import GRITError
 from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank
 from grit_impl.fused import FusedTap, fused_functions
 from grit_impl.rank import Reprojection
+from grit_impl.update_rules import make_rule
 
 # Sums over tokens in float32 (bf16 products) against dA A': measured 0.011 at worst; a layer that misses one of two
 # micro-batches is off by 0.3 or more.
@@ -140,6 +141,7 @@ class GRITManager:
         self.statistics = RankStatistics(len(ranks), self.rank, device, dtype)
         self.factors = KroneckerFactors(ranks, self.config, device, dtype)
         self.reprojection = Reprojection(self.layers, self.config, self.factors)
+        self.rule = make_rule(self.config, self.layers, self.factors)
         self.step = 0
         # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
         self.applied = torch.zeros(2, len(ranks), device=device)
@@ -221,7 +223,7 @@ class GRITManager:
         self.statistics.reset()
         self._window_open = False
         self.step += 1
-        if self.step % self.config.kfac_update_freq == 0:
+        if self._inversion_due():
             self.factors.invert()
             self.factors.inversions += 1
             if self.config.log_fisher_spectrum:
@@ -229,8 +231,19 @@ class GRITManager:
                 if len(self._unsolved) >= SPECTRA_KEPT_UNSOLVED:
                     self.spectrum_history()
         self._regularise()
-        if self.step > self.config.ng_warmup_steps and self.factors.inversions:
+        warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
+        if self.rule is not None:
+            if warm and self._inversion_due():
+                self.rule.refresh()
+            self.rule.write()
+            self._count_applied()
+        elif warm:
             self._apply()
+
+    def _inversion_due(self) -> bool:
+        # A rule that keeps moments needs its basis before they fill: steps 1, 2, 4, 8, ... until the first regular one.
+        early = self.rule is not None and self.step & (self.step - 1) == 0 and self.step < self.config.kfac_update_freq
+        return early or self.step % self.config.kfac_update_freq == 0
 
     def _check_active(self) -> None:
         if not self._taps:
@@ -281,8 +294,11 @@ class GRITManager:
             ratios = torch.where(new_norms > 0, old_norms / new_norms, 0.0)
             torch._foreach_mul_(new, list(ratios.unbind()))
         torch._foreach_copy_(grads, new)
+        self._count_applied()
+
+    def _count_applied(self) -> None:
         ready = self.factors.status == READY
-        self.applied += torch.stack((ready[side_a], ready[side_b]))
+        self.applied += torch.stack([ready[side] for side in self._sides()])
 
     def _regularise(self) -> None:
         """Add the gradient of lambda_kfac [tr(A' S_g A) + tr(B S_a B')] + lambda_reproj [|(I-P)A|^2 + |B(I-P)|^2]."""
@@ -310,6 +326,8 @@ class GRITManager:
         """
         if self.reprojection.due(self.step) and self.factors.inversions:
             self.reprojection.reproject(self.step, optimizer)
+            if self.rule is not None:
+                self.rule.project()
         else:
             self.reprojection.enforce()
 
@@ -422,6 +440,8 @@ class GRITManager:
             "reprojection": self.reprojection.state_dict(),
             "completeness": self.completeness,
             "spectra": self.spectrum_history(),
+            "update_rule": self.config.update_rule,
+            "rule": None if self.rule is None else self.rule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -434,6 +454,14 @@ class GRITManager:
         if state["layers"] != names:
             odd = min(set(state["layers"]) ^ set(names), default="their order")
             raise GRITError(f"the GRIT checkpoint does not fit this model: they differ in {odd}")
+        written = state.get("update_rule", "precondition")
+        if written != self.config.update_rule:
+            raise GRITError(
+                f"the GRIT checkpoint was written with update_rule = {written!r}, this run has "
+                f"{self.config.update_rule!r}: resume with the same rule"
+            )
+        if self.rule is not None:
+            self.rule.load_state_dict(state["rule"])
         self.step = state["step"]
         self.applied = state["applied"].to(self.applied.device).clone()
         self.factors.load_state_dict(state["factors"])

@@ -19,9 +19,11 @@ class GRITOptimizer(Optimizer):
     skips is no step for GRIT either.
 
     Args:
-        inner: Any optimizer (AdamW, 8-bit AdamW, SGD, ...) over the adapters' parameters.
+        inner: Any optimizer (AdamW, 8-bit AdamW, SGD, ...) over the adapters' parameters. An `update_rule` that
+            computes the whole step puts plain SGD with the same parameter groups in AdamW's place.
         manager: The model's manager; attach it before training.
-        max_grad_norm: Clip the preconditioned gradients' total norm; None or 0: no clipping.
+        max_grad_norm: Clip the total norm of the preconditioned gradients, or of what an update rule starts from; None
+            or 0: no clipping.
     """
 
     inner: Optimizer
@@ -30,6 +32,8 @@ class GRITOptimizer(Optimizer):
 
     def __init__(self, inner: Optimizer, manager: GRITManager, max_grad_norm: float | None = None) -> None:
         # Optimizer.__init__ would build groups of its own; __setstate__ only installs the hooks and the profiler.
+        if manager.rule is not None:
+            inner = manager.rule.take_place_of(inner)
         super().__setstate__({"inner": inner, "manager": manager, "max_grad_norm": max_grad_norm or 0.0})
 
     @property
@@ -79,13 +83,20 @@ class GRITOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.manager.require_gradients()
-        self.manager.precondition()
-        if self.max_grad_norm:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if self.manager.rule is None:
+            self.manager.precondition()
+            self._clip()
+        else:  # a rule computes the whole step from gradients that are clipped, like AdamW
+            self._clip()
+            self.manager.precondition()
         self.inner.step()
         self.manager.after_step(self.inner)
         return loss
+
+    def _clip(self) -> None:
+        if self.max_grad_norm:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, with GRIT's under the key `grit`."""

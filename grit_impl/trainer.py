@@ -18,6 +18,7 @@ from grit_impl.errors import GRITError
 from grit_impl.manager import GRITManager
 from grit_impl.optim import GRITOptimizer
 from grit_impl.rank import save_adapter
+from grit_impl.update_rules.base import UpdateRule
 
 STATE_FILE = "grit_state.pt"
 SHRUNK_FOLDER = ("grit", "adapter")
@@ -86,7 +87,8 @@ class GRITCallback(TrainerCallback):
         manager: The GRITManager; None until training begins.
 
     Raises:
-        GRITError: at the beginning of training, where a checkpoint holds no GRIT state to resume from.
+        GRITError: at the beginning of training, where a checkpoint holds no GRIT state to resume from, or where an
+            `update_rule` that computes the whole step meets another optimizer than plain SGD.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class GRITCallback(TrainerCallback):
         self.manager = GRITManager(kw["model"], self.config, self.capture).attach()
         if self.moment != "on_pre_optimizer_step":
             self.manager.checks_completeness = False
+        if self.manager.rule is not None:
+            self._bind(self.manager.rule, args, kw["optimizer"])
         if state.global_step:
             file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
             if not file.is_file():
@@ -117,14 +121,38 @@ class GRITCallback(TrainerCallback):
             self._given_clip = vars(args).setdefault("_grit_max_grad_norm", args.max_grad_norm)
             args.max_grad_norm = MEASURE_ONLY
 
+    def _bind(self, rule: UpdateRule, args: TrainingArguments, optimizer: Any) -> None:
+        """A callback cannot replace the loop's optimizer: the rule's direction needs one that takes it as it is."""
+        optimizer, name = getattr(optimizer, "optimizer", optimizer), f"update_rule = {self.config.update_rule!r}"
+        plain = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+        if self.moment != "on_pre_optimizer_step":
+            raise GRITError(f"{name} cannot be written at {self.moment}: choose on_pre_optimizer_step")
+        if not plain or args.fp16:
+            found = "fp16" if plain else type(optimizer).__name__
+            raise GRITError(
+                f"{name} in a callback needs optim='sgd' (the rule is the optimizer) and no fp16; found {found}: "
+                "change it, or use GRITTrainer (with_grit of your trainer), which takes both"
+            )
+        for group in optimizer.param_groups:
+            group.setdefault("betas", (args.adam_beta1, args.adam_beta2))
+            group.setdefault("eps", args.adam_epsilon)
+        rule.bind(optimizer)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Precondition and clip."""
         if self.manager is not None and self.moment == "on_pre_optimizer_step":
             self.manager.require_gradients()
-            self.manager.precondition()
-            if self._given_clip:
-                parameters = [p for p in kw["model"].parameters() if p.grad is not None]
-                torch.nn.utils.clip_grad_norm_(parameters, self._given_clip)
+            if self.manager.rule is None:
+                self.manager.precondition()
+                self._clip(kw["model"])
+            else:
+                self._clip(kw["model"])
+                self.manager.precondition()
+
+    def _clip(self, model: torch.nn.Module) -> None:
+        if self._given_clip:
+            parameters = [p for p in model.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, self._given_clip)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Reproject when due."""

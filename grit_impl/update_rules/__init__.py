@@ -1,0 +1,29 @@
+"""Update rules: what becomes of a gradient once the Fisher factors are known (`GRITConfig.update_rule`).
+
+* `precondition` multiplies the gradient by the damped inverses and leaves the step to the inner optimizer; it lives
+  in `GRITManager` and needs no state.
+* `eigenbasis` and `trust_region` compute the whole step. They write a direction into `.grad`, and plain SGD in the
+  inner optimizer's place moves the parameters by -lr (direction + weight_decay * parameter), which is AdamW's decoupled
+  decay. Learning rates, schedules, parameter groups and GradScaler therefore work as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from grit_impl.config import GRITConfig
+from grit_impl.factors import KroneckerFactors
+from grit_impl.update_rules.base import UpdateRule
+from grit_impl.update_rules.eigenbasis import Eigenbasis
+
+if TYPE_CHECKING:
+    from grit_impl.manager import LoRAFactorPair
+
+RULES = {"eigenbasis": Eigenbasis}
+
+
+def make_rule(config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> UpdateRule | None:
+    """The rule that computes the step; None for `precondition`, which leaves it to the inner optimizer."""
+    rule = RULES.get(config.update_rule)
+    return None if rule is None else rule(config, layers, factors)
