@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
 from grit_impl.verify.options import Options
 from grit_impl.verify.store import JudgedClaim, Session, Store
+
+if TYPE_CHECKING:
+    from grit_impl.verify.history import Answers
 
 HELP = {"help_option_names": ["-h", "--help"]}
 REPORTS = click.option(
@@ -50,9 +53,9 @@ def report(reports_dir: Path, name: str | None, against: str | None, fail_if_wor
     """Write index.html and grit_evaluation.md again from what is stored; judge nothing anew.
 
     --against takes a session's number, a git revision, or `baseline`; with a path to another reports folder, its
-    latest session.
+    latest session. Where both sessions kept answers, models are compared item by item (McNemar).
     """
-    from grit_impl.verify.history import compare_sessions, find_session
+    from grit_impl.verify.history import compare_items, compare_sessions, find_session
     from grit_impl.verify.report import write_report
 
     with Store(reports_dir / "results.db", readonly=True) as store:
@@ -61,12 +64,16 @@ def report(reports_dir: Path, name: str | None, against: str | None, fail_if_wor
         changes = None
         if against is not None:
             after = {each.claim.id: each.judgement for each in judged}
-            changes = compare_sessions(*_other(store, against), after)
+            title, before, answers = _other(store, against)
+            changes = compare_sessions(title, before, after, compare_items(answers, store.answers(number)))
     path = write_report(reports_dir, session, judged, evidence, changes)
     for row in changes.rows if changes else ():
         click.echo(f"{row.claim}: {row.text}")
     if changes and not changes.rows:
-        click.echo(f"nothing changed against {changes.name}")
+        click.echo(f"no claim changed against {changes.name}")
+    for item in changes.items if changes else ():
+        if item.gained or item.lost:
+            click.echo(str(item))
     click.echo(f"report: {path}")
     if fail_if_worse and changes and changes.worse:
         sys.exit(1)
@@ -79,16 +86,17 @@ def _latest(store: Store) -> str:
     return str(sessions[-1]["id"])
 
 
-def _other(store: Store, name: str) -> tuple[str, dict[str, Judgement]]:
+def _other(store: Store, name: str) -> tuple[str, dict[str, Judgement], Answers]:
     from grit_impl.verify.history import find_session
 
     folder = Path(name)
     if (folder / "results.db").is_file():
         with Store(folder / "results.db", readonly=True) as other:
             number = int(_latest(other))
-            return f"{name}, session {number}", other.judged(number)
+            return f"{name}, session {number}", other.judged(number), other.answers(number)
     number = find_session(store, name)
-    return f"{name} (session {number})" if name != str(number) else f"session {name}", store.judged(number)
+    title = f"{name} (session {number})" if name != str(number) else f"session {name}"
+    return title, store.judged(number), store.answers(number)
 
 
 def load_session(store: Store, number: int, folder: Path) -> tuple[Session, list[JudgedClaim], Evidence]:

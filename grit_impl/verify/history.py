@@ -35,11 +35,37 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemChange:
+    """How a model answered the items that both sessions asked, item by item.
+
+    Attributes:
+        model: Its label.
+        suite: `aqi` or `knowledge`.
+        gained: Items right now and wrong then.
+        lost: Items wrong now and right then.
+        difference: Accuracy now minus then, in points, with Tango's paired interval.
+        p: McNemar's exact two-sided p-value, corrected (Holm) for the number of models and suites compared.
+    """
+
+    model: str
+    suite: str
+    gained: int
+    lost: int
+    difference: Metric
+    p: float
+
+    def __str__(self) -> str:
+        counts = f"{self.gained} items gained, {self.lost} lost"
+        return f"{self.model}, {self.suite}: {counts}; {self.difference}, McNemar p = {self.p:.2g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
-    """All of them, against the session called `name`."""
+    """All of them, against the session called `name`; `items` where both sessions kept answers."""
 
     name: str
     rows: tuple[Change, ...]
+    items: tuple[ItemChange, ...] = ()
 
     @property
     def worse(self) -> bool:
@@ -85,11 +111,45 @@ def _commit(revision: str, folder: Path | None) -> str | None:
         return revision.lower() if hexadecimal else None
 
 
-def compare_sessions(name: str, before: Mapping[str, Judgement], after: Mapping[str, Judgement]) -> Changes:
+Answers = Mapping[tuple[str, str], Mapping[tuple[str, str], bool]]
+"""What `Store.answers` returns."""
+
+
+def compare_items(before: Answers, after: Answers) -> tuple[ItemChange, ...]:
+    """Paired comparison of every model and suite on the items that both sessions asked with the same prompt."""
+    pairs = {}
+    for key in sorted(before.keys() & after.keys()):
+        common = sorted(before[key].keys() & after[key].keys())
+        if common:
+            pairs[key] = [(after[key][item], before[key][item]) for item in common]
+    if not pairs:
+        return ()
+    from grit_impl.verify.statistics import holm, mcnemar_exact, paired_difference_interval
+
+    counts = {
+        key: (sum(now and not then for now, then in rows), sum(then and not now for now, then in rows))
+        for key, rows in pairs.items()
+    }
+    corrected = holm([mcnemar_exact(gained, lost) for gained, lost in counts.values()])
+    found = []
+    for (key, rows), p in zip(pairs.items(), corrected, strict=True):
+        interval = paired_difference_interval([now for now, _ in rows], [then for _, then in rows]).scaled(100)
+        ends = (interval.estimate, interval.low, interval.high)
+        metric = Metric("accuracy", *ends, "points", interval.n, interval.method, key[0])
+        found.append(ItemChange(*key, *counts[key], metric, p))
+    return tuple(found)
+
+
+def compare_sessions(
+    name: str,
+    before: Mapping[str, Judgement],
+    after: Mapping[str, Judgement],
+    items: tuple[ItemChange, ...] = (),
+) -> Changes:
     """Claims whose verdict changed, or whose decisive number moved by more than its uncertainty.
 
-    The interval of the change treats the two sessions as independent, so it is too wide rather than too narrow where
-    they share test items.
+    The interval of a claim's change treats the two sessions as independent, so it is too wide rather than too narrow
+    where they share test items; `items` (from `compare_items`) are paired.
     """
     rows = []
     for claim in [*after, *(claim for claim in before if claim not in after)]:
@@ -98,7 +158,7 @@ def compare_sessions(name: str, before: Mapping[str, Judgement], after: Mapping[
         if text is not None:
             worse = then is not None and then.verdict == "supported" and (now is None or now.verdict == "refuted")
             rows.append(Change(claim, _brief(then), _brief(now), text, worse))
-    return Changes(name, tuple(rows))
+    return Changes(name, tuple(rows), items)
 
 
 def _brief(judgement: Judgement | None) -> str:

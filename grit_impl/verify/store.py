@@ -233,6 +233,14 @@ class Store:
             )
         return found
 
+    def answers(self, session: int) -> dict[tuple[str, str], dict[tuple[str, str], bool]]:
+        """By (model, suite), whether each item, known by id and prompt, was answered correctly."""
+        found: dict[tuple[str, str], dict[tuple[str, str], bool]] = {}
+        for row in self.query("SELECT * FROM items WHERE session_id = ? AND correct IS NOT NULL", session):
+            known = found.setdefault((row["model"], row["suite"]), {})
+            known[row["item_id"], row["prompt"] or ""] = bool(row["correct"])
+        return found
+
     def label(self, session: int, label: str) -> None:
         """Give a session a label, taking it from the one that had it."""
         with self._transaction():

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Judgement, Metric
 from grit_impl.verify.commands import baseline, report
-from grit_impl.verify.history import change, compare_sessions, find_session
+from grit_impl.verify.history import change, compare_items, compare_sessions, find_session
 from grit_impl.verify.results import Results
 from grit_impl.verify.store import JudgedClaim, Session, Store
 
@@ -59,6 +59,34 @@ def test_worse_means_support_was_lost(now, worse):
         assert compare_sessions("x", {"c": judgement(before)}, {"c": judgement("refuted", 5.0)}).worse is False
 
 
+def answered(right: int, of: int, start: int = 0) -> dict[tuple[str, str], bool]:
+    return {(f"i{k}", f"question {k}"): k < right for k in range(start, of)}
+
+
+def test_items_are_paired():
+    """Oracle: 10 of 20 items lost, none gained: McNemar 2 / 2**10, times two for two comparisons; 19 of 20 by hand."""
+    before = {("pure", "aqi"): answered(15, 20), ("pure", "knowledge"): answered(5, 9), ("base", "aqi"): answered(1, 2)}
+    after = {("pure", "aqi"): answered(5, 20), ("pure", "knowledge"): answered(6, 9), ("hybrid", "aqi"): answered(1, 2)}
+    aqi, knowledge = compare_items(before, after)
+    assert (aqi.model, aqi.suite, aqi.gained, aqi.lost) == ("pure", "aqi", 0, 10)
+    assert aqi.p == pytest.approx(2 * 2 / 2**10)
+    assert (knowledge.gained, knowledge.lost, knowledge.p) == (1, 0, 1.0)
+    assert aqi.difference.estimate == -50.0
+    assert -80 < aqi.difference.low < -50 < aqi.difference.high < -20
+    assert aqi.difference.n == 20
+    assert str(aqi).startswith("pure, aqi: 0 items gained, 10 lost; -50.00 points [")
+
+
+def test_only_the_same_questions_are_paired():
+    """Oracle: another prompt under the same id is another item; without a common item there is nothing to say."""
+    before = {("pure", "aqi"): answered(3, 6)}
+    after = {("pure", "aqi"): {**answered(0, 6, 3), ("i0", "another question"): False}}
+    (found,) = compare_items(before, after)
+    assert (found.gained, found.lost, found.difference.n) == (0, 0, 3)
+    assert compare_items(before, {("pure", "aqi"): {("i0", "another question"): True}}) == ()
+    assert compare_items({}, after) == ()
+
+
 @pytest.fixture
 def reports(make_evidence, claims, tmp_path):
     """Two sessions in one folder: in the second, pure lost its delta_AQI."""
@@ -83,12 +111,15 @@ def test_report_against_an_earlier_session(reports):
         result = run(report, "--reports-dir", reports, "--against", against)
         assert result.exit_code == 0, result.output
         lines = result.output.splitlines()
-        assert [line.partition(":")[0] for line in lines] == ["evaluation.pure-delta-aqi", "report"]
+        assert [line.partition(":")[0] for line in lines] == ["evaluation.pure-delta-aqi", "pure, aqi", "report"]
         assert "supported → refuted, -51.00 points" in lines[0]
+        assert "0 items gained, 102 lost; -51.00 points [-" in lines[1]
     assert "supported → refuted" in (reports / "index.html").read_text()
-    assert "## Against" in (reports / "grit_evaluation.md").read_text()
+    summary = (reports / "grit_evaluation.md").read_text()
+    assert "## Against" in summary
+    assert "| pure | aqi | 0 | 102 | -51.00 points [" in summary
     assert run(report, "--reports-dir", reports, "--against", "1", "--fail-if-worse").exit_code == 1
-    assert run(report, "--reports-dir", reports, "--against", reports).output.startswith("nothing changed")
+    assert run(report, "--reports-dir", reports, "--against", reports).output.startswith("no claim changed")
 
 
 def test_report_of_an_earlier_session(reports):
@@ -107,7 +138,7 @@ def test_baseline(reports):
     assert run(baseline, "show", "--reports-dir", reports).output.startswith("session 1, ")
     assert "supported → refuted" in run(report, "--reports-dir", reports, "--against", "baseline").output
     assert run(baseline, "promote", "--reports-dir", reports, "--force").output == "session 2 is the baseline now\n"
-    assert "nothing changed" in run(report, "--reports-dir", reports, "--against", "baseline").output
+    assert "no claim changed" in run(report, "--reports-dir", reports, "--against", "baseline").output
 
 
 @pytest.mark.parametrize(
