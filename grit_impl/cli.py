@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("grit_impl.evaluate.commands", "evaluate", "Evaluate models behind an Ollama API."),
     "compare": ("grit_impl.verify.commands_compare", "compare", "Compare runs that already exist, from their logs."),
     "faults": ("grit_impl.verify.faults", "faults", "Print the confusion matrix of the fault zoo."),
+    "sweep": ("grit_impl.sweep.commands", "sweep", "Compare update rules over many small trainings, by a plan."),
     "report": ("grit_impl.verify.commands", "report", "Write the report again, or against an earlier one."),
     "baseline": ("grit_impl.verify.commands", "baseline", "Promote results to the baseline of later reports."),
 }

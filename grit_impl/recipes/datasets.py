@@ -155,6 +155,21 @@ def load_instructions(
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
+def encode(
+    rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[list[int]]]:
+    """Columns `prompt` and `completion` as `input_ids` and `labels`; see `tokenize`, which uses it."""
+    prompts = tokenizer(rows["prompt"])["input_ids"]
+    completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
+    encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        answer = [*completion, tokenizer.eos_token_id]
+        if len(prompt) < max_length:
+            encoded["input_ids"].append([*prompt, *answer][:max_length])
+            encoded["labels"].append(([IGNORE] * len(prompt) + answer)[:max_length])
+    return encoded
+
+
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Token ids with the prompt masked.
 
@@ -175,18 +190,10 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     if tokenizer.eos_token_id is None:
         raise GRITError("the tokenizer has no end-of-text token: set its eos_token")
 
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        prompts = tokenizer(rows["prompt"])["input_ids"]
-        completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
-        encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        for prompt, completion in zip(prompts, completions, strict=True):
-            answer = [*completion, tokenizer.eos_token_id]
-            if len(prompt) < max_length:
-                encoded["input_ids"].append([*prompt, *answer][:max_length])
-                encoded["labels"].append(([IGNORE] * len(prompt) + answer)[:max_length])
-        return encoded
-
-    tokenized = dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="tokenize")
+    arguments = {"tokenizer": tokenizer, "max_length": max_length}
+    tokenized = dataset.map(
+        encode, batched=True, remove_columns=dataset.column_names, desc="tokenize", fn_kwargs=arguments
+    )
     if not len(tokenized):
         raise GRITError(f"no example has a prompt shorter than {max_length} tokens: raise the maximum length")
     if len(tokenized) < len(dataset):

@@ -1,10 +1,12 @@
-"""Pretraining of the tiny base: a real LlamaForCausalLM, small enough to live in the repository."""
+"""Pretraining of the project's own bases: a real LlamaForCausalLM, small enough to live in the repository, and larger
+ones for a GPU."""
 
 from __future__ import annotations
 
 import json
 import random
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -37,6 +39,8 @@ class Settings:
         hidden, layers, heads, kv_heads, ffn: Shape; widths are multiples of 32, the block size of q8_0.
         vocab_size: Tokens, special ones included.
         threads: Threads of torch; the result depends on it in the last bits.
+        device: `cpu`, or `cuda` with bfloat16 products and workers that prepare the batches.
+        seconds: Above 0, the schedule follows the clock and ends then, whatever the number of steps.
     """
 
     seed: int = 3407
@@ -54,6 +58,29 @@ class Settings:
     ffn: int = 512
     vocab_size: int = 1536
     threads: int = 2
+    device: str = "cpu"
+    seconds: float = 0.0
+
+
+# Wide and shallow: so small a model is bound by the number of kernels, not by their size.
+SIZES = {
+    "tiny": Settings(),
+    "40m": Settings(
+        steps=4000,
+        batch_tokens=16384,
+        lr=1e-3,
+        initializer_range=0.03,
+        hidden=768,
+        layers=6,
+        heads=12,
+        kv_heads=4,
+        ffn=2048,
+        device="cuda",
+    ),
+}
+"""Settings by name; `40m` has 39 million parameters."""
+WORKERS = 3
+"""Processes that prepare batches for a GPU: one makes about 0.5 million tokens per second."""
 
 
 def build_tokenizer(settings: Settings, sample: int = 20_000) -> PreTrainedTokenizerFast:
@@ -88,16 +115,16 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     )
 
 
-def batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(settings: Settings, tokenizer: PreTrainedTokenizerFast, worker: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (input_ids, labels), each `(N, T)` with N x T <= `batch_tokens`.
 
     Documents of like length share a batch, so that little is padding. Only answers and plain sentences are learnt:
-    the numbers of a question are noise.
+    the numbers of a question are noise. Each worker has documents of its own.
     """
     import torch
 
-    stream = documents(settings.seed + 1)
-    random_ = random.Random(settings.seed)
+    stream = documents(settings.seed + 1 + worker)
+    random_ = random.Random(settings.seed + worker)
     while True:
         chunk = list(islice(stream, 4000))
         prompts = tokenizer([prompt for prompt, _ in chunk])["input_ids"]
@@ -121,10 +148,34 @@ def batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[
             )
 
 
+def _prefetched(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, prepared by worker processes; on the CPU, where they would compete with training, here."""
+    if settings.device == "cpu":
+        return batches(settings, tokenizer)
+    import torch
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            info = torch.utils.data.get_worker_info()
+            return batches(settings, tokenizer, 0 if info is None else info.id)
+
+    loader = torch.utils.data.DataLoader(
+        Stream(), batch_size=None, num_workers=WORKERS, prefetch_factor=16, pin_memory=True
+    )
+    return iter(loader)
+
+
+def _share(settings: Settings, step: int, began: float) -> float:
+    """How much of the training is done, 0 to 1: of the steps, or of the time."""
+    if settings.seconds:
+        return min((time.monotonic() - began) / settings.seconds, 1.0)
+    return step / settings.steps
+
+
 def pretrain(
     settings: Settings, progress: bool = True
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]:
-    """Train from scratch on the CPU.
+    """Train from scratch.
 
     Returns:
         Model (float32, in evaluation mode), tokenizer, and the mean loss per supervised token of every step.
@@ -136,32 +187,42 @@ def pretrain(
     torch.set_num_threads(settings.threads)
     try:
         tokenizer = build_tokenizer(settings)
-        model = build_model(settings, tokenizer)
+        model: Any = build_model(settings, tokenizer)
+        model.to(settings.device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True
         )
+        began = time.monotonic()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: min((step + 1) / settings.warmup, 1.0, (1 - step / settings.steps) / settings.decay),
+            lambda step: min((step + 1) / settings.warmup, 1.0, (1 - _share(settings, step, began)) / settings.decay),
         )
-        losses = []
+        losses: list[Tensor] = []
         model.train()
-        bar = tqdm(islice(batches(settings, tokenizer), settings.steps), total=settings.steps, disable=not progress)
+        steps = None if settings.seconds else settings.steps
+        bar = tqdm(islice(_prefetched(settings, tokenizer), steps), total=steps, disable=not progress)
+        low = torch.autocast(settings.device, torch.bfloat16, enabled=settings.device != "cpu")
         for input_ids, labels in bar:
+            input_ids, labels = (t.to(settings.device, non_blocking=True) for t in (input_ids, labels))
             # Right padding needs no mask under a causal one: no real token can see it.
-            hidden = model.model(input_ids=input_ids).last_hidden_state[:, :-1]
-            learnt = labels[:, 1:] != IGNORE
-            # The head runs on learnt positions only: they are a fifth, and it is a fifth of the work.
-            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learnt]), labels[:, 1:][learnt])
+            with low:
+                hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+                learnt = labels[:, 1:] != IGNORE
+                # The head runs on learnt positions only: they are a fifth, and it is a fifth of the work.
+                logits = model.lm_head(hidden[learnt]).float()
+                loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learnt])
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+            losses.append(loss.detach())
+            if len(losses) % 50 == 0:
+                bar.set_postfix(loss=f"{float(torch.stack(losses[-50:]).mean()):.3f}", refresh=False)
+            if settings.seconds and time.monotonic() - began >= settings.seconds:
+                break
         model.train(False)
-        return model, tokenizer, losses
+        return model.to("cpu"), tokenizer, torch.stack(losses).tolist()
     finally:
         torch.set_num_threads(threads)
 

@@ -1,0 +1,120 @@
+"""`grit sweep`: run a plan, and turn its results into tables and figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import click
+
+from grit_impl.sweep.plan import load_plan
+
+DATABASE = "sweep.db"
+
+
+@click.group()
+def sweep() -> None:
+    """Many small trainings with paired seeds: which update rule wins, and what it is worth."""
+
+
+@sweep.command("run")
+@click.argument("plan")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where results go.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="cores", help="Runs at a time."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where runs train."
+)
+@click.option("--budget", type=click.FloatRange(min=1), help="Seconds until the sweep ends itself.  [default: none]")
+@click.option("--base", help="Another base model than the plan's: a folder.")
+@click.option("--task", "tasks", multiple=True, help="Only this task of the plan (repeatable).")
+@click.option("--retry", is_flag=True, help="Run again what failed.")
+def run(
+    plan: str,
+    out: Path,
+    jobs: int,
+    device: str,
+    budget: float | None,
+    base: str | None,
+    tasks: tuple[str, ...],
+    retry: bool,
+) -> None:
+    """Run PLAN (a plan of the project by name, or a .toml file), or what is still missing of it.
+
+    Every run is a process of its own, and its result is in OUT/sweep.db as soon as it ends. Start the same command
+    again after an interruption. The exit status is 0 when every run is finished, else 3.
+    """
+    # Before torch is loaded anywhere: a run has one thread.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import dataclasses
+
+    from grit_impl.machine import git_commit, versions
+    from grit_impl.sweep.scheduler import Interrupted, Sweep, check_device
+    from grit_impl.sweep.store import Store
+
+    chosen = load_plan(plan)
+    if base is not None:
+        chosen = dataclasses.replace(chosen, base=base)
+    if tasks:
+        chosen = chosen.only(tasks)
+    check_device(device)
+    with Store(out / DATABASE) as store:
+        sweeping = Sweep(
+            chosen,
+            store,
+            jobs=jobs,
+            device=device,
+            budget=budget,
+            retry=retry,
+            progress=lambda done, total, line: click.echo(f"[{done}/{total}] {line}"),
+        )
+        store.set_meta(
+            plan=dataclasses.asdict(chosen),
+            versions=versions(),
+            git_commit=git_commit(Path(__file__).parent),
+            machine={"platform": platform.platform(), "cpus": os.cpu_count(), "processor": platform.processor()},
+            jobs=jobs,
+        )
+        try:
+            missing = sweeping.run()
+        except Interrupted:
+            click.echo("interrupted: the same command continues", err=True)
+            raise SystemExit(130) from None
+        failed = sum(status == "failed" for status in store.statuses().values())
+    if failed:
+        click.echo(f"{failed} runs failed: see the column error in {out / DATABASE}; --retry runs them again", err=True)
+    if missing:
+        click.echo(f"{missing} runs are missing: the same command continues", err=True)
+    if missing or failed:
+        raise SystemExit(3)
+
+
+@sweep.command("report")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--document", type=click.Path(path_type=Path, dir_okay=False), help="Markdown file whose block to fill in."
+)
+@click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="Folder for the plots (SVG).")
+def report(folders: tuple[Path, ...], document: Path | None, figures: Path | None) -> None:
+    """Tables with intervals and verdicts, from the sweep.db of each of FOLDERS (or files), as Markdown.
+
+    With --document, the block between `<!-- sweep:begin -->` and `<!-- sweep:end -->` is replaced.
+    """
+    from grit_impl.sweep.report import markdown, plots, replace_block
+    from grit_impl.sweep.store import Store
+
+    stores = [Store(path / DATABASE if path.is_dir() else path) for path in folders]
+    text = markdown(stores)
+    if figures is not None:
+        for path in plots(stores, figures):
+            click.echo(f"wrote {path}", err=True)
+    if document is None:
+        click.echo(text)
+    else:
+        replace_block(document, text)
+        click.echo(f"wrote {document}", err=True)

@@ -1,0 +1,67 @@
+"""The opponents: each arm's optimizer over the same adapters, GRIT's with its manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grit_impl.config import GRITConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from grit_impl.manager import GRITManager
+
+WEIGHT_DECAY = 0.01
+"""AdamW's default, the same in every arm."""
+
+
+def build_optimizer(
+    model: PeftModel, method: str, settings: Mapping[str, Any], grit: GRITConfig | None, max_grad_norm: float
+) -> tuple[torch.optim.Optimizer, GRITManager | None]:
+    """The optimizer of a method; GRIT clips inside, after preconditioning, the others are clipped by the loop.
+
+    Args:
+        model: The PEFT model.
+        method: `adamw`, `rslora` (AdamW; the scaling is the model's), `loraplus` (Hayou et al. 2024, peft),
+            `riemannian` (Zhang & Pilanci 2024, peft), or `grit`.
+        settings: `lr`, and where the method has them `beta2`, `ratio` (of B's learning rate to A's), `reg` (damping).
+        grit: GRIT's configuration.
+        max_grad_norm: GRIT's clipping.
+
+    Returns:
+        The optimizer, and the attached manager for `grit`.
+    """
+    options: dict[str, Any] = {
+        "lr": settings["lr"],
+        "betas": (0.9, settings.get("beta2", 0.999)),
+        "weight_decay": WEIGHT_DECAY,
+    }
+    if method == "loraplus":
+        from peft.optimizers import create_loraplus_optimizer
+
+        return (
+            create_loraplus_optimizer(
+                model,
+                torch.optim.AdamW,
+                loraplus_lr_ratio=settings["ratio"],
+                loraplus_weight_decay=options.pop("weight_decay"),
+                **options,
+            ),
+            None,
+        )
+    if method == "riemannian":
+        from peft.optimizers import create_riemannian_optimizer
+
+        return create_riemannian_optimizer(model, torch.optim.AdamW, reg=settings["reg"], **options), None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(parameters, **options)
+    if grit is None:
+        return inner, None
+    from grit_impl.manager import GRITManager
+    from grit_impl.optim import GRITOptimizer
+
+    manager = GRITManager(model, grit).attach()
+    return GRITOptimizer(inner, manager, max_grad_norm), manager

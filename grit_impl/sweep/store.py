@@ -1,0 +1,132 @@
+"""A sweep's results in one SQLite file: a row per run, written by the controlling process only."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from grit_impl.errors import GRITError
+from grit_impl.sweep.plan import Job
+
+SCHEMA = 1
+FINISHED = ("done", "diverged")
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS runs (
+    key TEXT PRIMARY KEY,
+    phase TEXT NOT NULL, base TEXT NOT NULL, task TEXT NOT NULL, arm TEXT NOT NULL, method TEXT NOT NULL,
+    variant TEXT NOT NULL, trial INTEGER, seed INTEGER NOT NULL,
+    settings TEXT NOT NULL,   -- JSON, resolved
+    status TEXT NOT NULL,     -- done, diverged, failed
+    error TEXT,               -- of a failed run
+    loss REAL, accuracy REAL, retention REAL,
+    step_seconds REAL, train_seconds REAL, coverage REAL,
+    seconds REAL,             -- of the whole process, what the run cost
+    device TEXT NOT NULL,
+    curve TEXT NOT NULL,      -- JSON: [step, loss, accuracy, training seconds] per evaluation
+    losses TEXT NOT NULL      -- JSON: training loss, means of 5 steps
+);
+"""
+_MEASURES = ("loss", "accuracy", "retention", "step_seconds", "train_seconds", "coverage")
+
+
+class Store:
+    """The file `sweep.db` of a sweep's folder.
+
+    Args:
+        path: The file; made if it is not there.
+
+    Raises:
+        GRITError: it cannot be opened, or is no sweep's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=30)
+            self._db.row_factory = sqlite3.Row
+            self._db.executescript(_TABLES)
+        except (OSError, sqlite3.Error) as error:
+            raise GRITError(f"cannot open sweep results {path}: {error}") from error
+        found = self.meta.setdefault("schema", str(SCHEMA))
+        if int(found) > SCHEMA:
+            raise GRITError(f"{path} has schema {found}; this version reads up to {SCHEMA}: upgrade")
+        self.set_meta(schema=SCHEMA)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    @property
+    def meta(self) -> dict[str, str]:
+        """What was written with `set_meta`."""
+        return {row["key"]: row["value"] for row in self._db.execute("SELECT * FROM meta")}
+
+    def set_meta(self, **values: Any) -> None:
+        """Keep values (texts as they are, the rest as JSON) under their names."""
+        rows = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()]
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+
+    def add(self, job: Job, settings: Mapping[str, Any], result: Mapping[str, Any], device: str) -> None:
+        """Write one run; a run of the same key is replaced."""
+        row: dict[str, Any] = {
+            "key": job.key,
+            **{name: getattr(job, name) for name in ("phase", "base", "task", "arm", "method", "variant", "trial")},
+            "seed": job.seed,
+            "settings": json.dumps(dict(settings), sort_keys=True),
+            "status": result["status"],
+            "error": result.get("error"),
+            **{name: result.get(name) for name in _MEASURES},
+            "seconds": result.get("seconds"),
+            "device": device,
+            "curve": json.dumps([[round(x, 6) for x in point] for point in result.get("curve", ())]),
+            "losses": json.dumps(result.get("losses", ())),
+        }
+        with self._db:
+            self._db.execute(
+                f"INSERT OR REPLACE INTO runs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
+                tuple(row.values()),
+            )
+
+    def statuses(self) -> dict[str, str]:
+        """Status of every run by key."""
+        return {row["key"]: row["status"] for row in self._db.execute("SELECT key, status FROM runs")}
+
+    def runs(self, **where: Any) -> list[dict[str, Any]]:
+        """Rows with these values, in a fixed order; `settings`, `curve` and `losses` parsed."""
+        condition = " AND ".join(f"{name} = ?" for name in where) or "1"
+        query = f"SELECT * FROM runs WHERE {condition} ORDER BY phase, task, arm, variant, trial, seed"
+        rows = [dict(row) for row in self._db.execute(query, tuple(where.values()))]
+        for row in rows:
+            for name in ("settings", "curve", "losses"):
+                row[name] = json.loads(row[name])
+        return rows
+
+
+def choose_trial(rows: list[dict[str, Any]]) -> int | None:
+    """The fixed rule of tuning: the trial with the lowest mean validation loss over the tuning seeds.
+
+    A trial with a run that diverged or failed is out; the first of equals wins.
+
+    Args:
+        rows: The finished tuning runs of one task and arm.
+
+    Returns:
+        The trial; None if none is left.
+    """
+    losses: dict[int, list[float]] = {}
+    for row in rows:
+        losses.setdefault(row["trial"], []).append(row["loss"] if row["status"] == "done" else float("inf"))
+    means = {trial: sum(values) / len(values) for trial, values in sorted(losses.items())}
+    best = min(means, key=lambda trial: means[trial], default=None)
+    return best if best is not None and means[best] < float("inf") else None
