@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TINY = Path(__file__).resolve().parents[2] / "fixtures" / "tiny_llama"
-"""Folder of the embedded base model in a checkout."""
+TINY = FIXTURES / "tiny_llama"
+"""Folder of the embedded base model."""
 
 # Shapes as published in the models' config.json.
 SHAPES: dict[str, dict[str, Any]] = {

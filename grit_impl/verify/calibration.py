@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal  # type: ignore[import-untyped]
 
+from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
 from grit_impl.verify import curves
@@ -30,7 +31,6 @@ from grit_impl.verify.logs import RunLog
 from grit_impl.verify.statistics import clopper_pearson
 
 Floats = NDArray[np.float64]
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 RUNS, RESULT = FIXTURES / "curves_runs.npz", FIXTURES / "curves_calibration.json"
 PAIRS_PER_CASE = 100
 AR_PAIRS = 2_000

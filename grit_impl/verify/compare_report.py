@@ -6,18 +6,18 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grit_impl.data import FIXTURES
 from grit_impl.verify.compare import QUESTIONS, Comparison, correlation_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
 
-NULLS = Path(__file__).parents[2] / "fixtures" / "curves_calibration.json"
+NULLS = FIXTURES / "curves_calibration.json"
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 """Okabe and Ito's palette: told apart by colour-blind readers."""
 GOOD, BAD = ("yes", "same"), ("no", "different")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grit_impl.recipes.bases import TINY
+from grit_impl.data import FIXTURES
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
 from grit_impl.verify.claims.curves import losses
@@ -20,9 +20,6 @@ from grit_impl.verify.store import JudgedClaim
 
 DASH = "\N{EN DASH}"
 GIB = 2**30
-
-FIXTURES = TINY.parent
-"""What was recorded once and is kept with the source."""
 
 
 @dataclass(frozen=True, slots=True)
