@@ -17,7 +17,13 @@ COMMANDS = {
     "serve": ("grit_impl.export.commands", "serve", "Serve GGUF files through Ollama's API."),
     "deploy": ("grit_impl.export.commands", "deploy", "Create a model in a real Ollama."),
     "evaluate": ("grit_impl.evaluate.commands", "evaluate", "Evaluate models behind an Ollama API."),
+    "alignment-index": (
+        "grit_impl.evaluate.commands_alignment",
+        "alignment_index",
+        "How far apart a model keeps safe and unsafe prompts.",
+    ),
     "compare": ("grit_impl.verify.commands_compare", "compare", "Compare runs that already exist, from their logs."),
+    "probe": ("grit_impl.verify.commands_probe", "probe", "Show which callback events and hooks fire, in which order."),
     "faults": ("grit_impl.verify.faults", "faults", "Print the confusion matrix of the fault zoo."),
     "sweep": ("grit_impl.sweep.commands", "sweep", "Compare update rules over many small trainings, by a plan."),
     "report": ("grit_impl.verify.commands", "report", "Write the report again, or against an earlier one."),

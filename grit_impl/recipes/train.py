@@ -119,7 +119,7 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(settings.threads)
     set_seed(spec.seed)
-    model, tokenizer = _model(spec, use_unsloth)
+    model, tokenizer = build_model(spec, use_unsloth)
     record = RunRecord.create(
         path,
         arm=arm.name,
@@ -146,7 +146,7 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     data = tokenize(instructions, tokenizer, settings.max_length)
     log = StepLog(record)
     checkpoints = path / "checkpoints"
-    trainer, grit = _trainer(arm, spec, model, tokenizer, data, checkpoints, log)
+    trainer, grit = build_trainer(arm, spec, model, tokenizer, data, checkpoints, log)
     last = _last_checkpoint(checkpoints)
     done = int(last.name.rpartition("-")[2]) if last else 0
     record.truncate_steps(done)
@@ -185,7 +185,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
+def build_model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
     """Base model with its adapter, and the tokenizer. The adapter's initial weights depend on the seed alone."""
     from grit_impl.recipes.lora import LoRASettings, add_lora
 
@@ -238,7 +238,7 @@ def _arguments(settings: TrainingSettings, seed: int, folder: Path, cpu: bool) -
     }
 
 
-def _trainer(
+def build_trainer(
     arm: Arm, spec: RunSpec, model: Any, tokenizer: Any, data: Any, folder: Path, log: StepLog
 ) -> tuple[Any, Callable[[], Any]]:
     """The arm's trainer, and a function that returns its GRITManager (or None) once training has begun."""

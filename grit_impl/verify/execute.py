@@ -180,10 +180,11 @@ def _last_line(path: Path) -> str:
 
 def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:
     """Train one arm in this process, under the gradient ledger, and complete its record."""
-    if find_arm(spec.arm).unsloth and spec.base_model != "tiny":
+    arm, unsloth = find_arm(spec.arm), False
+    if arm.unsloth and spec.base_model != "tiny":
         import torch
 
-        if torch.cuda.is_available():
+        if unsloth := torch.cuda.is_available():
             from grit_impl.recipes.unsloth import import_unsloth
 
             import_unsloth()  # before transformers, peft and trl, which it patches
@@ -191,6 +192,10 @@ def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True
     from grit_impl.verify.ledger import gradient_ledger
 
     path.mkdir(parents=True, exist_ok=True)
+    if arm.grit == "callback":
+        from grit_impl.verify.probe import require_probe
+
+        require_probe(path, spec.training, unsloth=unsloth)
     target = RunRecord(path).ledger
 
     def observer(model: Any) -> Any:
