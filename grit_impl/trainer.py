@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.manager import GRITManager
