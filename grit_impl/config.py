@@ -45,10 +45,10 @@ class GRITConfig:
     value raises `GRITError` with the option, the value and the accepted range.
     """
 
-    update_rule: Literal["precondition", "eigenbasis"] = _option(
+    update_rule: Literal["precondition", "eigenbasis", "trust_region"] = _option(
         "precondition",
-        "precondition: K-FAC's gradient, then the inner optimizer; eigenbasis: Adam in the factors' eigenbasis, in the "
-        "inner AdamW's place",
+        "precondition: K-FAC's gradient, then the inner optimizer; eigenbasis: Adam in the factors' eigenbasis; "
+        "trust_region: natural gradient whose KL is at most lr^2 / 2; both in the inner AdamW's place",
     )
     kfac_update_freq: int = _option(
         10, "optimizer steps between two inversions of the factors, or refreshes of the basis", 1

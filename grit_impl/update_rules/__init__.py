@@ -16,11 +16,12 @@ from grit_impl.config import GRITConfig
 from grit_impl.factors import KroneckerFactors
 from grit_impl.update_rules.base import UpdateRule
 from grit_impl.update_rules.eigenbasis import Eigenbasis
+from grit_impl.update_rules.trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from grit_impl.manager import LoRAFactorPair
 
-RULES = {"eigenbasis": Eigenbasis}
+RULES: dict[str, type[UpdateRule]] = {"eigenbasis": Eigenbasis, "trust_region": TrustRegion}
 
 
 def make_rule(config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> UpdateRule | None:

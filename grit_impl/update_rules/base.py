@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Tensors of one shape are stacked up to this many elements: few kernels, and temporaries of 32 MiB at most.
 STACK_ELEMENTS = 2**23
 A, B = 0, 1
+BETAS = (0.9, 0.999)  # for groups without betas, i.e. plain SGD's
 
 
 class Stack:
@@ -77,7 +78,12 @@ class UpdateRule(ABC):
         config: The hyperparameters.
         layers: The adapters' layers.
         factors: Their Kronecker factors.
+
+    Attributes:
+        stacks: What is trained, once the optimizer is known.
     """
+
+    _STATE: tuple[str, ...] = ()
 
     def __init__(self, config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> None:
         self.config, self.layers, self.factors = config, layers, factors
@@ -98,20 +104,40 @@ class UpdateRule(ABC):
         """Keep what a reprojection dropped out of the moments."""
 
     @abstractmethod
-    def memory_bytes(self) -> int:
-        """Bytes of the rule's state, factors not counted."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-
-    @abstractmethod
     def _allocate(self) -> None:
         """Make the state for `stacks`."""
+
+    def memory_bytes(self) -> int:
+        """Bytes of the rule's state, on the parameters' device; GRIT's factors not counted."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        values = [getattr(self, name) for name in self._STATE]
+        return [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists of tensors (stacks, in the optimizer's order) and numbers; empty without an optimizer."""
+        return {name: getattr(self, name) for name in self._STATE} if self.stacks else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; kept until the optimizer is known, where it is not yet.
+
+        Raises:
+            GRITError: the optimizer's parameters are grouped differently.
+        """
+        if not (self.stacks and state):
+            self._restored = state
+            return
+        self._restored = None
+        for name in self._STATE:
+            mine, saved = getattr(self, name), state[name]
+            if isinstance(mine, list):
+                if [t.shape for t in mine] != [t.shape for t in saved]:
+                    raise GRITError("the GRIT checkpoint does not fit: the optimizer has other parameters or groups")
+                for tensor, value in zip(mine, saved, strict=True):
+                    tensor.copy_(value)
+            else:
+                setattr(self, name, saved.to(mine.device).clone() if isinstance(mine, Tensor) else saved)
 
     @property
     def groups(self) -> list[dict[str, Any]]:

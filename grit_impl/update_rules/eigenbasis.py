@@ -21,15 +21,13 @@ permutations and signs are followed exactly, nothing has to be sorted or matched
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from grit_impl.factors import READY, TRACE_FLOOR
-from grit_impl.update_rules.base import UpdateRule
+from grit_impl.update_rules.base import BETAS, Stack, UpdateRule
 
-BETAS, EPS = (0.9, 0.999), 1e-8
+EPS = 1e-8
 # At B = 0 there is no S_g yet: the first refreshes (steps 1, 2, 4 and 8 by default) see quite different factors.
 SOLVED_REFRESHES = 4
 
@@ -37,11 +35,15 @@ SOLVED_REFRESHES = 4
 class Eigenbasis(UpdateRule):
     """See the module; betas, eps and weight decay are AdamW's, from the parameter groups.
 
+    Memory, in float32: 8 bytes per trained parameter (both moments, as AdamW) and 8 L r^2 (the bases).
+
     Attributes:
         basis: (2, L, r, r): columns are the eigenvectors of S_g for A (0) and of S_a for B (1).
         step: Steps taken, for the bias correction.
         refreshes: How often the bases were renewed.
     """
+
+    _STATE = ("step", "refreshes", "basis", "exp_avg", "exp_avg_sq")
 
     def _allocate(self) -> None:
         eye = self.factors.eye
@@ -52,7 +54,7 @@ class Eigenbasis(UpdateRule):
         self.exp_avg = [stack.zeros() for stack in self.stacks]
         self.exp_avg_sq = [stack.zeros() for stack in self.stacks]
 
-    def _of(self, stack: Any, matrices: Tensor) -> Tensor:
+    def _of(self, stack: Stack, matrices: Tensor) -> Tensor:
         """(n, r, r) of (2, L, r_max, r_max)."""
         return matrices[stack.side, stack.layers, : stack.rank, : stack.rank]
 
@@ -101,28 +103,3 @@ class Eigenbasis(UpdateRule):
         for stack, m in zip(self.stacks, self.exp_avg, strict=True):
             if stack.side is not None:
                 m.copy_(stack.turn(m, self._of(stack, projector)))
-
-    def memory_bytes(self) -> int:
-        """Both moments of every trained parameter, and the bases: 8 bytes per parameter + 8 L r^2 in float32."""
-        tensors = [self.basis, *self.exp_avg, *self.exp_avg_sq]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Bases and moments; stacks are in the optimizer's order."""
-        if not self.stacks:
-            return {}
-        names = ("step", "refreshes", "basis", "exp_avg", "exp_avg_sq")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore; kept until the optimizer is known where it is not yet."""
-        if not self.stacks:
-            self._restored = state
-            return
-        self._restored = None
-        if state:
-            self.step, self.refreshes = state["step"], state["refreshes"]
-            self.basis = state["basis"].to(self.basis.device).clone()
-            for mine, saved in ((self.exp_avg, state["exp_avg"]), (self.exp_avg_sq, state["exp_avg_sq"])):
-                for tensor, value in zip(mine, saved, strict=True):
-                    tensor.copy_(value)
