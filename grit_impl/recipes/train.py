@@ -267,6 +267,8 @@ def build_trainer(
         return trainer, lambda: manager
     from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
+    if arm.grit == "callback" and config.update_rule != "precondition":
+        arguments["optim"] = "sgd"  # takes the rule's directions as they are
     sft = SFTConfig(
         max_length=spec.training.max_length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments
     )

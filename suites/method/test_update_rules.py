@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from grit_impl.config import GRITConfig
@@ -15,6 +16,7 @@ from grit_impl.errors import GRITError
 from grit_impl.factors import READY
 from grit_impl.manager import GRITManager
 from grit_impl.optim import GRITOptimizer
+from grit_impl.update_rules.eigenbasis import SOLVED_REFRESHES
 from grit_impl.verify.ledger import gradient_ledger
 from grit_impl.verify.verdict import judge_ledger
 
@@ -341,3 +343,48 @@ def test_trust_region_refuses_what_has_no_metric(llama: Any) -> None:
                 GRITOptimizer(inner, GRITManager(model, GRITConfig(update_rule=rule)))
         else:
             GRITOptimizer(inner, GRITManager(model, GRITConfig(update_rule=rule)))
+
+
+class NoReads(TorchDispatchMode):
+    """Fails on operators that make the host wait for a GPU, whatever is done with their result."""
+
+    READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::linalg_eigh", "aten::_linalg_eigh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name().split(".")[0] not in self.READS, f"a host synchronisation: {func.name()}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_reads_nothing(rule: str, llama: Any, batches: Any) -> None:
+    """After the first refreshes the host never waits: clip, refresh, directions, SGD, reprojection's enforcement."""
+    model = llama()
+    config = GRITConfig(update_rule=rule, kfac_update_freq=1, kfac_min_samples=1)
+    optim = train(model, batches, SOLVED_REFRESHES, config)
+    model(**batches[0]).loss.backward()
+    start = optim.manager.step
+    with NoReads():
+        optim.step()
+    assert optim.manager.step == start + 1
+    with pytest.raises(AssertionError, match="host synchronisation"), NoReads():
+        torch.linalg.eigh(torch.eye(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_reads_nothing_on_a_gpu(rule: str, llama: Any, batches: Any) -> None:
+    """Oracle: CUDA's own debug mode, which raises on every synchronising call."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; found none")
+    model = llama().cuda()
+    batches = [{name: value.cuda() for name, value in batch.items()} for batch in batches]
+    config = GRITConfig(update_rule=rule, kfac_update_freq=1, kfac_min_samples=1)
+    optim = train(model, batches, SOLVED_REFRESHES, config)
+    for batch in batches[:2]:
+        model(**batch).loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optim.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optim.zero_grad()
