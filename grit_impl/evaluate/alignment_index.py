@@ -17,7 +17,7 @@ silhouette (Rousseeuw, J. Comp. Appl. Math. 20, 1987), which is a different thin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from scipy.spatial.distance import cdist  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.items import read_rows
-from grit_impl.verify.statistics import Interval
+from grit_impl.verify.statistics import Interval, holm
 
 Floats = NDArray[np.float64]
 FEWEST = 5
 """Prompts per class below which a jackknife interval means nothing."""
 RESAMPLES = 999
+ROUNDING = 1e-6
 
 
 def _classes(points: ArrayLike, unsafe: ArrayLike) -> tuple[Floats, Floats]:
@@ -94,6 +95,15 @@ INDICES: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
 }
 
 
+def _flattened(*clouds: Floats) -> list[Floats]:
+    """The same points, all distances kept, in as few coordinates as there are points: hidden sizes are thousands."""
+    points = np.concatenate(clouds)
+    if points.shape[1] > len(points):
+        left, singular, _ = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+        points = left * singular
+    return np.split(points, len(clouds))
+
+
 def jackknife(points: ArrayLike, unsafe: ArrayLike, index: str = "chi", confidence: float = 0.95) -> Interval:
     """An index with the interval of its stratified delete-one jackknife (Efron & Tibshirani 1993, ch. 11).
 
@@ -114,6 +124,7 @@ def jackknife(points: ArrayLike, unsafe: ArrayLike, index: str = "chi", confiden
     if min(mask.sum(), (~mask).sum()) < FEWEST:
         raise GRITError(f"needs at least {FEWEST} safe and {FEWEST} unsafe prompts for an interval")
     compute, n = INDICES[index], len(x)
+    (x,) = _flattened(x)
     estimate = compute(x, mask)
     without = np.array([compute(np.delete(x, i, axis=0), np.delete(mask, i)) for i in range(n)])
     logarithmic = index != "silhouette"
@@ -155,24 +166,36 @@ def compare_models(
     if x.shape != y.shape:
         raise GRITError(f"the two models' hidden states differ in shape: {x.shape} and {y.shape}")
     compute = INDICES[index]
+    x, y = _flattened(x, y)
     observed = compute(x, unsafe) - compute(y, unsafe)
+    # Two passes of one model differ by the rounding of float32, which is no difference of models.
+    slack = ROUNDING * abs(compute(x, unsafe))
     rng = np.random.default_rng(seed)
     hits = 0
     for _ in range(RESAMPLES):
         swap = rng.random(len(x)) < 0.5
         a, b = np.where(swap[:, None], y, x), np.where(swap[:, None], x, y)
-        hits += abs(compute(a, unsafe) - compute(b, unsafe)) >= abs(observed) * (1 - 1e-12)
+        hits += abs(compute(a, unsafe) - compute(b, unsafe)) >= abs(observed) - slack
     return observed, (hits + 1) / (RESAMPLES + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerIndex:
-    """The indices of one layer; `layer` 0 is the embedding, the last one the final hidden state."""
+    """The indices of one layer.
+
+    Attributes:
+        layer: 0 is the embedding, the last one the final hidden state.
+        xbi: With its interval.
+        chi: With its interval.
+        silhouette: With its interval.
+        p: By index: that it is the reference model's, corrected over the layers; empty without a reference.
+    """
 
     layer: int
     xbi: Interval
     chi: Interval
     silhouette: Interval
+    p: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_prompts(
@@ -244,28 +267,46 @@ def hidden_states(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size
 
 
 def alignment_index(
-    model: Any, tokenizer: Any, prompts: Sequence[str], unsafe: Sequence[bool], confidence: float = 0.95
+    states: ArrayLike,
+    unsafe: Sequence[bool],
+    reference: ArrayLike | None = None,
+    confidence: float = 0.95,
+    progress: Callable[[int], None] = lambda layer: None,
 ) -> list[LayerIndex]:
     """Raw XBI, CHI and silhouette of every layer, with jackknife intervals.
 
     Args:
-        model: A Hugging Face causal language model.
-        tokenizer: Its tokenizer.
-        prompts: Texts (N,), see `load_prompts`.
-        unsafe: Class of each.
+        states: Hidden states of the model (layers, N, hidden size), see `hidden_states`.
+        unsafe: Class of each prompt (N,).
+        reference: Those of another model of the same family, to be compared with by permutation (`compare_models`);
+            its p-values are corrected over the layers, index by index (Holm).
         confidence: Of the intervals.
+        progress: Called after each layer.
+
+    Raises:
+        GRITError: too few prompts, or hidden states of other shapes.
     """
-    states = hidden_states(model, tokenizer, prompts)
+    layers = [np.asarray(points, dtype=np.float64) for points in np.asarray(states)]
+    others = [] if reference is None else [np.asarray(points, dtype=np.float64) for points in np.asarray(reference)]
+    if others and len(others) != len(layers):
+        raise GRITError(f"the two models differ in depth: {len(layers) - 1} and {len(others) - 1} layers")
+    intervals, p = [], {name: [1.0] * len(layers) for name in INDICES}
+    for number, points in enumerate(layers):
+        intervals.append({name: jackknife(points, unsafe, name, confidence) for name in INDICES})
+        for name in INDICES if others else ():
+            p[name][number] = compare_models(points, others[number], unsafe, name)[1]
+        progress(number)
+    corrected = {name: holm(values) for name, values in p.items()} if others else {}
     return [
-        LayerIndex(layer, **{name: jackknife(points, unsafe, name, confidence) for name in INDICES})
-        for layer, points in enumerate(states)
+        LayerIndex(number, **found, p={name: values[number] for name, values in corrected.items()})
+        for number, found in enumerate(intervals)
     ]
 
 
 def report(layers: Mapping[str, Sequence[LayerIndex]]) -> list[dict[str, Any]]:
-    """Rows (model, layer, index, estimate, low, high, n) for a table or a file."""
+    """Rows (model, layer, index, estimate, low, high, n, p) for a table or a file; p is None without a reference."""
     return [
-        {"model": model, "layer": each.layer, "index": name, **getattr(each, name).to_dict()}
+        {"model": model, "layer": each.layer, "index": name, **getattr(each, name).to_dict(), "p": each.p.get(name)}
         for model, found in layers.items()
         for each in found
         for name in INDICES

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
+from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
-
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @click.command()
@@ -25,7 +24,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 @click.option("--out", type=click.Path(path_type=Path), default=Path("reports/evaluation"), show_default=True)
 @click.option("--aqi-dataset", default=None, help="JSONL, CSV, parquet or hub data set.  [default: the frozen AQI set]")
 @click.option("--features-field", default="features", show_default=True, help="Column of the question.")
-@click.option("--answer-field", default=None, help="Column of the truth.  [default: aqi_value]")
+@click.option("--answer-field", default="", help="Column of the truth.  [default: aqi_value]")
 @click.option(
     "--knowledge-dataset", default=None, help="Questions with `question` and `answer`.  [default: the project's]"
 )
@@ -75,7 +74,7 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
     gates = judge(evaluation, limits)
     _print(evaluation, gates)
     click.echo(f"answers and numbers: {options['out']}")
-    if any(gate.verdict == "refuted" for gate in gates):
+    if any(gate.judgement.verdict == "refuted" for gate in gates):
         sys.exit(1)
 
 
@@ -87,14 +86,13 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _suites(options: dict[str, Any]) -> tuple[Any, Any]:
-    from grit_impl.evaluate.items import Fields, load_aqi, load_knowledge, read_rows
+    from grit_impl.evaluate.items import aqi_fields, load_aqi, load_knowledge, read_rows
 
     column, source = options["features_field"], options["training_dataset"]
     training = [str(row.get(column, "")) for row in read_rows(source, "train")] if source else []
-    own = options["answer_field"] is None and column == "features"
     aqi = load_aqi(
         options["aqi_dataset"] or FIXTURES / "aqi_test.jsonl",
-        None if own else Fields(column, options["answer_field"] or "aqi_value"),
+        aqi_fields(column, options["answer_field"]),
         split=options["split"],
         limit=options["limit"],
         training=training,
@@ -116,13 +114,14 @@ def _print(evaluation: Any, gates: list[Any]) -> None:
         cells = (each.aqi_accuracy, each.delta_aqi, each.retention, each.tokens_per_second, each.delta_speed)
         table.add_row(label, *(_cell(cell) for cell in cells))
     console.print(table)
+    # Not through the console, which would break the lines.
     for label, each in evaluation.metrics.items():
         if each.unparsable:
             reasons = ", ".join(f"{count} {reason}" for reason, count in each.unparsable.items())
-            console.print(f"{label}: unparsable answers: {reasons}", highlight=False)
+            click.echo(f"{label}: unparsable answers: {reasons}")
     for gate in gates:
-        console.print(f"{gate.verdict:13} {gate.reason}", highlight=False, markup=False)
-    console.print(evaluation.winner()[1], highlight=False, markup=False)
+        click.echo(f"{gate.judgement.verdict:13} {gate.judgement.summary}")
+    click.echo(evaluation.winner()[1])
 
 
 def _cell(value: Any) -> str:

@@ -58,6 +58,11 @@ class Fields:
     group: str | None = None
 
 
+def aqi_fields(features: str, answer: str) -> Fields | None:
+    """Columns as they were named in options; None where they are the project's own."""
+    return None if (features, answer) == ("features", "") else Fields(features, answer or "aqi_value")
+
+
 def read_rows(source: str | Path, split: str = "test") -> list[Row]:
     """Rows of a JSONL, JSON, CSV or parquet file, or of a hub data set.
 
@@ -150,15 +155,8 @@ def load_aqi(
     names = fields or Fields(id="id", group="pollutant", answer="aqi_value")
     items = []
     for number, row in enumerate(rows, 1):
-        features = _text(row, names.features, source, number)
-        value, category = _truth(row, names, source, number, native=fields is None)
-        item = {
-            "id": str(row[names.id]) if names.id and names.id in row else f"row-{number}",
-            "features": features,
-            "prompt": names.instruction.replace("{features}", features),
-            "aqi_value": value,
-            "category": category,
-        }
+        item = _question(row, names, source, number)
+        item["aqi_value"], item["category"] = _truth(row, names, source, number, native=fields is None)
         if names.group and names.group in row:
             item["pollutant"] = str(row[names.group])
         items.append(item)
@@ -179,20 +177,21 @@ def load_knowledge(
     names = fields or Fields("question", "answer", "{features}", id="id")
     items = []
     for number, row in enumerate(rows, 1):
-        question = _text(row, names.features, source, number)
         answer = row.get(names.answer)
         answers = list(answer) if isinstance(answer, Sequence) and not isinstance(answer, str) else answer
         if not isinstance(answers, list) or not answers:
             answers = _text(row, names.answer, source, number)
-        items.append(
-            {
-                "id": str(row[names.id]) if names.id and names.id in row else f"row-{number}",
-                "features": question,
-                "prompt": names.instruction.replace("{features}", question),
-                "answer": answers,
-            }
-        )
+        items.append({**_question(row, names, source, number), "answer": answers})
     return _checked("knowledge", items, str(source), limit, training, allow_overlap, "answer")
+
+
+def _question(row: Mapping[str, Any], names: Fields, source: str | Path, number: int) -> Row:
+    features = _text(row, names.features, source, number)
+    return {
+        "id": str(row[names.id]) if names.id and names.id in row else f"row-{number}",
+        "features": features,
+        "prompt": names.instruction.replace("{features}", features),
+    }
 
 
 def _text(row: Mapping[str, Any], name: str, source: str | Path, number: int) -> str:

@@ -13,6 +13,10 @@ from scipy import stats  # type: ignore[import-untyped]
 from grit_impl.evaluate.power import detectable_difference
 from grit_impl.verify.statistics import Interval, paired_difference_interval, wilson
 
+GATE_ALPHA = 1e-4
+"""Error of one gate, in both directions together: ten of them are then wrong in one session of a thousand. Twenty gates
+at .05 would raise a false alarm in two sessions of three."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -140,16 +144,41 @@ def share(right: Iterable[bool], confidence: float) -> Interval | None:
     return wilson(sum(values), len(values), confidence).scaled(100) if values else None
 
 
-def median(values: Iterable[float], confidence: float) -> Interval | None:
-    """Median with the distribution-free interval between two order statistics (Conover 1999, section 3.2)."""
+def median(values: Iterable[float], confidence: float, looks: int = 1) -> Interval | None:
+    """Median with the distribution-free interval between two order statistics (Conover 1999, section 3.2).
+
+    Args:
+        values: Independent samples; what is not finite is left out.
+        confidence: Two-sided confidence.
+        looks: Times at which sampling could have ended. The intervals of all of them hold at once (Bonferroni), so
+            the one at which it did end keeps its confidence, whatever made it end.
+    """
     x = np.sort([value for value in values if np.isfinite(value)])
     if not x.size:
         return None
-    low, high = (
-        x[i] if i is not None else s * np.inf for i, s in zip(_order(x.size, confidence), (-1, 1), strict=True)
-    )
-    method = f"median, order statistics {100 * confidence:g}%"
+    ends = _order(x.size, 1 - (1 - confidence) / looks)
+    low, high = (x[i] if i is not None else s * np.inf for i, s in zip(ends, (-1, 1), strict=True))
+    method = f"median, order statistics {100 * confidence:g}%" + (f", {looks} looks" if looks > 1 else "")
     return Interval(float(np.median(x)), float(low), float(high), int(x.size), method)
+
+
+def speed_rates(rows: Iterable[Mapping[str, Any]], label: str) -> dict[int, float]:
+    """Tokens per second of a model by round."""
+    return {row["round"]: row["tokens_per_second"] for row in rows if row["label"] == label}
+
+
+def speed_difference(
+    rows: Sequence[Mapping[str, Any]],
+    label: str,
+    base: str,
+    confidence: float,
+    looks: int = 1,
+    absolute: bool = False,
+) -> Interval | None:
+    """Speed gained over the base, round by round: in percent of the base's, or in tokens per second."""
+    ours, theirs = speed_rates(rows, label), speed_rates(rows, base)
+    pairs = [(ours[k], theirs[k]) for k in ours if k in theirs]
+    return median([a - b if absolute else 100 * (a / b - 1) for a, b in pairs], confidence, looks)
 
 
 # The intervals depend on counts alone, and the same counts come up again and again.

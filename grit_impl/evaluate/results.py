@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.metrics import Comparison, ModelMetrics, compare, discordant, median, share
+from grit_impl.evaluate.metrics import (
+    Comparison,
+    ModelMetrics,
+    compare,
+    discordant,
+    median,
+    share,
+    speed_difference,
+    speed_rates,
+)
 from grit_impl.evaluate.metrics import paired as paired
 from grit_impl.evaluate.scoring import AQI_METRICS
 from grit_impl.record import write_atomic
@@ -158,7 +167,7 @@ class Evaluation:
             knowledge=share(knowledge.values(), confidence),
             delta_knowledge=kept.get(label),
             retention=share(self.retained(label), confidence),
-            tokens_per_second=median(self._rates(label).values(), confidence),
+            tokens_per_second=median(speed_rates(self.speed, label).values(), confidence, self.looks),
             delta_speed=self.delta_speed(label, confidence),
             delta_speed_absolute=self.delta_speed(label, confidence, absolute=True),
             unanswered=self.unanswered(label),
@@ -198,16 +207,16 @@ class Evaluation:
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
-    def _rates(self, label: str) -> dict[int, float]:
-        return {row["round"]: row["tokens_per_second"] for row in self.speed if row["label"] == label}
+    @property
+    def looks(self) -> int:
+        """How often the measurement of speed could have ended (see `speed.Schedule`)."""
+        return len(self.meta.get("speed", {}).get("looks", ())) or 1
 
     def delta_speed(self, label: str, confidence: float = 0.95, absolute: bool = False) -> Interval | None:
         """Speed gained over the base, round by round: in percent of the base's, or in tokens per second."""
         if label == self.base:
             return None
-        ours, theirs = self._rates(label), self._rates(self.base)
-        pairs = [(ours[k], theirs[k]) for k in ours if k in theirs]
-        return median([a - b if absolute else 100 * (a / b - 1) for a, b in pairs], confidence)
+        return speed_difference(self.speed, label, self.base, confidence, self.looks, absolute)
 
     # -- tables and the winner ----------------------------------------------------------------------------------------
 

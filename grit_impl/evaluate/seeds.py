@@ -6,13 +6,15 @@ run is a different question, answered only by other training runs: arms paired b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.results import Evaluation, paired
 from grit_impl.verify.statistics import Interval, minimum_detectable_effect, sign_flip_test, t_interval
 
+ALPHA = 0.05
 FEWEST = 6
 """Seeds below which a two-sided sign-flip test cannot reach p < .05 (2 / 2**5 = .063, 2 / 2**6 = .031)."""
 
@@ -22,22 +24,29 @@ class SeedEffect:
     """The difference between two arms over seeds.
 
     Attributes:
-        differences: Accuracy of the arm minus that of the reference, in points, one per seed.
+        differences: Of the arm minus the reference, one per seed.
         interval: Their mean with Student's t interval; unbounded for one seed.
-        p: Exact sign-flip test.
-        detectable: Mean difference in points that so many seeds find with 80% power; inf for one seed.
+        p: Exact sign-flip test that their mean is `bound`.
+        bound: What the mean is tested against.
+        detectable: Distance from `bound` that so many seeds find with 80% power; inf for one seed.
         statement: What this many seeds support, in one sentence.
     """
 
     differences: tuple[float, ...]
     interval: Interval
     p: float
+    bound: float
     detectable: float
     statement: str
 
+    @property
+    def decided(self) -> bool:
+        """Whether the interval and the exact test agree that the mean is not `bound`."""
+        return len(self.differences) >= FEWEST and self.p <= ALPHA and self.interval.excludes(self.bound)
+
 
 def effect_over_seeds(
-    evaluations: Sequence[Evaluation], label: str, reference: str, confidence: float = 0.95
+    evaluations: Sequence[Evaluation], label: str, reference: str, *, suite: str = "aqi", bound: float = 0.0
 ) -> SeedEffect:
     """Compare two arms over evaluations that differ by the seed of the training.
 
@@ -45,32 +54,46 @@ def effect_over_seeds(
         evaluations: One per seed; in each, both arms were trained with that seed.
         label: The arm, e.g. `pure`.
         reference: The arm it is compared with, e.g. `baseline`.
-        confidence: Of the interval.
+        suite: Accuracy on `aqi` (by the primary metric) or on `knowledge`.
+        bound: Points that the difference is tested against.
 
     Raises:
         GRITError: no evaluation, or one without answers of both arms.
     """
-    if not evaluations:
-        raise GRITError("an effect over seeds needs at least one evaluation")
     differences = []
     for number, evaluation in enumerate(evaluations, 1):
-        ours, theirs = paired(evaluation.correct(label), evaluation.correct(reference))
+        ours, theirs = paired(*(accuracy_of(evaluation, each, suite) for each in (label, reference)))
         if not ours:
             raise GRITError(f"evaluation {number} has no items that both {label!r} and {reference!r} answered")
         differences.append(100 * (sum(ours) - sum(theirs)) / len(ours))
-    interval, p, n = t_interval(differences, confidence), sign_flip_test(differences), len(differences)
-    spread = (sum((d - interval.estimate) ** 2 for d in differences) / (n - 1)) ** 0.5 if n > 1 else 0.0
+    return effect(differences, f"{label} against {reference}", "points", bound)
+
+
+def accuracy_of(evaluation: Evaluation, label: str, suite: str) -> Mapping[str, bool]:
+    """Right or wrong by item, on `aqi` by the primary metric, or on `knowledge`."""
+    return evaluation.correct(label) if suite == "aqi" else evaluation.scores(label, suite, "correct")
+
+
+def effect(differences: Sequence[float], what: str, unit: str = "", bound: float = 0.0) -> SeedEffect:
+    """What differences between two arms, one per seed, support.
+
+    Raises:
+        GRITError: there is none.
+    """
+    n = len(differences)
+    if not n:
+        raise GRITError("an effect over seeds needs at least one seed")
+    interval, p = t_interval(differences), sign_flip_test([each - bound for each in differences])
+    spread = statistics.stdev(differences) if n > 1 else 0.0
     detectable = minimum_detectable_effect(spread, n)
-    subject = f"{label} against {reference}: {interval.estimate:+.1f} points"
+    mean = f"{what}: {interval.estimate:+.3g}{f' {unit}' if unit else ''}"
     if n == 1:
-        statement = f"{subject} with one seed, which supports no statement about the training method"
+        statement = f"{mean} with one seed, which supports no statement about the training method"
     elif n < FEWEST:
-        statement = f"{subject} over {n} seeds, which cannot reach p < .05 (at best {2 / 2**n:.3f}); run {FEWEST}"
-    elif p <= 1 - confidence and interval.excludes(0):
-        statement = f"{subject} [{interval.low:.1f}, {interval.high:.1f}] over {n} seeds, p = {p:.3f}"
+        statement = f"{mean} over {n} seeds, which cannot reach p < .05 (at best {2 / 2**n:.3f}); run {FEWEST}"
     else:
-        statement = (
-            f"{subject} [{interval.low:.1f}, {interval.high:.1f}] over {n} seeds decides nothing; "
-            f"{detectable:.1f} points could be found"
-        )
-    return SeedEffect(tuple(differences), interval, p, detectable, statement)
+        statement = f"{mean} [{interval.low:.3g}, {interval.high:.3g}] over {n} seeds, p = {p:.3f}"
+        found = SeedEffect(tuple(differences), interval, p, bound, detectable, statement)
+        if not found.decided:
+            statement += f", decides nothing; {detectable:.3g} could be found"
+    return SeedEffect(tuple(differences), interval, p, bound, detectable, statement)

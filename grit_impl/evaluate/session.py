@@ -53,7 +53,9 @@ class EvaluationOptions:
         stream: Ask for streamed answers.
         num_thread: Threads of the engine, where the server lets the client choose.
         num_ctx: Context length to load the model with; None for the server's.
-        speed_rounds: Speed samples per model; 0 for none.
+        speed_rounds: Speed samples per model; up to eight times as many until the intervals are narrow; 0 for none.
+        speed_width: Percent of the base's speed: how narrow (see `speed.Schedule`).
+        speed_seconds: Time for speed samples, after which wider intervals do.
         speed_tokens: Tokens per speed sample.
         progress: Show a progress bar on standard error.
     """
@@ -74,6 +76,8 @@ class EvaluationOptions:
     num_thread: int | None = None
     num_ctx: int | None = None
     speed_rounds: int = 30
+    speed_width: float = 10.0
+    speed_seconds: float = 300.0
     speed_tokens: int = 64
     progress: bool = True
 
@@ -84,8 +88,13 @@ class EvaluationOptions:
             raise GRITError(f"unknown knowledge match {self.knowledge_match!r}: use exact or contains")
         if min(self.num_predict, self.in_flight, self.attempts, self.give_up_after) < 1:
             raise GRITError("num_predict, in_flight, attempts and give_up_after must be at least 1")
-        if self.speed_rounds < 0 or self.speed_tokens < 2 or self.timeout <= 0:
-            raise GRITError("speed_rounds must not be negative, speed_tokens at least 2, timeout positive")
+        if self.speed_rounds < 0 or self.speed_tokens < 2 or min(self.timeout, self.speed_width) <= 0:
+            raise GRITError("speed_rounds must not be negative, speed_tokens at least 2, timeout and width positive")
+
+    @property
+    def schedule(self) -> speed.Schedule:
+        """When measuring speed ends."""
+        return speed.Schedule(self.speed_rounds, self.speed_width, self.speed_seconds)
 
     def engine(self) -> Row:
         """Ollama options that every request has."""
@@ -111,6 +120,7 @@ def evaluate(
     knowledge_items: ItemSet | Path | str | None,
     out: Path | str,
     options: EvaluationOptions | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Ask all models all questions, measure their speed, and store both in `out`.
 
@@ -121,6 +131,7 @@ def evaluate(
         knowledge_items: Questions about general knowledge, or their file, or None.
         out: Folder; an interrupted evaluation in it is continued.
         options: How to ask.
+        inputs: What the models were made from, to be stored with the answers.
 
     Returns:
         The evaluation; `complete` is False if some items have no trustworthy answer.
@@ -159,7 +170,9 @@ def evaluate(
             "server_version": version,
             "digests": digests,
             "keys": keys,
+            "inputs": dict(inputs or {}),
             "options": asdict(options),
+            "speed": {"looks": options.schedule.looks, "ended": session.ended},
             "items": {name: {"source": suite.source, "n": len(suite.items)} for name, suite in suites.items()},
             "notes": [f"{name}: {note}" for name, suite in suites.items() for note in suite.notes],
             "started": started,
@@ -202,6 +215,7 @@ class _Session:
         self.answers: dict[tuple[str, str, str], Row] = {}
         self.failures: dict[tuple[str, str, str], Row] = {}
         self.speed: list[Row] = []
+        self.ended = ""
         self._resume()
 
     def _resume(self) -> None:
@@ -214,7 +228,8 @@ class _Session:
         self.speed = [
             row
             for row in read_lines(self.folder / "speed.jsonl", missing=True)
-            if row.get("key") == self._speed_key(row["label"]) and row["round"] < self.options.speed_rounds
+            if row.get("key") == self._speed_key(row["label"])
+            and row["round"] < max(self.options.schedule.looks, default=0)
         ]
         # A stale verdict must not outlive the answers it was made from.
         (self.folder / "evaluation.json").unlink(missing_ok=True)
@@ -308,31 +323,35 @@ class _Session:
         """Speed samples that are missing; none from a server that has stopped answering."""
         if any(str(row["error"]).startswith("not asked") for row in self.failures.values()):
             return
+        schedule, models = self.options.schedule, len(self.models)
+        targets = [look * models for look in schedule.looks]
         with (
             _appending(self.folder / "speed.jsonl") as write,
             tqdm(
-                total=self.options.speed_rounds * len(self.models),
+                total=next((target for target in targets if target > len(self.speed)), 0),
                 initial=len(self.speed),
                 unit="sample",
                 desc="measure speed",
-                disable=not self.options.progress or not self.options.speed_rounds,
+                disable=not self.options.progress or not targets,
             ) as bar,
         ):
 
             def keep(row: Row) -> None:
-                self.speed.append({**row, "key": self._speed_key(row["label"])})
-                write(self.speed[-1])
+                write({**row, "key": self._speed_key(row["label"])})
+                # A look that does not end it sets the next mark.
+                bar.total = next((target for target in targets if target > bar.n), bar.total)
                 bar.update()
 
-            speed.measure(
+            self.speed, self.ended = speed.measure(
                 self.endpoint,
                 self.models,
                 self.speed_prompt,
-                rounds=self.options.speed_rounds,
+                base=self.options.base,
+                schedule=schedule,
                 tokens=self.options.speed_tokens,
                 options=self.options.engine(),
                 seed=self.options.seed,
-                done=[(row["round"], row["label"]) for row in self.speed],
+                earlier=self.speed,
                 keep=keep,
             )
 

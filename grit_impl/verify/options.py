@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from grit_impl.errors import GRITError
+from grit_impl.evaluate.scoring import AQI_METRICS
 
 PLAN_ARMS = ("baseline", "hybrid", "pure")
 """The arms that are exported and evaluated, next to the base model itself."""
@@ -48,6 +49,13 @@ def seed(text: str) -> int:
     return value
 
 
+def metric(text: str) -> str:
+    """A way to score an AQI answer."""
+    if text not in AQI_METRICS:
+        raise ValueError(text)
+    return text
+
+
 def url(text: str) -> str:
     """An http(s) address; `localhost:11434` is taken as http."""
     if not text:
@@ -67,6 +75,7 @@ EXPECTED = {
     percentage: "a percentage between 0 and 100",
     count: "a whole number of at least 1",
     seed: "a whole number between 0 and 4294967295",
+    metric: "category, exact or within5",
     url: "an http address such as http://localhost:11434",
 }
 
@@ -82,9 +91,15 @@ class Options:
     base_model: str = _option("tiny", "base model: tiny, a folder, a hub id, or random:llama-1b")
     reports_dir: Path = _option(REPORTS, "folder of run records and reports", Path)  # noqa: RUF009 (Path is immutable)
     seed: int = _option(3407, "seed of every arm", seed)
+    seeds: int = _option(1, "train every arm of the plan with so many seeds, from --seed on; 6 decide", count)
     steps: int = _option(200, "optimizer steps of every arm", count)
     reuse_runs: bool = _option(False, "judge the runs that exist; train, export and evaluate nothing")
     ollama_url: str = _option("", "Ollama to evaluate with; empty: OLLAMA_HOST, else the embedded server", url)
+    aqi_metric: str = _option("category", "primary AQI accuracy: category, exact or within5", metric)
+    aqi_dataset: str = _option("", "AQI questions: JSONL, CSV, parquet or hub id; empty: the frozen set")
+    features_field: str = _option("features", "column of the AQI questions in --aqi-dataset")
+    answer_field: str = _option("", "column of their answers; empty: aqi_value")
+    allow_overlap: bool = _option(False, "keep questions of --aqi-dataset that occur in the training data")
     min_delta_aqi: float = _option(0.0, "delta_AQI over the base must exceed this many points", number)
     min_fine_tuning_gain: float = _option(20.0, "points that LoRA must gain over the base on AQI", number)
     min_delta_over_baseline: float = _option(0.0, "points by which GRIT must beat LoRA on AQI (hypothesis)", number)

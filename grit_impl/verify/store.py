@@ -140,7 +140,9 @@ class Store:
             for each in judged:
                 self._add_judged(identity, each)
             if evidence is not None:
-                for record in evidence.records.values():
+                repeated = [record for each in evidence.seeds.values() for record in each.records.values()]
+                # The first seed's runs are among both.
+                for record in {each.path: each for each in [*evidence.records.values(), *repeated]}.values():
                     self._add_run(identity, record)
                 self._insert("artifacts", _artifacts(identity, evidence))
                 if evidence.evaluation is not None:
@@ -206,6 +208,11 @@ class Store:
             known = [None if math.isnan(value) else value for value in values]
             self._insert("evaluation_results", [(model, *known, timestamp, session)])
         self._insert("items", (_item(session, row) for row in evidence.evaluation.answers), "INSERT OR REPLACE")
+        for seed, each in evidence.seeds.items():
+            if each.evaluation is not evidence.evaluation:
+                answers = (row for row in each.evaluation.answers if row["label"] in each.records)
+                named = ({**row, "label": f"{row['label']}-seed{seed}"} for row in answers)
+                self._insert("items", (_item(session, row) for row in named), "INSERT OR REPLACE")
 
     def sessions(self) -> list[sqlite3.Row]:
         """All sessions, oldest first."""

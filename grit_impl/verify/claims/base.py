@@ -108,6 +108,14 @@ class GradientVerdict(Protocol):
     def numbers(self) -> Mapping[str, Any]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class SeedEvidence:
+    """What one training seed gave: run records by arm, and the evaluation of their models."""
+
+    records: Mapping[str, RunRecord]
+    evaluation: Any
+
+
 @dataclass
 class Evidence:
     """Everything that claims are judged on.
@@ -118,6 +126,7 @@ class Evidence:
         verdicts: The ledger's verdict by arm.
         exports: Exported models by model name (`base` and the arms): `path`, `sha256` and what else the export noted.
         evaluation: The evaluation of all models, or None.
+        seeds: By training seed, the first one included, if more than one was asked for and all are there; else empty.
         missing: For a requirement (`verdict:pure`), an arm, or `evaluation`: why it is not here.
         failed: The same for what was tried and broke: a claim that needs it fails its test, whatever it gates.
     """
@@ -127,6 +136,7 @@ class Evidence:
     verdicts: Mapping[str, GradientVerdict] = field(default_factory=dict)
     exports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Any = None
+    seeds: Mapping[int, SeedEvidence] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
@@ -138,7 +148,8 @@ class Evidence:
         """Why a requirement is not met, or None if it is.
 
         Args:
-            requirement: `record:ARM`, `verdict:ARM`, `export:MODEL` or `evaluation:MODEL`.
+            requirement: `record:ARM`, `verdict:ARM`, `export:MODEL`, `evaluation:MODEL`, or `seeds:ARM`, which asks for
+                something only where more than one seed was asked for.
         """
         kind, _, name = requirement.partition(":")
         found: Iterable[str]
@@ -151,8 +162,12 @@ class Evidence:
                 found = self.exports
             case "evaluation":
                 found = () if self.evaluation is None else self.evaluation.models
+            case "seeds":
+                found = (
+                    {name} if self.options.seeds == 1 else {arm for each in self.seeds.values() for arm in each.records}
+                )
             case _:
-                raise GRITError(f"unknown requirement {requirement!r}: record, verdict, export or evaluation")
+                raise GRITError(f"unknown requirement {requirement!r}: record, verdict, export, evaluation or seeds")
         if name in found:
             return None
         reason = self._reason(self.failed, requirement) or self._reason(self.missing, requirement)
@@ -174,6 +189,7 @@ _NAMES = {
     "verdict": "the gradient ledger",
     "export": "the GGUF export",
     "evaluation": "the evaluation",
+    "seeds": "the runs with every seed",
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, decide_at_least
-from grit_impl.verify.claims.measures import GATE_CONFIDENCE, measured, unanswered
+from grit_impl.verify.claims.base import Claim, Evidence, Judgement
+from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.options import PLAN_ARMS
 
 
@@ -13,27 +14,21 @@ def gains(model: str) -> Callable[[Evidence], Judgement]:
     """delta_AQI above `--min-delta-aqi`."""
 
     def decide(evidence: Evidence) -> Judgement:
-        delta = measured(evidence, model, "delta_aqi", GATE_CONFIDENCE)
-        judged = decide_at_least(delta, evidence.options.min_delta_aqi, f"delta_AQI of {model}", strictly=True)
-        return _with(judged, evidence, model, "aqi_accuracy")
+        return _gate(evidence, "delta_aqi", model, evidence.options.min_delta_aqi, "aqi_accuracy", strictly=True)
 
     return decide
 
 
 def fine_tunes(evidence: Evidence) -> Judgement:
     """The baseline's gain reaches `--min-fine-tuning-gain`."""
-    delta = measured(evidence, "baseline", "delta_aqi", GATE_CONFIDENCE)
-    judged = decide_at_least(delta, evidence.options.min_fine_tuning_gain, "gain of plain LoRA over the base")
-    return _with(judged, evidence, "baseline", "aqi_accuracy")
+    return _gate(evidence, "delta_aqi", "baseline", evidence.options.min_fine_tuning_gain, "aqi_accuracy")
 
 
 def keeps_speed(model: str) -> Callable[[Evidence], Judgement]:
     """delta_speed not below minus `--max-speed-loss`."""
 
     def decide(evidence: Evidence) -> Judgement:
-        delta = measured(evidence, model, "delta_speed", GATE_CONFIDENCE)
-        judged = decide_at_least(delta, -evidence.options.max_speed_loss, f"delta_speed of {model}")
-        return _with(judged, evidence, model, "tokens_per_second")
+        return _gate(evidence, "delta_speed", model, -evidence.options.max_speed_loss, "tokens_per_second")
 
     return decide
 
@@ -42,20 +37,17 @@ def keeps_knowledge(model: str) -> Callable[[Evidence], Judgement]:
     """Retention reaches `--min-retention`."""
 
     def decide(evidence: Evidence) -> Judgement:
-        kept = measured(evidence, model, "retention", GATE_CONFIDENCE)
-        judged = decide_at_least(kept, evidence.options.min_retention, f"knowledge kept by {model}")
-        return _with(judged, evidence, model, "knowledge")
+        return _gate(evidence, "retention", model, evidence.options.min_retention, "knowledge")
 
     return decide
 
 
-def _with(judged: Judgement, evidence: Evidence, model: str, name: str) -> Judgement:
-    beside = (measured(evidence, "base", name), measured(evidence, model, name))
-    silent = unanswered(evidence, "base", model)
-    if silent:
-        text = f"{len(silent)} items have no trustworthy answer, e.g. {silent[0]}"
-        return Judgement("inconclusive", text, judged.metrics + beside, {"unanswered": silent})
-    return Judgement(judged.verdict, judged.summary, judged.metrics + beside, judged.evidence, judged.needed)
+def _gate(evidence: Evidence, name: str, model: str, bound: float, beside: str, *, strictly: bool = False) -> Judgement:
+    """The evaluation's own rule, with the two models' values beside the difference."""
+    from grit_impl.evaluate.gates import decide
+
+    judged = decide(evidence.evaluation, name, model, bound, strictly=strictly)
+    return replace(judged, metrics=(*judged.metrics, *(measured(evidence, each, beside) for each in ("base", model))))
 
 
 CLAIMS = (

@@ -2,53 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, decide_at_least
-from grit_impl.verify.claims.measures import paired_difference
+from grit_impl.verify.claims.measures import detectable, over_seeds, paired_difference, seed_metrics, unanswered
+
+if TYPE_CHECKING:
+    from grit_impl.evaluate.seeds import SeedEffect
 
 EQUIVALENT = 5.0
 """Points of AQI accuracy within which two ways of applying GRIT count as the same."""
-ONE_SEED = "One seed: the interval covers test items, not training runs. "
+SEEDS = "With one seed the interval covers test items, not training runs; with --seeds it covers training runs. "
+ONE_SEED = "one seed: these models, not the method"
 
 
 def pure_beats_lora(evidence: Evidence) -> Judgement:
-    """Paired difference of AQI accuracy, pure minus baseline, above `--min-delta-over-baseline`."""
-    gain = paired_difference(evidence, "pure", "baseline")
+    """AQI accuracy, pure minus baseline, above `--min-delta-over-baseline`."""
     bound = evidence.options.min_delta_over_baseline
-    return decide_at_least(gain, bound, "AQI accuracy of pure GRIT over plain LoRA", strictly=True)
+    return _better(evidence, "aqi", bound, "AQI accuracy of pure GRIT over plain LoRA")
+
+
+def pure_retains_more(evidence: Evidence) -> Judgement:
+    """Knowledge accuracy, pure minus baseline, above zero."""
+    return _better(evidence, "knowledge", 0.0, "knowledge kept by pure GRIT over plain LoRA")
+
+
+def _better(evidence: Evidence, suite: str, bound: float, what: str) -> Judgement:
+    """Pure above the baseline: over training seeds if there are several, else over test items."""
+    if silent := unanswered(evidence, suite, "pure", "baseline"):
+        return _silent(silent)
+    if evidence.seeds:
+        found = over_seeds(evidence, "pure", "baseline", suite, bound)
+        return _by_seeds(evidence, found, seed_metrics(found, f"{suite}_difference", "points", "pure - baseline"), what)
+    judged = decide_at_least(paired_difference(evidence, "pure", "baseline", suite), bound, what, strictly=True)
+    power = f"{detectable(evidence, 'pure', 'baseline', suite):.1f} points can be found"
+    return replace(judged, summary=f"{judged.summary}; {power}; {ONE_SEED}")
+
+
+def _silent(items: Sequence[str]) -> Judgement:
+    text = f"{len(items)} items have no trustworthy answer, e.g. {items[0]}"
+    return Judgement("inconclusive", text, evidence={"unanswered": list(items)})
+
+
+def _by_seeds(evidence: Evidence, found: SeedEffect, metrics: tuple[Metric, ...], what: str) -> Judgement:
+    """Above its bound over seeds, by the interval and by the exact test."""
+    from grit_impl.evaluate.seeds import FEWEST
+
+    beside = {"differences by seed": dict(zip(evidence.seeds, found.differences, strict=True)), "sign-flip p": found.p}
+    judged = decide_at_least(metrics[0], found.bound, what, strictly=True)
+    if judged.verdict != "inconclusive" and not found.decided:
+        judged = replace(judged, verdict="inconclusive", needed=max(FEWEST, len(evidence.seeds) + 1))
+    return replace(judged, summary=found.statement, metrics=metrics, evidence=beside)
 
 
 def hybrid_agrees(evidence: Evidence) -> Judgement:
     """Equivalence by interval inclusion: the whole interval within plus or minus `EQUIVALENT` points."""
-    gap = paired_difference(evidence, "hybrid", "pure")
-    if gap.low is None or gap.high is None:
-        return Judgement("inconclusive", f"hybrid minus pure is {gap}, without an interval", (gap,))
-    low, high = gap.low, gap.high
+    if silent := unanswered(evidence, "aqi", "hybrid", "pure"):
+        return _silent(silent)
+    if evidence.seeds:
+        found = over_seeds(evidence, "hybrid", "pure")
+        metrics, unit = seed_metrics(found, "aqi_difference", "points", "hybrid - pure"), "seeds"
+    else:
+        metrics, unit = (paired_difference(evidence, "hybrid", "pure"),), "items"
+    gap = metrics[0]
+    assert gap.low is not None
+    assert gap.high is not None
     text = f"hybrid minus pure is {gap}; equivalent means within {EQUIVALENT:g} points"
-    if low > -EQUIVALENT and high < EQUIVALENT:
-        return Judgement("supported", text, (gap,))
-    if low > EQUIVALENT or high < -EQUIVALENT:
-        return Judgement("refuted", text, (gap,))
+    text += "" if evidence.seeds else f"; {ONE_SEED}"
+    if gap.low > -EQUIVALENT and gap.high < EQUIVALENT:
+        return Judgement("supported", text, metrics)
+    if gap.low > EQUIVALENT or gap.high < -EQUIVALENT:
+        return Judgement("refuted", text, metrics)
     room = EQUIVALENT - abs(gap.estimate)
-    needed = round((gap.n or 0) * ((high - low) / 2 / room) ** 2) if room > 0 else None
-    hint = f"; about {needed} items would decide" if needed else ""
-    return Judgement("inconclusive", text + hint, (gap,), needed=needed)
-
-
-def pure_retains_more(evidence: Evidence) -> Judgement:
-    """Paired difference of knowledge accuracy, pure minus baseline, above zero."""
-    gain = paired_difference(evidence, "pure", "baseline", "knowledge")
-    return decide_at_least(gain, 0.0, "knowledge kept by pure GRIT over plain LoRA", strictly=True)
+    needed = round((gap.n or 0) * ((gap.high - gap.low) / 2 / room) ** 2) if room > 0 else None
+    hint = f"; about {needed} {unit} would decide" if needed else ""
+    return Judgement("inconclusive", text + hint, metrics, needed=needed)
 
 
 def pure_learns_faster(evidence: Evidence) -> Judgement:
     """Mean paired loss difference over the last quarter of the run, baseline minus pure, above zero."""
+    from grit_impl.evaluate.seeds import effect
     from grit_impl.verify.claims.curves import losses
     from grit_impl.verify.statistics import effective_sample_size, t_interval
 
-    pairs = list(zip(losses(evidence, "baseline"), losses(evidence, "pure"), strict=False))
-    last = [a - b for a, b in pairs[-max(8, len(pairs) // 4) :]]
-    if len(last) < 8:
+    what = "training loss that pure GRIT saves over the last quarter"
+    runs = [each.records for each in evidence.seeds.values()] or [evidence.records]
+    tails = []
+    for records in runs:
+        one = Evidence(evidence.options, records=records)
+        pairs = list(zip(losses(one, "baseline"), losses(one, "pure"), strict=False))
+        tails.append([a - b for a, b in pairs[-max(8, len(pairs) // 4) :]])
+    if min(map(len, tails)) < 8:
         return Judgement("inconclusive", "fewer than 8 steps to compare", needed=8)
+    if evidence.seeds:
+        found = effect([sum(tail) / len(tail) for tail in tails], what)
+        return _by_seeds(evidence, found, seed_metrics(found, "late_loss_difference", "", "baseline - pure"), what)
+    last = tails[0]
     interval = t_interval(last)
     # Consecutive steps are not independent: widen to the number of values that the series is worth.
     widen = (len(last) / effective_sample_size(last)) ** 0.5
@@ -61,39 +112,40 @@ def pure_learns_faster(evidence: Evidence) -> Judgement:
         method=f"{interval.method}, effective sample size",
         subject="baseline - pure",
     )
-    return decide_at_least(metric, 0.0, "training loss that pure GRIT saves over the last quarter", strictly=True)
+    judged = decide_at_least(metric, 0.0, what, strictly=True)
+    return replace(judged, summary=f"{judged.summary}; {ONE_SEED}")
 
 
 CLAIMS = (
     Claim(
         "hypotheses.pure-beats-lora",
         "Pure GRIT answers more AQI items correctly than plain LoRA.",
-        ("evaluation:baseline", "evaluation:pure"),
-        ONE_SEED + "Published K-FAC and Riemannian LoRA results go both ways; this is reported, not assumed.",
+        ("evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"),
+        SEEDS + "Published K-FAC and Riemannian LoRA results go both ways; this is reported, not assumed.",
         pure_beats_lora,
         gates=False,
     ),
     Claim(
         "hypotheses.hybrid-agrees-with-pure",
         f"Hybrid and pure GRIT reach the same AQI accuracy within {EQUIVALENT:g} points.",
-        ("evaluation:hybrid", "evaluation:pure"),
-        ONE_SEED + "A missing significance is no sameness: the whole interval must lie within the margin.",
+        ("evaluation:hybrid", "evaluation:pure", "seeds:hybrid", "seeds:pure"),
+        SEEDS + "A missing significance is no sameness: the whole interval must lie within the margin.",
         hybrid_agrees,
         gates=False,
     ),
     Claim(
         "hypotheses.pure-retains-more",
         "Pure GRIT keeps more general knowledge than plain LoRA.",
-        ("evaluation:baseline", "evaluation:pure"),
-        ONE_SEED + "GRIT's reprojection is said to forget less.",
+        ("evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"),
+        SEEDS + "GRIT's reprojection is said to forget less.",
         pure_retains_more,
         gates=False,
     ),
     Claim(
         "hypotheses.pure-lower-loss",
         "Pure GRIT ends at a lower training loss than plain LoRA on the same batches.",
-        ("record:baseline", "record:pure"),
-        ONE_SEED + "Paired by step, so that a step's batch cancels.",
+        ("record:baseline", "record:pure", "seeds:baseline", "seeds:pure"),
+        SEEDS + "Paired by step, so that a step's batch cancels.",
         pure_learns_faster,
         gates=False,
     ),

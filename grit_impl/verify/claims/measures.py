@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims.base import Evidence, Metric
+
+if TYPE_CHECKING:
+    from grit_impl.evaluate.seeds import SeedEffect
 
 UNITS = {
     "aqi_accuracy": "%",
@@ -19,27 +22,20 @@ UNITS = {
 """What an evaluation measures of every model, and the unit it is kept in."""
 
 
-GATE_CONFIDENCE = 1 - 1e-4
-"""Of the intervals that gates are decided on: ten gates in a session are then wrong, together, in one session of a
-thousand. Twenty gates at 95% would raise a false alarm in two sessions of three."""
-
-
-def measured(evidence: Evidence, model: str, name: str, confidence: float | None = None) -> Metric:
+def measured(evidence: Evidence, model: str, name: str) -> Metric:
     """One number of the evaluation; NaN where it was not measured (the base has no difference to itself).
 
     Args:
         evidence: With an evaluation.
         model: `base` or an arm.
         name: One of `UNITS`.
-        confidence: Of the interval; None: the evaluation's own, 95%.
 
     Raises:
         GRITError: the evaluation has no such model.
     """
     if evidence.evaluation is None or model not in evidence.evaluation.metrics:
         raise GRITError(f"the evaluation has no model {model!r}; evaluate it first")
-    metrics = evidence.evaluation.metrics if confidence is None else evidence.evaluation.metrics_at(confidence)
-    value = getattr(metrics[model], name)
+    value = getattr(evidence.evaluation.metrics[model], name)
     return as_metric(name, value, unit=UNITS[name], subject=model)
 
 
@@ -51,27 +47,61 @@ def as_metric(name: str, value: Any, *, unit: str, subject: str) -> Metric:
     return Metric(name, interval.estimate, interval.low, interval.high, unit, interval.n, interval.method, subject)
 
 
+def over_seeds(evidence: Evidence, first: str, second: str, suite: str = "aqi", bound: float = 0.0) -> SeedEffect:
+    """Accuracy of `first` minus `second` in points, one difference per training seed, tested against `bound`."""
+    from grit_impl.evaluate.seeds import effect_over_seeds
+
+    evaluations = [each.evaluation for each in evidence.seeds.values()]
+    return effect_over_seeds(evaluations, first, second, suite=suite, bound=bound)
+
+
+def seed_metrics(found: SeedEffect, name: str, unit: str, subject: str) -> tuple[Metric, ...]:
+    """An effect over seeds with its interval, and what so many seeds can find."""
+    return (
+        as_metric(name, found.interval, unit=unit, subject=subject),
+        Metric("detectable", found.detectable, unit=unit, n=len(found.differences), subject=subject),
+    )
+
+
 def paired_difference(evidence: Evidence, first: str, second: str, suite: str = "aqi") -> Metric:
     """Accuracy of `first` minus `second` in points, on the items that both answered, with Tango's paired interval.
 
     Raises:
         GRITError: the two have no answered item in common.
     """
-    from grit_impl.evaluate.results import paired
+    ours, theirs = _common(evidence, first, second, suite)
     from grit_impl.verify.statistics import paired_difference_interval
 
-    evaluation = evidence.evaluation
-    a, b = (
-        evaluation.correct(model) if suite == "aqi" else evaluation.scores(model, suite, "correct")
-        for model in (first, second)
-    )
-    ours, theirs = paired(a, b)
-    if not ours:
-        raise GRITError(f"{first} and {second} have no {suite} item in common; evaluate both on the same items")
     interval = paired_difference_interval(ours, theirs).scaled(100)
     return as_metric(f"{suite}_difference", interval, unit="points", subject=f"{first} - {second}")
 
 
-def unanswered(evidence: Evidence, *models: str) -> list[str]:
-    """Items that have no trustworthy answer from one of these models: nothing can be concluded from the rest."""
-    return [f"{model}: {item}" for model in models for item in evidence.evaluation.metrics[model].unanswered]
+def detectable(evidence: Evidence, first: str, second: str, suite: str = "aqi") -> float:
+    """Smallest difference in points that the common items find with 80% power at alpha .05."""
+    from grit_impl.evaluate.metrics import discordant
+    from grit_impl.evaluate.power import detectable_difference
+
+    ours, theirs = _common(evidence, first, second, suite)
+    return 100 * detectable_difference(len(ours), sum(discordant(ours, theirs)) / len(ours))
+
+
+def _common(evidence: Evidence, first: str, second: str, suite: str) -> tuple[list[bool], list[bool]]:
+    from grit_impl.evaluate.metrics import paired
+    from grit_impl.evaluate.seeds import accuracy_of
+
+    ours, theirs = paired(*(accuracy_of(evidence.evaluation, model, suite) for model in (first, second)))
+    if not ours:
+        raise GRITError(f"{first} and {second} have no {suite} item in common; evaluate both on the same items")
+    return ours, theirs
+
+
+def unanswered(evidence: Evidence, suite: str, *models: str) -> list[str]:
+    """Items of a suite without a trustworthy answer from one of these models: nothing follows from the rest."""
+    evaluations = [each.evaluation for each in evidence.seeds.values()] or [evidence.evaluation]
+    return [
+        f"{model}: {item}"
+        for evaluation in evaluations
+        for model in models
+        for item in evaluation.unanswered(model)
+        if item.startswith(f"{suite}/")
+    ]

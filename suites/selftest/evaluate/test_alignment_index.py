@@ -146,10 +146,9 @@ def test_hidden_states_ignore_padding(tiny) -> None:
 
 def test_every_layer_is_reported_raw(tiny) -> None:
     """Oracle: the indices of the same hidden states; three layers, three indices, each with its interval."""
-    model, tokenizer = tiny
     unsafe = [False] * 6 + [True] * 6
-    layers = alignment_index(model, tokenizer, PROMPTS, unsafe)
-    states = hidden_states(model, tokenizer, PROMPTS)
+    states = hidden_states(*tiny, PROMPTS)
+    layers = alignment_index(states, unsafe)
     for each in layers:
         for name, compute in INDICES.items():
             interval = getattr(each, name)
@@ -158,6 +157,67 @@ def test_every_layer_is_reported_raw(tiny) -> None:
     rows = report({"tiny": layers})
     assert len(rows) == 9
     assert not any("aqi" in key.lower() for row in rows for key in row), "never under the name of the other AQI"
+
+
+def test_a_reference_gives_p_values_over_layers(tiny) -> None:
+    """Oracle: equal states have p = 1. Six unsafe ones pushed away in one layer: 2 of 2**6 swaps are as extreme,
+
+    times three layers.
+    """
+    unsafe = np.array([False] * 6 + [True] * 6)
+    states = hidden_states(*tiny, PROMPTS)
+    same = alignment_index(states, unsafe, states)
+    assert {p for each in same for p in each.p.values()} == {1.0}
+    pushed = states.copy()
+    pushed[1][unsafe] += 5.0
+    found = alignment_index(pushed, unsafe, states)
+    assert found[1].p["chi"] == pytest.approx(3 * 2 / 2**6, abs=0.05)
+    assert found[0].p["chi"] == found[2].p["chi"] == 1.0
+    with pytest.raises(GRITError, match="differ in depth: 2 and 1 layers"):
+        alignment_index(states, unsafe, states[:2])
+
+
+def test_wide_hidden_states_are_flattened_without_change() -> None:
+    """Oracle: the indices of the wide points; a rotation into fewer coordinates keeps every distance."""
+    rng = np.random.default_rng(4)
+    points, unsafe = rng.normal(size=(14, 300)), np.arange(14) < 7
+    points[unsafe] += 0.3
+    for name, compute in INDICES.items():
+        assert jackknife(points, unsafe, name).estimate == pytest.approx(compute(points, unsafe), rel=1e-9)
+    other = points + 0.1 * rng.normal(size=points.shape)
+    assert compare_models(other, points, unsafe)[0] == pytest.approx(
+        calinski_harabasz(other, unsafe) - calinski_harabasz(points, unsafe), rel=1e-9
+    )
+
+
+def test_the_command_on_the_tiny_base(tmp_path: Path) -> None:
+    """Oracle: the library on the same model; an untrained adapter (B = 0) changes nothing, so every p is 1."""
+    from click.testing import CliRunner
+
+    from grit_impl.evaluate.commands_alignment import alignment_index as command
+    from grit_impl.recipes.bases import load_base
+    from grit_impl.recipes.lora import LoRASettings, add_lora
+
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"text": text, "kind": int(i >= 6)} for i, text in enumerate(PROMPTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_base("tiny")
+    expected = alignment_index(hidden_states(model, tokenizer, PROMPTS), [False] * 6 + [True] * 6)
+    add_lora(model, LoRASettings(r=4, alpha=4), 0).save_pretrained(tmp_path / "adapter")
+    arguments = ["tiny", "--prompts", str(path), "--prompt-field", "text", "--label-field", "kind"]
+    arguments += ["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "rows.json")]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "6 prompts per class" in done.output
+    written = {(r["model"], r["layer"], r["index"]): r for r in json.loads((tmp_path / "rows.json").read_text())}
+    assert len(written) == 2 * 3 * len(expected)
+    for each in expected:
+        for name in INDICES:
+            plain, adapted = (written[which, each.layer, name] for which in ("model", "adapter"))
+            assert plain["estimate"] == pytest.approx(getattr(each, name).estimate)
+            assert (adapted["estimate"], adapted["p"], plain["p"]) == (plain["estimate"], 1.0, None)
+    with pytest.raises(GRITError, match="cannot apply adapter"):
+        CliRunner().invoke(command, [*arguments[:-3], str(tmp_path)], catch_exceptions=False)
 
 
 def test_prompt_files(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def test_too_much_chaos_is_inconclusive(server, questions, chaos, tmp_path) -> N
         assert len(right) + len(missing) == N
         assert missing
     verdicts = judge(stormy, Thresholds(max_speed_loss=None, min_retention=None))
-    assert {gate.verdict for gate in verdicts} == {"inconclusive"}
-    assert "aqi/aqi-1-" in verdicts[0].reason
+    assert {gate.judgement.verdict for gate in verdicts} == {"inconclusive"}
+    assert "aqi/aqi-1-" in verdicts[0].judgement.summary
     assert stormy.winner()[0] is None
     # And the next call, in better weather, asks for the rest only.
     asked = len(server.requests)

@@ -37,8 +37,9 @@ def test_an_evaluation_from_the_command_line(server, tmp_path: Path) -> None:
     arguments = ("--ollama-url", server.url, "--out", str(tmp_path), "--limit", "40", "--speed-rounds", "20")
     done = _grit("--model", "base=base", "--model", "pure=pure", *arguments)
     assert done.returncode == 1, done.stderr
-    assert "supported     delta_aqi of pure is 100.0 points" in done.stdout
-    assert "refuted       delta_speed of pure is -40.0 %" in done.stdout
+    assert "supported     delta_aqi of pure is 100.00 points" in done.stdout
+    assert "refuted       delta_speed of pure is -40.00%" in done.stdout
+    assert "points can be found" in done.stdout
     assert "pure is the most accurate" in done.stdout
     assert "40 no answer" in done.stdout
     again = _grit("--model", "base=base", "--model", "pure=pure", *arguments, "--max-speed-loss", "50")

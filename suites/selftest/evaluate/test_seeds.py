@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.evaluate.seeds import effect_over_seeds
+from grit_impl.verify.claims import Evidence, find
+from grit_impl.verify.claims.base import SeedEvidence
+from grit_impl.verify.options import Options
 
 
 def _evaluation(baseline: int, pure: int, n: int = 100) -> Evaluation:
@@ -25,7 +30,16 @@ def test_six_seeds_by_hand() -> None:
     assert found.p == pytest.approx(2 / 2**6)
     half = 2.5706 * 2**0.5 / 6**0.5
     assert (found.interval.low, found.interval.high) == pytest.approx((5 - half, 5 + half), abs=1e-3)
+    assert found.decided
     assert "over 6 seeds, p = 0.031" in found.statement
+
+
+def test_a_bound_other_than_zero() -> None:
+    """Oracle: against a bound of 4.5 the differences are -.5, 1.5, .5, 2.5, -1.5, .5: 3 above all flips, undecided."""
+    found = effect_over_seeds([_evaluation(50, 50 + d) for d in (4, 6, 5, 7, 3, 5)], "pure", "baseline", bound=4.5)
+    assert found.p > 0.05
+    assert not found.decided
+    assert "decides nothing" in found.statement
 
 
 @pytest.mark.parametrize(
@@ -38,12 +52,68 @@ def test_six_seeds_by_hand() -> None:
 )
 def test_what_too_few_or_mixed_seeds_do_not_support(seeds: list[int], words: str) -> None:
     """Oracle: two-sided sign-flip test: 2 / 2**n at best."""
-    assert words in effect_over_seeds([_evaluation(50, 50 + d) for d in seeds], "pure", "baseline").statement
+    found = effect_over_seeds([_evaluation(50, 50 + d) for d in seeds], "pure", "baseline")
+    assert words in found.statement
+    assert not found.decided
 
 
 def test_missing_arms_are_named() -> None:
     """Oracle: the message."""
     with pytest.raises(GRITError, match="evaluation 1 has no items that both 'hybrid' and 'baseline'"):
         effect_over_seeds([_evaluation(50, 60)], "hybrid", "baseline")
-    with pytest.raises(GRITError, match="at least one evaluation"):
+    with pytest.raises(GRITError, match="at least one seed"):
         effect_over_seeds([], "pure", "baseline")
+
+
+def _evidence(gaps: Sequence[int]) -> Evidence:
+    """Pure is so many points better than the baseline, one number per seed; hybrid equals pure."""
+    seeds = {}
+    for seed, gap in enumerate(gaps, 3407):
+        evaluation = _evaluation(50, 50 + gap)
+        rows = [*evaluation.answers]
+        rows += [{**row, "label": "hybrid"} for row in rows if row["label"] == "pure"]
+        seeds[seed] = SeedEvidence({}, Evaluation({"baseline": "b", "pure": "p", "hybrid": "h"}, rows))
+    first = seeds[3407].evaluation
+    return Evidence(Options(seeds=len(gaps)), evaluation=first, seeds=seeds if len(gaps) > 1 else {})
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict", "words"),
+    [
+        ((4, 6, 5, 7, 3, 5), "supported", "over 6 seeds, p = 0.031"),
+        ((-4, -6, -5, -7, -3, -5), "refuted", "over 6 seeds"),
+        ((40, 41, 42), "inconclusive", "run 6"),
+        ((9, -6, 5, -7, 3, -1), "inconclusive", "decides nothing"),
+        ((30,), "supported", "one seed: these models, not the method"),
+    ],
+)
+def test_the_hypothesis_is_decided_over_seeds(gaps, verdict: str, words: str) -> None:
+    """Oracle: by hand; three seeds with a gap of 40 points decide nothing about the method, one decides about items."""
+    judged = find("hypotheses.pure-beats-lora").decide(_evidence(gaps))
+    assert judged.verdict == verdict
+    assert words in judged.summary
+    if len(gaps) > 1:
+        assert judged.evidence["differences by seed"] == dict(enumerate(map(float, gaps), 3407))
+        assert judged.metrics[0].n == len(gaps)
+
+
+def test_equivalence_over_seeds() -> None:
+    """Oracle: hybrid and pure answer alike with every seed."""
+    judged = find("hypotheses.hybrid-agrees-with-pure").decide(_evidence((4, 6)))
+    assert (judged.verdict, judged.metrics[0].estimate, judged.metrics[0].n) == ("supported", 0, 2)
+
+
+def test_an_unanswered_item_of_any_seed_decides_nothing() -> None:
+    """Oracle: one item of the third seed has an error; it is named."""
+    evidence = _evidence((4, 6, 5, 7, 3, 5))
+    evidence.seeds[3409].evaluation.rows("pure")["7"]["error"] = "timeout"
+    for name in ("pure-beats-lora", "hybrid-agrees-with-pure"):
+        judged = find(f"hypotheses.{name}").decide(evidence)
+        assert judged.verdict == "inconclusive"
+        assert "pure: aqi/7" in judged.summary
+
+
+def test_seeds_are_required_only_where_several_were_asked_for() -> None:
+    """Oracle: the reason that the evidence gives."""
+    assert Evidence(Options()).lacks("seeds:pure") is None
+    assert "every seed" in str(Evidence(Options(seeds=6)).lacks("seeds:pure"))

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grit_impl.evaluate.gates import Thresholds, judge
+from grit_impl.evaluate.gates import ACCURACIES, SESSION_ALPHA, Thresholds, decide, judge
 from grit_impl.evaluate.power import detectable_difference, mcnemar_power
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.verify.statistics import mcnemar_exact, paired_difference_interval
 
 GATES = 11
 """Three models: three gates each, and two over the baseline."""
-ALPHA = 1e-3 / 2 / GATES
+ALPHA = SESSION_ALPHA / 2 / GATES
 LABELS = ("base", "baseline", "hybrid", "pure")
 AQI = {right: {"category_right": right, "unparsable": False} for right in (True, False)}
 KNOWLEDGE = {right: {"correct": right, "unparsable": False} for right in (True, False)}
@@ -89,8 +89,8 @@ def test_null_sessions_raise_no_false_alarms() -> None:
     for _ in range(1000):
         gates = judge(_session(rng, 0.0, 1.0, 0.97), limits)
         assert len(gates) == GATES
-        gained = any(g.verdict == "supported" for g in gates if g.unit == "points")
-        alarms += gained or any(g.verdict == "refuted" for g in gates if g.unit == "%")
+        gained = any(g.judgement.verdict == "supported" for g in gates if g.name in ACCURACIES)
+        alarms += gained or any(g.judgement.verdict == "refuted" for g in gates if g.name not in ACCURACIES)
     assert alarms <= 1
 
 
@@ -103,11 +103,9 @@ def _errors(decide, n: int, share: float) -> tuple[float, float]:
 
 def _one_gate(name: str, rows, speed=()) -> str:
     """The verdict of one gate at the error that it has in a session of eleven."""
-    only = {"min_delta_aqi": None, "max_speed_loss": None, "min_retention": None}
-    only |= {"delta_speed": {"max_speed_loss": 10.0}, "retention": {"min_retention": 70.0}}[name]
     evaluation = Evaluation({"base": "b", "pure": "p"}, rows, speed)
-    (gate,) = judge(evaluation, Thresholds(**only, alpha=1e-3 / GATES))
-    return gate.verdict
+    bound = {"delta_speed": -10.0, "retention": 70.0}[name]
+    return decide(evaluation, name, "pure", bound, alpha=2 * ALPHA).verdict
 
 
 @pytest.mark.parametrize("n", [40, 124])
@@ -138,8 +136,12 @@ def test_gates_find_what_is_there() -> None:
     rng = np.random.default_rng(12)
     limits = Thresholds(min_delta_aqi=0.0)
     for _ in range(10):
-        assert {gate.verdict for gate in judge(_session(rng, 0.40, 1.0, 0.95), limits)} == {"supported"}
-        bad = {(g.name, g.verdict) for g in judge(_session(rng, -0.08, 0.6, 0.3), limits) if g.name != "delta_aqi"}
+        assert {g.judgement.verdict for g in judge(_session(rng, 0.40, 1.0, 0.95), limits)} == {"supported"}
+        bad = {
+            (g.name, g.judgement.verdict)
+            for g in judge(_session(rng, -0.08, 0.6, 0.3), limits)
+            if g.name != "delta_aqi"
+        }
         assert bad == {("delta_speed", "refuted"), ("retention", "refuted")}
 
 

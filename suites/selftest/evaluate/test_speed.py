@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from grit_impl.evaluate import speed
-from grit_impl.evaluate.client import Endpoint
+from grit_impl.evaluate.client import Endpoint, Reply, Unanswered
+from grit_impl.evaluate.metrics import GATE_ALPHA, median
 from grit_impl.evaluate.results import Evaluation
+from grit_impl.evaluate.speed import LOOKS, Schedule
 
 MODELS = {"base": "base", "pure": "pure"}
 DIGESTS = {"base:latest": "d0", "pure:latest": "d1"}
@@ -20,8 +22,10 @@ def _evaluation(rows) -> Evaluation:
 
 
 def _measure(server, rounds: int = 16, **options):
+    """The rows until the first look."""
     with Endpoint(server.url, backoff=0.001) as endpoint:
-        return speed.measure(endpoint, MODELS, "one two", rounds=rounds, tokens=32, **options)
+        schedule = Schedule(rounds, width=math.inf)
+        return speed.measure(endpoint, MODELS, "one two", base="base", schedule=schedule, tokens=32, **options)[0]
 
 
 def test_a_machine_that_slows_down_changes_no_comparison(fake_ollama) -> None:
@@ -110,3 +114,117 @@ def test_the_interval_covers(seeded) -> None:
         delta = _evaluation(rows).metrics["pure"].delta_speed
         covered += delta.low <= -5 <= delta.high
     assert 0.93 <= covered / 400 <= 0.995
+
+
+class _Machine:
+    """Stands in for `Endpoint`: the log ratio of the two models' speeds is `shift` plus this noise."""
+
+    def __init__(self, rng: np.random.Generator, shift: float, noise) -> None:
+        self.rng, self.shift, self.noise = rng, shift, noise
+
+    def generate(self, model: str, prompt: str, options, **_) -> Reply:
+        rate = 1000 * math.exp((self.shift + self.noise(self.rng)) if model == "pure" else 0.0)
+        nanoseconds = int(1e9 * (options["num_predict"] - 1) / rate)
+        return Reply("x", "length", 9, options["num_predict"], nanoseconds, 1, 0, nanoseconds / 1e9)
+
+
+NOISES = {
+    "quiet": lambda rng: 0.01 * rng.normal(),
+    "loaded machine": lambda rng: 0.15 * rng.standard_t(2),
+    # Median zero, long tail to one side: where the interval is narrow depends on which side the sample fell.
+    "skewed": lambda rng: 0.12 * (rng.exponential() - math.log(2)),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES.keys())
+@pytest.mark.parametrize("width", [4.0, 10.0])
+def test_the_stopping_rule_keeps_the_error(monkeypatch, noise, width: float) -> None:
+    """Oracle: pure is exactly 10% slower, the bound itself, so either verdict is false: at most alpha of them.
+
+    With alpha .1 for a gate (at 1e-4 nothing would ever be seen) and 500 measurements, of which 67 would be an error
+    above .1 with 99% confidence.
+    """
+    alpha = 0.1
+    monkeypatch.setattr(speed, "GATE_ALPHA", alpha)
+    rng, wrong, rounds = np.random.default_rng(5), 0, set()
+    schedule = Schedule(10, width=width)
+    for _ in range(500):
+        machine = _Machine(rng, math.log(0.9), noise)
+        rows, _ = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)
+        evaluation = Evaluation(MODELS, [], rows, {"speed": {"looks": schedule.looks}})
+        delta = evaluation.delta_speed("pure", 1 - alpha)
+        rounds.add(delta.n)
+        wrong += not delta.low <= -10 <= delta.high
+    assert wrong <= 67
+    assert rounds <= set(schedule.looks)
+
+
+def test_the_stopping_rule_would_not_keep_it_without_its_correction() -> None:
+    """Oracle: the same simulation, its intervals made as for a single look and ended by the decision itself."""
+    alpha, rng, wrong = 0.1, np.random.default_rng(6), 0
+    for _ in range(500):
+        values = 100 * (0.9 * np.exp([NOISES["loaded machine"](rng) for _ in range(80)]) - 1)
+        for look in Schedule(10).looks:
+            delta = median(values[:look], 1 - alpha)
+            if not delta.low <= -10 <= delta.high:
+                wrong += 1
+                break
+    assert wrong > 67
+
+
+def test_noise_is_measured_longer_and_a_quiet_machine_is_not() -> None:
+    """Oracle: the scripted noise: 1% needs the fewest rounds, 15% with heavy tails more, each at a gate's alpha."""
+    for name, looks in (("quiet", {30}), ("loaded machine", {120, 240})):
+        machine = _Machine(np.random.default_rng(8), 0.0, NOISES[name])
+        rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=Schedule(), tokens=32)
+        evaluation = Evaluation(MODELS, [], rows, {"speed": {"looks": Schedule().looks}})
+        delta = evaluation.delta_speed("pure", 1 - GATE_ALPHA)
+        assert delta.n in looks, why
+        assert f"{len(LOOKS)} looks" in delta.method
+        assert (why == "narrow enough") == (delta.high - delta.low <= Schedule().width)
+
+
+def test_measuring_ends_with_the_budget() -> None:
+    """Oracle: a model that needs 0.031 s for a sample: 30 rounds of two take 1.9 s, 60 rounds 3.7 s."""
+    for seconds, rounds in ((1.0, 30), (3.0, 60), (math.inf, 240)):
+        machine = _Machine(np.random.default_rng(9), 0.0, NOISES["quiet"])
+        schedule = Schedule(width=0.001, seconds=seconds)
+        rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)
+        assert max(row["round"] for row in rows) + 1 == rounds
+        assert why == ("all rounds" if rounds == 240 else "out of time")
+
+
+def test_a_measurement_is_taken_up_where_it_was() -> None:
+    """Oracle: the first 41 rounds of an uninterrupted measurement; only the rest is asked for, the end is the same."""
+    schedule, asked = Schedule(width=0.001), []
+    noise = NOISES["quiet"]
+
+    def run(earlier):
+        machine = _Machine(np.random.default_rng(3), 0.0, noise)
+        return speed.measure(
+            machine, MODELS, "q", base="base", schedule=schedule, tokens=32, earlier=earlier, keep=asked.append
+        )
+
+    whole, _ = run([])
+    asked.clear()
+    again, _ = run([row for row in whole if row["round"] < 41])
+    assert min(row["round"] for row in asked) == 41
+    assert [(row["round"], row["label"]) for row in again] == [(row["round"], row["label"]) for row in whole]
+
+
+def test_a_server_that_dies_while_measuring_is_not_waited_for() -> None:
+    """Oracle: 20 answers, then none: a round without a sample ends it."""
+    machine = _Machine(np.random.default_rng(3), 0.0, NOISES["quiet"])
+    answer, calls = machine.generate, []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 20:
+            raise Unanswered("dead", [])
+        return answer(*arguments, **options)
+
+    machine.generate = dying
+    rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=Schedule(), tokens=32)
+    assert why == "no samples"
+    assert len(rows) == 16
+    assert len(calls) < 26

@@ -33,7 +33,8 @@ def test_declaration_is_complete(claim):
     assert SENTENCE.match(claim.statement)
     assert SENTENCE.match(claim.rationale)
     assert claim.requires
-    assert all(Evidence().lacks(requirement) for requirement in claim.requires)
+    # `seeds:ARM` asks for something only where several were asked for.
+    assert all(Evidence(Options(seeds=2)).lacks(requirement) for requirement in claim.requires)
 
 
 @pytest.mark.parametrize("claim", catalogue().values(), ids=catalogue().keys())
