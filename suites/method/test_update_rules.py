@@ -121,6 +121,60 @@ def test_rotating_the_rank_space_changes_nothing(rule: str | None, llama: Any, b
     assert error > TURNED if rule is None else error < 1e-6
 
 
+def moments(manager: GRITManager) -> list[tuple[Tensor, Tensor]]:
+    """(layers, first moments in the parameters' coordinates, rank first) of each stack."""
+    rule, found = manager.rule, []
+    for stack, m in zip(rule.stacks, rule.exp_avg, strict=True):
+        m = m if stack.side == 0 else m.mT
+        found.append((stack, rule.basis[stack.side, stack.layers] @ m if hasattr(rule, "basis") else m))
+    return found
+
+
+def test_bases_diagonalise_the_other_sides_factor(llama: Any, batches: Any) -> None:
+    """Oracle: A's basis makes S_g diagonal with falling entries, B's basis S_a; solved and iterated ones alike."""
+    model = llama(dtype=torch.float64)
+    optim = optimizer(model, GRITConfig(update_rule="eigenbasis", kfac_update_freq=1, kfac_min_samples=1), lr=0.0)
+    optim.param_groups[1]["lr"] = 0.0
+    for step in range(SOLVED_REFRESHES + 30):
+        model(**batches[0]).loss.backward()  # the same tokens, nothing moves: the factors stand still
+        optim.step()
+        optim.zero_grad()
+        if step in (0, SOLVED_REFRESHES + 29):
+            s, q = optim.manager.factors.covariances().flip(0), optim.manager.rule.basis
+            diagonal = q.mT @ s @ q
+            rest = diagonal - torch.diag_embed(diagonal.diagonal(dim1=-2, dim2=-1))
+            assert float((rest.norm(dim=(-2, -1)) / diagonal.norm(dim=(-2, -1))).max()) < 1e-6
+            assert bool((diagonal.diagonal(dim1=-2, dim2=-1).diff() < 1e-12).all())
+
+
+def test_a_refresh_turns_the_moments(llama: Any, batches: Any) -> None:
+    """Oracle: the first moment is the same vector in new coordinates; the second keeps its mass, in each column."""
+    model = llama(dtype=torch.float64)
+    config = GRITConfig(update_rule="eigenbasis", kfac_update_freq=10**6, kfac_min_samples=1)
+    optim = train(model, batches, 5, config)  # refreshed in steps 1, 2 and 4
+    rule, factors = optim.manager.rule, optim.manager.factors
+    before, old = moments(optim.manager), rule.basis.clone()
+    mass = [v.sum(1 + (stack.side or 0)) for stack, v in zip(rule.stacks, rule.exp_avg_sq, strict=True)]
+    turn = torch.linalg.qr(torch.randn(factors.numerator.shape, dtype=torch.float64)).Q
+    factors.numerator = turn @ factors.numerator @ turn.mT
+    rule.refresh()
+    assert not torch.allclose(rule.basis, old, atol=0.1)
+    for (stack, was), (_, now), total, v in zip(before, moments(optim.manager), mass, rule.exp_avg_sq, strict=True):
+        torch.testing.assert_close(now, was, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(v.sum(1 + stack.side), total, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dropped_directions_leave_the_moments(rule: str, llama: Any, batches: Any) -> None:
+    """Oracle: the projectors. What a reprojection dropped is in no parameter and in no first moment."""
+    config = GRITConfig(update_rule=rule, **FAST, reprojection_freq=4, reprojection_k=2)
+    manager = train(llama(), batches, 4, config).manager
+    assert manager.reprojection.ranks == [2] * len(manager.layers)
+    for stack, m in moments(manager):
+        dropped = m - manager.factors.projector[stack.side, stack.layers] @ m
+        assert float(dropped.norm() / m.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_memory_is_that_of_its_tensors(rule: str, llama: Any, batches: Any) -> None:
     """Oracle: all tensors of the rule's own state, and the formula of its docstring."""
