@@ -56,7 +56,7 @@ def mutants(module: Path, folder: Path) -> Iterator[tuple[str, MutationSpec]]:
     """All mutants of a module outside annotations, by an id that does not change from run to run."""
     config = folder / f"{module.stem}.toml"
     tests = " ".join(map(str, MODULES[module]))
-    command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {tests}"
+    command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -p grit_impl.verify.plugin {tests}"
     config.write_text(
         f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {SECONDS}\nexcluded-modules = []\n'
         f'test-command = "{command}"\n[cosmic-ray.distributor]\nname = "local"\n'

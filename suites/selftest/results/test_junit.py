@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -73,6 +74,15 @@ def test_structure_is_what_all_consumers_accept(document):
         assert {name: int(suite.get(name)) for name in counted} == counted
         for case in cases:
             assert case.get("name") == " ".join(case.get("name").split())
+
+
+@pytest.mark.parametrize(
+    "schema", sorted((Path(__file__).parent / "schemas").glob("*.xsd")), ids=lambda path: path.stem
+)
+def test_schemas_of_jenkins_accept_it(document, schema):
+    """Oracle: Jenkins' own schemas (both MIT): of its xunit plugin, and of its older JUnit importer."""
+    xmlschema = pytest.importorskip("xmlschema")
+    assert [str(error) for error in xmlschema.XMLSchema(schema).iter_errors(document[0])] == []
 
 
 def test_claims_carry_verdict_estimate_and_interval(document):
