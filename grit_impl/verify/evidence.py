@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,10 +277,8 @@ class LiveEvidence(Evidence):
         out = self.reports / "evaluation" / fingerprint({**inputs, "speed": speed})[:12]
         with self._server(exports) as (url, names):
             # On a terminal it shows bars of its own; a log gets one line when it is done.
-            rounds = EvaluationOptions.speed_rounds if speed else 0
-            how = EvaluationOptions(
-                aqi_metric=self.options.aqi_metric, speed_rounds=rounds, progress=sys.stderr.isatty()
-            )
+            how = EvaluationOptions(aqi_metric=self.options.aqi_metric, progress=sys.stderr.isatty())
+            how = how if speed else replace(how, speed_rounds=0)
             self.progress("evaluating", 0, 1)
             found = evaluate(url, names, aqi, knowledge, out, how, inputs)
             self.progress("evaluating", 1, 1)

@@ -1,0 +1,197 @@
+"""What a verification trains, exports and evaluates, with stand-ins for the training and the server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grit_impl.errors import GRITError
+from grit_impl.evaluate import aqi
+from grit_impl.record import RunRecord
+from grit_impl.verify.claims import find
+from grit_impl.verify.evidence import LiveEvidence
+from grit_impl.verify.options import PLAN_MODELS, Options
+from grit_impl.verify.store import Session, Store
+
+ITEMS = aqi.generate(40, seed=5, exclude=aqi.frozen_items())
+NEEDS = ["evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """40 AQI questions as somebody else keeps them."""
+    path = tmp_path / "mine.csv"
+    lines = [f'"{item["features"]}","{aqi.answer(item)}"' for item in ITEMS]
+    path.write_text("\n".join(["text,truth", *lines]))
+    return path
+
+
+@pytest.fixture
+def live(tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, fake_ollama) -> Any:
+    """Makes evidence whose runs cost nothing; pure knows 30 of the 40 answers, the others 20."""
+    place = {aqi.instruction(item): number for number, item in enumerate(ITEMS)}
+
+    def answer(model: str, prompt: str) -> str:
+        if prompt not in place or place[prompt] >= (30 if model == "pure" else 20):
+            return "no idea"
+        return aqi.answer(ITEMS[place[prompt]])
+
+    server = fake_ollama(answer, {f"{name}:latest": name for name in PLAN_MODELS})
+    trained: list[tuple[str, int]] = []
+
+    def runs(self: LiveEvidence, arms, seed: int) -> dict[str, Any]:
+        found = {}
+        for arm in arms:
+            path = self.reports / "runs" / f"{arm}-seed{seed}"
+            if not (path / "COMPLETE").exists():
+                trained.append((arm, seed))
+                record = RunRecord.create(path, arm=arm, seed=seed, started=f"t{seed}", fingerprint=f"{arm}{seed}")
+                for step in range(1, 41):
+                    record.append_step({"step": step, "loss": 1.0 - 0.01 * (arm == "pure"), "seconds": 0.1})
+                record.finish()
+            found[arm] = RunRecord(path)
+        return found
+
+    def exported(self: LiveEvidence, name: str, record: RunRecord | None) -> dict[str, Any]:
+        sha = f"{name}-{record.run['seed']}" if record else name
+        return {"sha256": sha, "modelfile": "Modelfile", "path": str(tmp_path / "none.gguf")}
+
+    @contextlib.contextmanager
+    def serve(self: LiveEvidence, exports):
+        yield server.url, {name: name for name in exports}
+
+    monkeypatch.setattr(LiveEvidence, "_runs", runs)
+    monkeypatch.setattr(LiveEvidence, "_exported", exported)
+    monkeypatch.setattr(LiveEvidence, "_server", serve)
+    mine = {"aqi_dataset": str(questions), "features_field": "text", "answer_field": "truth"}
+
+    def make(**options: Any) -> LiveEvidence:
+        return LiveEvidence(Options(**{"reports_dir": tmp_path / "reports", "steps": 40, **mine, **options}))
+
+    make.trained, make.server = trained, server  # type: ignore[attr-defined]
+    return make
+
+
+def test_every_arm_is_run_with_every_seed(live, tmp_path: Path) -> None:
+    """Oracle: the table of runs; answers of the other seeds in the database under a name of their own."""
+    evidence = live(seeds=3)
+    evidence.gather(NEEDS)
+    assert set(live.trained) >= {(arm, seed) for arm in ("baseline", "pure") for seed in (3407, 3408, 3409)}
+    assert ("hybrid", 3408) not in live.trained, "no claim asked for it"
+    assert list(evidence.seeds) == [3407, 3408, 3409]
+    assert evidence.seeds[3407].evaluation is evidence.evaluation
+    assert len({each.evaluation.path for each in evidence.seeds.values()}) == 3
+    assert evidence.evaluation.speed
+    assert not evidence.seeds[3408].evaluation.speed
+    judged = find("hypotheses.pure-beats-lora").judge(evidence)
+    assert judged.metrics[0].estimate == pytest.approx(25)
+    assert (judged.verdict, judged.needed) == ("inconclusive", 6), "three seeds cannot decide"
+    assert "3 seeds" in find("hypotheses.pure-lower-loss").judge(evidence).summary
+    with Store(tmp_path / "results.db") as store:
+        store.add(Session("a", "b", None, {}, {}), [], evidence)
+        found = {row["model"] for row in store.query("SELECT DISTINCT model FROM items")}
+        assert found == {*PLAN_MODELS, "baseline-seed3408", "pure-seed3408", "baseline-seed3409", "pure-seed3409"}
+        assert len(store.query("SELECT * FROM runs")) == 3 + 2 + 2
+
+
+def test_what_is_there_is_not_made_again(live) -> None:
+    """Oracle: the server's count of questions and the list of trainings."""
+    live(seeds=2).gather(NEEDS)
+    trained, asked = len(live.trained), len(live.server.requests)
+    live(seeds=2).gather(NEEDS)
+    assert (len(live.trained), len(live.server.requests)) == (trained, asked)
+    live(seeds=3).gather(NEEDS)
+    assert live.trained[trained:] == [("baseline", 3409), ("pure", 3409)]
+
+
+def test_a_seed_that_broke_leaves_nothing_to_pair(live, monkeypatch) -> None:
+    """Oracle: pure ends with status 1 at the second seed; the hypothesis says so and its test fails."""
+    original = LiveEvidence._runs
+
+    def runs(self, arms, seed):
+        found = original(self, arms, seed)
+        return {**found, "pure": "its process ended with status 1"} if seed == 3408 else found
+
+    monkeypatch.setattr(LiveEvidence, "_runs", runs)
+    evidence = live(seeds=3)
+    evidence.gather(NEEDS)
+    assert not evidence.seeds
+    judged = find("hypotheses.pure-beats-lora").judge(evidence)
+    assert judged.verdict == "not exercised"
+    assert "seed 3408: its process ended with status 1" in judged.summary
+    assert judged.evidence["broken"]
+
+
+def test_questions_of_the_users_own(live) -> None:
+    """Oracle: 40 questions of which pure knows 30; scored by the metric that was asked for."""
+    evidence = live(aqi_metric="exact")
+    evidence.gather(NEEDS)
+    assert evidence.evaluation.metrics["pure"].aqi_accuracy.estimate == 75
+    assert evidence.evaluation.aqi_metric == "exact"
+    assert evidence.evaluation.meta["items"]["aqi"]["n"] == 40
+
+
+def test_questions_from_the_training_data_are_refused_before_training(live, questions: Path) -> None:
+    """Oracle: the third question of seed 3408's training set; nothing is trained."""
+    frozen = aqi.frozen_items()
+    known = aqi.generate(320, 3408, frozen)[2]
+    with questions.open("a") as handle:
+        handle.write(f'\n"{known["features"]}","{aqi.answer(known)}"')
+    with pytest.raises(GRITError, match=r"1 of 41 questions are in the training data .*--allow-overlap"):
+        live(seeds=2).gather(NEEDS)
+    assert not live.trained
+    evidence = live(seeds=2, allow_overlap=True)
+    evidence.gather(NEEDS)
+    assert evidence.evaluation.meta["notes"] == ["aqi: 1 questions are also in the training data (allowed)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aqi_dataset": "nowhere.csv"}, "nowhere.csv: there is no such file"),
+        ({"features_field": "question"}, "no field 'question' .it has: text, truth."),
+        ({"answer_field": "text"}, "'text' is .* which names no air quality index|contradicts|names no"),
+    ],
+)
+def test_unusable_questions_are_found_before_training(live, options: dict[str, str], message: str) -> None:
+    """Oracle: the message; nothing is trained."""
+    with pytest.raises(GRITError, match=message):
+        live(**options).gather(NEEDS)
+    assert not live.trained
+
+
+def test_a_stored_evaluation_is_tied_to_the_exports(live, monkeypatch) -> None:
+    """Oracle: the same exports find the evaluation again; another file of pure, or other questions, do not."""
+    live().gather(NEEDS)
+    asked = len(live.server.requests)
+    again = live(reuse_runs=True, aqi_metric="within5")
+    again.gather(NEEDS)
+    assert again.evaluation.metrics["pure"].aqi_accuracy.estimate == 75
+    assert again.evaluation.aqi_metric == "within5"
+    original = LiveEvidence._exported
+    monkeypatch.setattr(
+        LiveEvidence, "_exported", lambda self, name, record: {**original(self, name, record), "sha256": "other"}
+    )
+    other = live(reuse_runs=True)
+    other.gather(NEEDS)
+    assert other.evaluation is None
+    assert "of these exports and questions" in str(other.lacks("evaluation:pure"))
+    assert len(live.server.requests) == asked
+
+
+def test_the_configuration_file_names_the_defaults() -> None:
+    """Oracle: `Options`; a threshold that is changed in one place only would be two thresholds."""
+    import tomllib
+
+    root = Path(__file__).parents[3]
+    given = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    named = {name.removeprefix("grit_"): value for name, value in given.items() if name.startswith("grit_")}
+    assert {"min_delta_aqi", "min_delta_over_baseline", "max_speed_loss", "min_retention", "seeds"} <= named.keys()
+    assert {"aqi_metric", "aqi_dataset", "features_field", "answer_field", "allow_overlap"} <= named.keys()
+    assert Options.parse({name: value if isinstance(value, bool) else str(value) for name, value in named.items()}) == (
+        Options()
+    ), json.dumps(named)
