@@ -30,6 +30,8 @@ from grit_impl.verify.statistics import (
 ALPHA = 0.05
 SMALLEST_EFFECT = 2.0
 """Percent of the reference's held-out loss: the smallest effect of interest."""
+FEWEST = 6
+"""Pairs below which nothing is decided: fewer cannot reach p < .05 in a sign-flip test."""
 Row = Mapping[str, Any]
 
 
@@ -166,7 +168,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def _decided(comparison: Comparison, adjusted: float) -> Comparison:
     effect, worthwhile = comparison.effect, -SMALLEST_EFFECT
-    if comparison.diverged or effect.n < 2:
+    if comparison.diverged or effect.n < FEWEST:
         verdict = "inconclusive"
     elif effect.low > worthwhile:
         verdict = "refuted"

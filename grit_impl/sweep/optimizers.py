@@ -27,7 +27,7 @@ def build_optimizer(
         model: The PEFT model.
         method: `adamw`, `rslora` (AdamW; the scaling is the model's), `loraplus` (Hayou et al. 2024, peft),
             `riemannian` (Zhang & Pilanci 2024, peft), or `grit`.
-        settings: `lr`, and where the method has them `beta2`, `ratio` (of B's learning rate to A's), `reg` (damping).
+        settings: `lr`, `beta1`, `beta2`; `ratio` of B's learning rate to A's (LoRA+); `reg`, the damping (Riemannian).
         grit: GRIT's configuration.
         max_grad_norm: GRIT's clipping.
 
@@ -36,7 +36,7 @@ def build_optimizer(
     """
     options: dict[str, Any] = {
         "lr": settings["lr"],
-        "betas": (0.9, settings.get("beta2", 0.999)),
+        "betas": (settings.get("beta1", 0.9), settings.get("beta2", 0.999)),
         "weight_decay": WEIGHT_DECAY,
     }
     if method == "loraplus":

@@ -27,6 +27,7 @@ METHODS = ("adamw", "loraplus", "riemannian", "rslora", "grit", "none")
 TRAINING: dict[str, type] = {
     "lr": float,
     "warmup": int,
+    "beta1": float,
     "beta2": float,
     "ratio": float,
     "reg": float,

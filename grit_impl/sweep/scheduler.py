@@ -58,6 +58,24 @@ def _child(work: Work, outbox: Connection, job: dict[str, Any], settings: dict[s
     outbox.close()
 
 
+def _touch_gpu() -> None:
+    import torch
+
+    torch.zeros(1, device="cuda").cpu()
+
+
+def _context(device: str) -> Any:
+    """How processes are started: forked from a warm server, or where the GPU does not survive that, from nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    if device == "cpu":
+        return context
+    probe = context.Process(target=_touch_gpu)
+    probe.start()
+    probe.join()
+    return context if probe.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
 class Sweep:
     """One pass over a plan: what is finished stays, what is missing is run.
 
@@ -96,7 +114,7 @@ class Sweep:
         self._untuned = {job.group for job in self.pending if job.phase == "tuning"}
         self._costs: list[float] = []
         self._running: list[_Running] = []
-        self._context = multiprocessing.get_context("forkserver")
+        self._context: Any = None
 
     def run(self) -> int:
         """Run until nothing is left, or the budget is spent.
@@ -107,7 +125,7 @@ class Sweep:
         Raises:
             Interrupted: a signal asked the sweep to end; finished runs are in the store.
         """
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context = _context(self.device)
         with _signals():
             try:
                 while self.pending or self._running:

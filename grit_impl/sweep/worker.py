@@ -3,14 +3,19 @@
 Nothing here may start a thread or touch the GPU: neither survives a fork.
 """
 
+import importlib
+import sys
 import warnings
 
-import peft.optimizers  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
-
-import grit_impl.manager
-import grit_impl.optim
-import grit_impl.sweep.run  # noqa: F401
-
+# bitsandbytes asks the GPU what it can do when it is imported, and peft imports it where it is installed.
+sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 # peft still uses names that transformers 5 renamed: once per run would bury what matters.
 warnings.filterwarnings("ignore", category=FutureWarning)
+for _name in (
+    "peft.optimizers",
+    "transformers.models.llama.modeling_llama",
+    "grit_impl.manager",
+    "grit_impl.optim",
+    "grit_impl.sweep.run",
+):
+    importlib.import_module(_name)

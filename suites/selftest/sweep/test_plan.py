@@ -1,0 +1,76 @@
+"""Plans: what is run, in which order, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from grit_impl.errors import GRITError
+from grit_impl.sweep.plan import load_plan
+
+PLANS = ("grit-vs-lora-tiny", "grit-vs-lora-40m")
+
+
+def test_the_phases_follow_one_another_and_every_prefix_is_balanced(plan_file: Path) -> None:
+    """A sweep that ends early has every arm on every task within one seed of every other."""
+    jobs = list(load_plan(plan_file).jobs())
+    phases = [job.phase for job in jobs]
+    assert phases == sorted(phases, key=["tuning", "evaluation", "ablation"].index)
+    assert len({job.key for job in jobs}) == len(jobs) == 26
+    evaluated: Counter[tuple[str, str]] = Counter({job.group: 0 for job in jobs if job.method != "none"})
+    for job in jobs:
+        if job.phase == "evaluation" and job.method != "none":
+            evaluated[job.group] += 1
+            assert max(evaluated.values()) - min(evaluated.values()) <= 1
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_projects_plans_are_fair(name: str) -> None:
+    """Equally many trials, eight paired seeds that no tuning saw, at least four opponents that are not GRIT."""
+    plan = load_plan(name)
+    assert {len(trials) for trials in plan.trials.values()} == {8}
+    assert plan.evaluation_seeds == tuple(range(1000, 1008))
+    assert not set(plan.tuning_seeds) & {*range(1000, 1016)}
+    assert {"adamw", "loraplus", "riemannian", "rslora"} <= set(plan.methods.values())
+    shared = {"lr", "warmup", "beta1", "beta2"}
+    assert all(shared <= set(trial) and len(trial) <= 5 for trials in plan.trials.values() for trial in trials)
+    assert plan.trials["adamw"] == plan.trials["eigenbasis"]
+
+
+def test_the_order_of_precedence_is_common_arm_trial_change(plan_file: Path) -> None:
+    """An ablation changes what tuning chose; tuning changes what is common."""
+    plan = load_plan(plan_file)
+    job = next(job for job in plan.jobs() if job.variant and job.arm == "eigenbasis")
+    settings = plan.settings(job, {"lr": 0.5, "rank": 99})
+    assert (settings["rank"], settings["lr"], settings["update_rule"], settings["steps"]) == (4, 0.5, "eigenbasis", 10)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("kfac_update_freq = [1, 5]", "kfac_update_freq = [1]", "eigenbasis.*differ in length"),
+        ("lr = [0.001, 0.005]", "lr = [0.001]", "number of trials"),
+        ("[10, 11, 12]", "[0, 11, 12]", "seed 0 is used in tuning and in evaluation"),
+        ('tasks = ["convert", "choose"]', 'tasks = ["convert", "juggle"]', "unknown task 'juggle'"),
+        ("kfac_update_freq", "kfac_update_frequency", "did you mean kfac_update_freq"),
+        ('method = "adamw"', 'method = "sgd"', "unknown method 'sgd'"),
+        ('reference = "adamw"', 'reference = "lora"', "reference 'lora' is not an arm"),
+        ("rank = 8", 'rank = "8"', "rank = '8': expected int"),
+        ("every = 5", "", "lacks every"),
+        ("[common]", "[common", "is not TOML"),
+    ],
+)
+def test_a_wrong_plan_is_refused_by_name(plan_text: str, tmp_path: Path, old: str, new: str, named: str) -> None:
+    """One line that names the plan and what is wrong, before anything runs."""
+    path = tmp_path / "wrong.toml"
+    path.write_text(plan_text.replace(old, new, 1))
+    with pytest.raises(GRITError, match=named):
+        load_plan(path)
+
+
+def test_an_unknown_plan_names_the_known_ones() -> None:
+    """As for every other name."""
+    with pytest.raises(GRITError, match="grit-vs-lora-tiny"):
+        load_plan("grit-against-lora")

@@ -1,0 +1,123 @@
+"""The sweep itself: order, failures, budget, and what survives being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grit_impl.sweep.plan import load_plan
+from grit_impl.sweep.scheduler import Sweep
+from grit_impl.sweep.store import Store, choose_trial
+
+Work = Callable[..., dict[str, Any]]
+
+
+def _orders(work: Work, **orders: Any) -> None:
+    (Path(sys.modules[work.__module__].__file__ or "").parent / "orders").write_text(json.dumps(orders))
+
+
+def _log(work: Work) -> list[str]:
+    return (Path(sys.modules[work.__module__].__file__ or "").parent / "log").read_text().split()
+
+
+def test_everything_runs_once_with_the_tuned_settings(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Evaluation uses the trial with the lowest validation loss; a second pass has nothing to do."""
+    plan = load_plan(plan_file)
+    with Store(tmp_path / "sweep.db") as store:
+        assert Sweep(plan, store, jobs=2, device="cpu", work=fake_work).run() == 0
+        assert len(_log(fake_work)) == 26
+        for arm, lr in (("adamw", 0.005), ("eigenbasis", 0.006)):
+            rows = store.runs(phase="evaluation", arm=arm)
+            assert len(rows) == 6
+            assert {row["settings"]["lr"] for row in rows} == {lr}
+        assert all(row["seconds"] > 0 for row in store.runs())
+        again = Sweep(plan, store, jobs=2, device="cpu", work=fake_work)
+        assert (again.run(), again.finished, len(_log(fake_work))) == (0, 26, 26)
+
+
+@pytest.mark.parametrize(("order", "error"), [("raise", "ValueError: asked to fail"), ("die", "exit status 7")])
+def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(
+    plan_file: Path, fake_work: Work, tmp_path: Path, order: str, error: str
+) -> None:
+    """An exception, or a process that dies without a word; with retry it is run again."""
+    name = "evaluation/choose/adamw/11"
+    _orders(fake_work, **{order: name})
+    plan = load_plan(plan_file)
+    with Store(tmp_path / "sweep.db") as store:
+        assert Sweep(plan, store, jobs=2, device="cpu", work=fake_work).run() == 0
+        (failed,) = store.runs(status="failed")
+        assert (failed["task"], failed["arm"], failed["seed"], failed["loss"]) == ("choose", "adamw", 11, None)
+        assert error in failed["error"]
+        assert len(store.runs(status="done")) == 25
+        _orders(fake_work)
+        Sweep(plan, store, jobs=2, device="cpu", work=fake_work, retry=True).run()
+        assert len(store.runs(status="done")) == 26
+
+
+def test_the_budget_ends_the_sweep_and_the_next_pass_continues(
+    plan_file: Path, fake_work: Work, tmp_path: Path
+) -> None:
+    """What was finished stays as it was; only what is missing is run."""
+    _orders(fake_work, sleep=0.3)
+    plan = load_plan(plan_file)
+    with Store(tmp_path / "sweep.db") as store:
+        began = time.monotonic()
+        missing = Sweep(plan, store, jobs=1, device="cpu", work=fake_work, budget=2.5).run()
+        assert time.monotonic() - began < 10
+        before = {row["key"]: row for row in store.runs()}
+        assert 0 < len(before) == 26 - missing < 26
+        _orders(fake_work)
+        assert Sweep(plan, store, jobs=2, device="cpu", work=fake_work).run() == 0
+        after = {row["key"]: row for row in store.runs()}
+        assert len(after) == 26
+        assert all(after[key] == row for key, row in before.items())
+
+
+def test_a_killed_sweep_keeps_what_was_finished(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Kill -9 of the controlling process: the file opens, finished runs are in it, the next pass completes them."""
+    _orders(fake_work, sleep=0.2)
+    module = sys.modules[fake_work.__module__]
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(module.__file__ or "").parent)!r})
+from pathlib import Path
+from {module.__name__} import work
+from grit_impl.sweep.plan import load_plan
+from grit_impl.sweep.scheduler import Sweep
+from grit_impl.sweep.store import Store
+Sweep(load_plan({str(plan_file)!r}), Store(Path({str(tmp_path / "sweep.db")!r})), jobs=1, device="cpu", work=work).run()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    with Store(tmp_path / "sweep.db") as store:
+        deadline = time.monotonic() + 60
+        while len(store.statuses()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = store.runs()
+        assert 4 <= len(kept) < 26
+        _orders(fake_work)
+        assert Sweep(load_plan(plan_file), store, jobs=2, device="cpu", work=fake_work).run() == 0
+        after = {row["key"]: row for row in store.runs()}
+        assert len(after) == 26
+        assert all(after[row["key"]] == row for row in kept)
+
+
+def test_the_tuning_rule() -> None:
+    """Lowest mean over the seeds; a trial of which one run diverged is out; no trial left: None."""
+
+    def row(trial: int, loss: float | None) -> dict[str, Any]:
+        return {"trial": trial, "loss": loss, "status": "diverged" if loss is None else "done"}
+
+    assert choose_trial([row(0, 1.0), row(0, 3.0), row(1, 1.9), row(1, 1.9)]) == 1
+    assert choose_trial([row(0, 0.1), row(0, None), row(1, 5.0)]) == 1
+    assert choose_trial([row(0, None)]) is None
+    assert choose_trial([]) is None
