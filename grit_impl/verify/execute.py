@@ -31,9 +31,9 @@ Progress = Callable[[str, int, int], None]
 _LEDGER = ("ledger", "timeline", "structure", "sketches", "watches", "shadow", "patches", "rows")
 _SOURCES = {
     # The top level is GRIT itself and what it stands on.
-    "train": ("*.py", "recipes/*.py", "evaluate/aqi.py", *(f"verify/{name}.py" for name in _LEDGER)),
+    "train": ("*.py", "recipes/*.py", *(f"verify/{name}.py" for name in _LEDGER)),
     "export": ("export/*.py",),
-    "evaluate": ("evaluate/*.py", "export/llamacpp.py", "export/_runner.py"),
+    "evaluate": ("evaluate/*.py", "recipes/aqi.py", "export/llamacpp.py", "export/_runner.py"),
 }
 _POLL_SECONDS = 0.5
 
