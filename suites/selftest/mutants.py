@@ -1,6 +1,6 @@
 """Mutation check of the code that decides: what share of small errors planted in it do its tests notice?
 
-    python suites/selftest/mutants.py --sample 400 --seed 1        (or: make mutants)
+    python suites/selftest/mutants.py --sample 300 --seed 1        (or: make mutants)
 
 cosmic-ray lists the mutants of each module (in a copy: the working tree is never touched), a seeded random sample of
 them is run against the module's own fast tests, and survivors are printed as diffs. Mutants of annotations are left
@@ -102,7 +102,7 @@ def run(module: Path, chosen: set[str], folder: Path) -> list[str]:
 def main() -> int:
     """Print the share per module and in all; status 1 if it is below the asked one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=400, help="mutants to run (default: 400)")
+    parser.add_argument("--sample", type=int, default=300, help="mutants to run (default: 300)")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
     parser.add_argument("--least", type=float, default=85.0, help="percent that must be noticed (default: 85)")
     parser.add_argument("--only", default="", help="modules whose path contains this")
