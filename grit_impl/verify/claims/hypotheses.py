@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, decide_at_least
 from grit_impl.verify.claims.measures import detectable, over_seeds, paired_difference, seed_metrics, unanswered
@@ -50,7 +50,7 @@ def _by_seeds(evidence: Evidence, found: SeedEffect, metrics: tuple[Metric, ...]
     """Above its bound over seeds, by the interval and by the exact test."""
     from grit_impl.evaluate.seeds import FEWEST
 
-    beside = {"differences by seed": dict(zip(evidence.seeds, found.differences, strict=True)), "sign-flip p": found.p}
+    beside = {**_differences(evidence, found), "sign-flip p": found.p}
     judged = decide_at_least(metrics[0], found.bound, what, strictly=True)
     if judged.verdict != "inconclusive" and not found.decided:
         judged = replace(judged, verdict="inconclusive", needed=max(FEWEST, len(evidence.seeds) + 1))
@@ -61,9 +61,11 @@ def hybrid_agrees(evidence: Evidence) -> Judgement:
     """Equivalence by interval inclusion: the whole interval within plus or minus `EQUIVALENT` points."""
     if silent := unanswered(evidence, "aqi", "hybrid", "pure"):
         return _silent(silent)
+    beside: dict[str, Any] = {}
     if evidence.seeds:
         found = over_seeds(evidence, "hybrid", "pure")
         metrics, unit = seed_metrics(found, "aqi_difference", "points", "hybrid - pure"), "seeds"
+        beside = _differences(evidence, found)
     else:
         metrics, unit = (paired_difference(evidence, "hybrid", "pure"),), "items"
     gap = metrics[0]
@@ -72,13 +74,17 @@ def hybrid_agrees(evidence: Evidence) -> Judgement:
     text = f"hybrid minus pure is {gap}; equivalent means within {EQUIVALENT:g} points"
     text += "" if evidence.seeds else f"; {ONE_SEED}"
     if gap.low > -EQUIVALENT and gap.high < EQUIVALENT:
-        return Judgement("supported", text, metrics)
+        return Judgement("supported", text, metrics, beside)
     if gap.low > EQUIVALENT or gap.high < -EQUIVALENT:
-        return Judgement("refuted", text, metrics)
+        return Judgement("refuted", text, metrics, beside)
     room = EQUIVALENT - abs(gap.estimate)
     needed = round((gap.n or 0) * ((gap.high - gap.low) / 2 / room) ** 2) if room > 0 else None
     hint = f"; about {needed} {unit} would decide" if needed else ""
-    return Judgement("inconclusive", text + hint, metrics, needed=needed)
+    return Judgement("inconclusive", text + hint, metrics, beside, needed)
+
+
+def _differences(evidence: Evidence, found: SeedEffect) -> dict[str, Any]:
+    return {"differences by seed": dict(zip(evidence.seeds, found.differences, strict=True))}
 
 
 def pure_learns_faster(evidence: Evidence) -> Judgement:

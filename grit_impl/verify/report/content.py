@@ -127,6 +127,19 @@ def headline(judged: Sequence[JudgedClaim]) -> str:
     return f"All {len(gating)} gating claims supported" if gating else "No gating claim was judged"
 
 
+def seed_rows(judged: Sequence[JudgedClaim]) -> list[dict[str, str]]:
+    """Claims that were decided over training seeds: the difference with each of them, and what they support."""
+    return [
+        {
+            "claim": each.claim.id,
+            "differences": ", ".join(f"{seed}: {gap:+.3g}" for seed, gap in differences.items()),
+            "statement": each.judgement.summary,
+        }
+        for each in judged
+        if (differences := each.judgement.evidence.get("differences by seed"))
+    ]
+
+
 def metric_rows(metrics: Sequence[Metric]) -> list[dict[str, str]]:
     """The metrics of a claim, for its table."""
     return [

@@ -42,6 +42,7 @@ def _common(
         "judged": judged,
         "columns": columns,
         "rows": rows,
+        "seed_rows": content.seed_rows(judged),
         "winner": winner,
         "records": evidence.records,
         "changes": changes,

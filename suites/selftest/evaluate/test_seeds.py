@@ -117,3 +117,20 @@ def test_seeds_are_required_only_where_several_were_asked_for() -> None:
     """Oracle: the reason that the evidence gives."""
     assert Evidence(Options()).lacks("seeds:pure") is None
     assert "every seed" in str(Evidence(Options(seeds=6)).lacks("seeds:pure"))
+
+
+def test_the_report_shows_every_seed(tmp_path) -> None:
+    """Oracle: the planted differences, in the page and in the summary; without seeds no such section."""
+    from grit_impl.verify.report import write_report
+    from grit_impl.verify.store import JudgedClaim, Session
+
+    claim, evidence = find("hypotheses.pure-beats-lora"), _evidence((4, 6, 5, 7, 3, 5))
+    session = Session("a", "2026-01-01T00:00:00+00:00", None, Options(seeds=6).to_dict(), {})
+    write_report(tmp_path, session, [JudgedClaim(claim, claim.decide(evidence))], Evidence(Options(seeds=6)))
+    for name in ("index.html", "grit_evaluation.md"):
+        text = (tmp_path / name).read_text()
+        assert "Over seeds" in text
+        assert "3407: +4, 3408: +6, 3409: +5, 3410: +7, 3411: +3, 3412: +5" in text
+        assert "over 6 seeds, p = 0.031" in text
+    write_report(tmp_path, session, [JudgedClaim(claim, claim.decide(_evidence((30,))))], Evidence(Options()))
+    assert "Over seeds" not in (tmp_path / "index.html").read_text()
