@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from grit_impl.errors import GRITError
 
 if TYPE_CHECKING:
     from grit_impl.verify.compare import Comparison
+    from grit_impl.verify.verdict import Verdict
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,7 +77,8 @@ def compare(
 
     Two curves on the same batches correlate whatever the optimizers do, so correlation is described and never
     decides. What decides "same or different" is the paired difference against the difference between reruns: train
-    one arm twice. What decides "better" is several seeds per arm, at least 7.
+    one arm twice. What decides "better" is several seeds per arm, at least 7. Two run records with gradient ledgers are
+    compared tensor by tensor as well, which curves cannot do.
 
     Exit status: 0 answered, 1 refused as incomparable, 2 unusable input.
     """
@@ -95,8 +98,9 @@ def compare(
         if len(results) > 1:
             raise GRITError("--plot draws one pair of arms; use --html for more")
         write_atomic(plot_out, compare_report.figure_svg(results[0]))
+    gradients = _gradients(runs)
     if as_json:
-        data = [r.to_dict() for r in results]
+        data = [r.to_dict() | ({"gradients": asdict(gradients)} if gradients else {}) for r in results]
         click.echo(json.dumps(data if arms else data[0], indent=2))
     else:
         from rich.console import Console
@@ -104,8 +108,19 @@ def compare(
         console = Console(highlight=False)
         for result in results:
             compare_report.to_terminal(result, console)
+        if gradients:
+            console.print(f"gradients: {gradients}", markup=False, soft_wrap=True)
     if any(r.verdict == "incomparable" for r in results):
         raise SystemExit(1)
+
+
+def _gradients(runs: tuple[Path, ...]) -> Verdict | None:
+    """What the ledgers of B and A say about each other, if both have one."""
+    from grit_impl.record import RunRecord
+    from grit_impl.verify.verdict import judge_pair
+
+    ledgers = [RunRecord(path).ledger for path in runs]
+    return judge_pair(ledgers[1], ledgers[0]) if len(ledgers) == 2 and all(map(Path.is_file, ledgers)) else None
 
 
 def _from_runs(

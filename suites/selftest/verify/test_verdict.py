@@ -10,10 +10,10 @@ from grit_impl.verify.verdict import assert_effective, judge_ledger, judge_pair
 from grit_impl.verify.zoo import Bench, Moments, Whitening
 
 
-def run(modify=True, seed=0, late=False, **setting):
+def run(modify=True, seed=0, late=False, path=None, **setting):
     bench = Bench("loop", "adamw", seed, **setting)
     apply = Whitening(bench.lora).apply if modify else None
-    with gradient_ledger(bench.model) as ledger:
+    with gradient_ledger(bench.model, path=path) as ledger:
         bench.train(Moments(**{"after_step" if late else "before_step": apply}))
     return ledger
 
@@ -74,3 +74,27 @@ def test_every_cause_is_explained():
     assert len(set(names)) == len(names)
     assert set(names) <= set(CAUSES)
     assert all(CAUSES.values())
+
+
+def test_grit_compare_reads_the_ledgers(tmp_path):
+    """Oracle: the runs. A callback after the step leaves the baseline's curve and parameters: curves cannot say why."""
+    import json
+
+    from click.testing import CliRunner
+
+    from grit_impl.record import RunRecord
+    from grit_impl.verify.commands_compare import compare
+
+    for name, setting in (("baseline", {"modify": False}), ("late", {"late": True})):
+        record = RunRecord.create(tmp_path / name, arm=name, seed=0)
+        for step in range(1, 41):
+            record.append_step({"step": step, "loss": 4.0 / step, "grad_norm": 1.0, "learning_rate": 1e-3})
+        record.finish()
+        run(path=record.ledger, **setting)
+    done = CliRunner().invoke(compare, [str(tmp_path / "baseline"), str(tmp_path / "late")], catch_exceptions=False)
+    assert "gradients: identical-to-baseline" in done.output
+    written = CliRunner().invoke(compare, [*map(str, (tmp_path / "baseline", tmp_path / "late")), "--json"])
+    assert json.loads(written.output)["gradients"]["cause"] == "identical-to-baseline"
+    RunRecord(tmp_path / "late").ledger.unlink()
+    done = CliRunner().invoke(compare, [str(tmp_path / "baseline"), str(tmp_path / "late")], catch_exceptions=False)
+    assert "gradients:" not in done.output
