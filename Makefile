@@ -5,25 +5,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+ENV ?= cpu
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/cpu.txt)
 
-.PHONY: verify test fixtures lint clean help
+.PHONY: verify test fixtures lint mutants clean help
 
 help:
 	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (8 minutes on 2 cores)"
-	@echo "make test     the project's own tests, through tox (11 minutes on 2 cores)"
+	@echo "make test     the project's own tests, through tox (11 minutes on 2 cores); ENV=py311-tf5: on those versions"
 	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
 	@echo "make lint     ruff and mypy"
+	@echo "make mutants  how many small errors in what decides do the tests notice (10 minutes)"
 
 verify: $(VENV)/.verify
 	$(BIN)/python -m pytest suites --ignore suites/selftest --ignore suites/method -m "verify and not gpu" $(ARGS)
 
 test: $(VENV)/.tox
-	$(BIN)/tox run -e cpu
+	$(BIN)/tox run -e $(ENV)
 
 fixtures: $(VENV)/.verify
 	$(BIN)/python -m grit_impl.recipes.tiny_llama --out fixtures/tiny_llama --test-sets fixtures
+
+mutants: $(VENV)/.tox
+	$(BIN)/tox run -e mutants -- $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
