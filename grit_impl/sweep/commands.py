@@ -62,12 +62,11 @@ def run(
     chosen = load_plan(plan)
     if base is not None:
         chosen = dataclasses.replace(chosen, base=base)
-    if tasks:
-        chosen = chosen.only(tasks)
+    selected = chosen.only(tasks) if tasks else chosen
     check_device(device)
     with Store(out / DATABASE) as store:
         sweeping = Sweep(
-            chosen,
+            selected,
             store,
             jobs=jobs,
             device=device,
