@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 VERIFY, TESTS = Path("grit_impl/verify"), Path("suites/selftest")
 # What decides, and the tests that are answerable for it.
 MODULES = {
-    VERIFY / "statistics.py": [TESTS / "verify/curves/test_statistics.py", TESTS / "verify/curves/test_statistics_exact.py"],
+    VERIFY / "statistics.py": [
+        TESTS / "verify/curves/test_statistics.py",
+        TESTS / "verify/curves/test_statistics_exact.py",
+    ],
     VERIFY / "curves.py": [TESTS / "verify/curves/test_curves.py", TESTS / "verify/curves/test_curves_exact.py"],
     VERIFY / "verdict.py": [TESTS / "verify/test_detectors.py"],
     VERIFY / "detectors.py": [TESTS / "verify/test_detectors.py"],
