@@ -50,6 +50,8 @@ def run(
     os.environ["OMP_NUM_THREADS"] = "1"
     # Asking whether there is a GPU must not initialise it in the process that the runs are forked from.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
