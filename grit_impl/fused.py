@@ -55,13 +55,28 @@ def fused_functions() -> Any | None:
 
 
 class _Branch(NamedTuple):
-    """One layer of a fused function: lora_A and lora_B, the scaling s, its input x and dL/dy; None without LoRA."""
+    """One layer of a fused function: its index, A and B in x's precision, the scaling s, its input and dL/dy."""
 
-    a: Tensor | None
-    b: Tensor | None
-    scale: float | None
+    layer: int
+    a: Tensor
+    b: Tensor
+    scale: float
     x: Tensor
     dy: Tensor
+
+
+class _StandIn:
+    """A function's context with some attributes replaced.
+
+    The real one is left alone: what it is given lives until the garbage collector runs, activations included.
+    """
+
+    def __init__(self, ctx: Any, **replaced: Any) -> None:
+        self._ctx = ctx
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class FusedTap:
@@ -79,7 +94,7 @@ class FusedTap:
     ) -> None:
         self._layers, self._statistics, self._loss, self._module = layers, statistics, loss, module
         self._index: dict[int, int] = {}
-        self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+        self._buffers: dict[Any, list[Any]] = {}
         self._originals = {name: getattr(module, name) for name in FUNCTIONS}
         for name, backward in zip(FUNCTIONS, (self._mlp, self._qkv, self._w), strict=True):
             original = self._originals[name]
@@ -92,51 +107,54 @@ class FusedTap:
 
     def _mlp(self, original: Any) -> Callable[..., Any]:
         def backward(ctx: Any, dy: Tensor) -> Any:
-            gate_a, gate_b, up_a, up_b, down_a, down_b, x, _, _, *masks = ctx.saved_tensors
-            saved = ctx.custom_saved_tensors
-            *weights, kernel = saved
+            if not self._wanted():
+                return original.backward(ctx, dy)
+            adapters, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+            x, masks = rest[0], rest[3:]
+            *weights, kernel = ctx.custom_saved_tensors
+            cast = self._cast(adapters, x.dtype)
             gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
 
             def element_wise(*arguments: Tensor) -> Any:
                 # The only place where the gradients at the outputs of gate and up exist.
                 h, d_up, d_gate = kernel(*arguments)
-                self._add(
-                    _Branch(gate_a, gate_b, weights[2], gate_x, d_gate),
-                    _Branch(up_a, up_b, weights[5], up_x, d_up),
-                    _Branch(down_a, down_b, weights[8], self._dropped(h, masks, 2, ctx), dy),
-                )
+                down_x = self._dropped(h, masks, 2, ctx)
+                self._add(adapters, cast, weights[2::3], (gate_x, up_x, down_x), (d_gate, d_up, dy))
                 return h, d_up, d_gate
 
-            ctx.custom_saved_tensors = (*weights, element_wise)
-            try:
-                return original.backward(ctx, dy)
-            finally:
-                # The closure holds ctx and its activations: a cycle that only the garbage collector would free.
-                ctx.custom_saved_tensors = saved
+            return original.backward(
+                _StandIn(ctx, saved_tensors=(*cast, *rest), custom_saved_tensors=(*weights, element_wise)), dy
+            )
 
         return backward
 
     def _qkv(self, original: Any) -> Callable[..., Any]:
         def backward(ctx: Any, *dys: Tensor) -> Any:
-            x, q_a, q_b, k_a, k_b, v_a, v_b, *masks = ctx.saved_tensors
-            scales = ctx.custom_saved_tensors[2::3]
-            pairs = ((q_a, q_b), (k_a, k_b), (v_a, v_b))
-            self._add(
-                *(_Branch(*pairs[i], scales[i], self._dropped(x, masks, i, ctx), dys[i]) for i in range(len(pairs)))
-            )
-            return original.backward(ctx, *dys)
+            if not self._wanted():
+                return original.backward(ctx, *dys)
+            x, adapters, masks = ctx.saved_tensors[0], ctx.saved_tensors[1:7], ctx.saved_tensors[7:]
+            cast = self._cast(adapters, x.dtype)
+            inputs = [self._dropped(x, masks, i, ctx) for i in range(len(dys))]
+            self._add(adapters, cast, ctx.custom_saved_tensors[2::3], inputs, dys)
+            return original.backward(_StandIn(ctx, saved_tensors=(x, *cast, *masks)), *dys)
 
         return backward
 
     def _w(self, original: Any) -> Callable[..., Any]:
         def backward(ctx: Any, dy: Tensor) -> Any:
-            a, b, x, *masks = ctx.saved_tensors
-            self._add(_Branch(a, b, ctx.custom_saved_tensors[2], self._dropped(x, masks, 0, ctx), dy))
-            return original.backward(ctx, dy)
+            if not self._wanted():
+                return original.backward(ctx, dy)
+            adapters, x, masks = ctx.saved_tensors[:2], ctx.saved_tensors[2], ctx.saved_tensors[3:]
+            cast = self._cast(adapters, x.dtype)
+            self._add(adapters, cast, ctx.custom_saved_tensors[2::3], (self._dropped(x, masks, 0, ctx),), (dy,))
+            return original.backward(_StandIn(ctx, saved_tensors=(*cast, x, *masks)), dy)
 
         return backward
 
-    def _dropped(self, x: Tensor, masks: list[Tensor | None], i: int, ctx: Any) -> Tensor:
+    def _wanted(self) -> bool:
+        return self._loss.context is not None and self._statistics.collecting
+
+    def _dropped(self, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
         """What the LoRA branch saw: x after dropout, where this Unsloth fuses dropout."""
         mask = masks[i] if i < len(masks) else None
         if mask is None:
@@ -145,43 +163,57 @@ class FusedTap:
         return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _add(self, *branches: _Branch) -> None:
-        """Take a and g of the layers of one fused function.
+    def _cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+        """A and B of a function's layers, in turn, in x's precision; None where a layer has no adapter.
 
-        A product of this size costs the host more time than the device: layers that read the same x share one.
+        The original casts each of them on its own; what it is given here it takes as it is. One call fills buffers
+        that blocks of one shape share: the host's time, not the device's, is what this costs. The A of layers with
+        one d_in lie one below the other.
         """
-        context = self._loss.context
-        if context is None or not self._statistics.collecting:
-            return
-        with_lora = [b for b in branches if b.a is not None and b.b is not None and b.scale is not None]
-        for _, same_x in itertools.groupby(with_lora, lambda branch: id(branch.x)):
-            group: list[Any] = list(same_x)
-            x = group[0].x
-            rows = x.reshape(-1, x.shape[-1])
-            with torch.autocast(device_type=x.device.type, enabled=False):
-                stacked, lora_b = self._cast(group, rows.dtype)
-                values = (rows @ stacked.t()).split([branch.a.shape[0] for branch in group], 1)
-                for branch, value, b in zip(group, values, lora_b, strict=True):
-                    gradient = branch.dy.reshape(-1, branch.dy.shape[-1]).to(rows.dtype) @ b
-                    if branch.scale != 1:
-                        gradient = gradient * branch.scale
-                    self._statistics.add(self._find(branch.a), value, gradient, context)
-
-    def _cast(self, group: list[Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """Every A below the other, (sum r, d_in), and each B, (d_out, r), in x's precision.
-
-        One call copies them all, into buffers that blocks of the same shape share.
-        """
-        weights = [branch.a for branch in group] + [branch.b for branch in group]
-        key = (dtype, *(w.shape for w in weights))
+        key = (dtype, *(None if w is None else w.shape for w in adapters))
         if key not in self._buffers:
-            ranks = [branch.a.shape[0] for branch in group]
-            stacked = weights[0].new_empty(sum(ranks), weights[0].shape[1], dtype=dtype)
-            lora_b = [torch.empty_like(branch.b, dtype=dtype) for branch in group]
-            self._buffers[key] = stacked, [*stacked.split(ranks), *lora_b]
-        stacked, copies = self._buffers[key]
-        torch._foreach_copy_(copies, [w.detach() for w in weights])
-        return stacked, copies[len(group) :]
+            buffers: list[Any] = [None if w is None else torch.empty_like(w, dtype=dtype) for w in adapters]
+            with_a = [i for i in range(0, len(adapters), 2) if adapters[i] is not None]
+            for d_in, same in itertools.groupby(with_a, lambda i: buffers[i].shape[1]):
+                members = list(same)
+                ranks = [buffers[i].shape[0] for i in members]
+                stacked = buffers[members[0]].new_empty(sum(ranks), d_in)
+                for i, part in zip(members, torch.split(stacked, ranks), strict=True):
+                    buffers[i] = part
+            self._buffers[key] = buffers
+        buffers = self._buffers[key]
+        torch._foreach_copy_([b for b in buffers if b is not None], [w for w in adapters if w is not None])
+        return buffers
+
+    @torch.no_grad()
+    def _add(
+        self,
+        adapters: Sequence[Tensor | None],
+        cast: Sequence[Tensor | None],
+        scales: Sequence[float | None],
+        inputs: Sequence[Tensor],
+        dys: Sequence[Tensor],
+    ) -> None:
+        """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
+        context = self._loss.context
+        assert context is not None
+        branches = []
+        for i, (x, dy, scale) in enumerate(zip(inputs, dys, scales, strict=True)):
+            original, a, b = adapters[2 * i], cast[2 * i], cast[2 * i + 1]
+            if original is not None and a is not None and b is not None and scale is not None:
+                branches.append(_Branch(self._find(original), a, b, scale, x, dy))
+        for _, same_x in itertools.groupby(branches, lambda branch: id(branch.x)):
+            group = list(same_x)
+            first, ranks = group[0].a, [branch.a.shape[0] for branch in group]
+            # Neighbours in the buffer: together one matrix (sum r, d_in).
+            stacked = first if len(group) == 1 else first.as_strided((sum(ranks), first.shape[1]), first.stride())
+            x = group[0].x
+            values = torch.split(x.reshape(-1, x.shape[-1]) @ stacked.t(), ranks, 1)
+            for branch, value in zip(group, values, strict=True):
+                gradient = branch.dy.reshape(-1, branch.dy.shape[-1]) @ branch.b
+                if branch.scale != 1:
+                    gradient *= branch.scale
+                self._statistics.add(branch.layer, value, gradient, context)
 
     def _find(self, a: Tensor) -> int:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
