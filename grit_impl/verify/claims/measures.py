@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 UNITS = {
     "aqi_accuracy": "%",
+    "category": "%",
+    "exact": "%",
+    "within5": "%",
+    "mae": "index points",
     "delta_aqi": "points",
     "knowledge": "%",
     "retention": "%",

@@ -20,6 +20,7 @@ from grit_impl.verify.store import JudgedClaim
 
 DASH = "\N{EN DASH}"
 GIB = 2**30
+AQI_NAMES = {"category": "right category", "exact": "exact index", "within5": "index within 5 points"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +82,45 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
     add("Fisher inversions", from_run(lambda record: Cell(_grit(record, "inversions", 0))))
     add("Preconditioning coverage (%)", from_run(lambda record: Cell(_grit(record, "coverage", 1, 100))))
     add("Loss-curve divergence (RMS)", lambda name: Cell(_divergence(evidence, name)))
+
+    def unparsable(name: str) -> Cell | None:
+        if evidence.evaluation is None or name not in evidence.evaluation.models:
+            return None
+        found = evidence.evaluation.metrics[name].unparsable
+        return Cell(str(sum(found.values())), ", ".join(f"{count} {reason}" for reason, count in found.items()))
+
+    primary = evidence.evaluation.aqi_metric if evidence.evaluation is not None else ""
     add("AQI accuracy (%)", from_evaluation("aqi_accuracy"))
+    for metric in (each for each in AQI_NAMES if each != primary):
+        add(f"AQI {AQI_NAMES[metric]} (%)", from_evaluation(metric))
+    add("AQI mean absolute error (index points)", from_evaluation("mae"))
+    add("Unparsable answers", unparsable)
     add("delta_AQI (points)", from_evaluation("delta_aqi", sign=True))
     add("Knowledge retention (%)", from_evaluation("retention"))
     add("Speed (tokens/s)", from_evaluation("tokens_per_second"))
     add("delta_speed (%)", from_evaluation("delta_speed", sign=True))
     return list(PLAN_MODELS), rows
+
+
+def primary_accuracy(evidence: Evidence) -> str:
+    """What "AQI accuracy" means in this evaluation; empty without one."""
+    return AQI_NAMES[evidence.evaluation.aqi_metric] if evidence.evaluation is not None else ""
+
+
+def group_tables(evidence: Evidence) -> list[tuple[str, list[str], list[tuple[str, list[Cell]]]]]:
+    """AQI accuracy in percent by pollutant and by true category: title, models, and a row of cells per group."""
+    if evidence.evaluation is None:
+        return []
+    models = list(evidence.evaluation.models)
+    tables = []
+    for by, title in (("pollutant", "By pollutant"), ("category", "By true category")):
+        groups: dict[str, dict[str, Cell]] = {}
+        for row in evidence.evaluation.table(by):
+            interval = f"[{row['low']:.1f}, {row['high']:.1f}], n = {row['n']}"
+            groups.setdefault(row["group"], {})[row["label"]] = Cell(number(row["accuracy"]), interval)
+        rows = [(group, [cells.get(model, Cell()) for model in models]) for group, cells in groups.items()]
+        tables.append((title, models, rows))
+    return tables
 
 
 def _median_seconds(record: RunRecord) -> float | None:

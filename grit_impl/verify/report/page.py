@@ -43,6 +43,8 @@ def _common(
         "columns": columns,
         "rows": rows,
         "seed_rows": content.seed_rows(judged),
+        "primary": content.primary_accuracy(evidence),
+        "groups": content.group_tables(evidence),
         "winner": winner,
         "records": evidence.records,
         "changes": changes,

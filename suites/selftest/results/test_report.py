@@ -140,6 +140,12 @@ def test_numbers_of_the_table(written):
         for line in (folder / "grit_evaluation.md").read_text().splitlines()
         if line.startswith("| ")
     }
+    assert lines["AQI exact index (%)"].split("|")[2].startswith(" 25.0")
+    assert lines["Unparsable answers"].split("|")[2:6] == [" 0 "] * 4
+    assert "AQI accuracy is the right category." in (folder / "grit_evaluation.md").read_text()
+    page = (folder / "index.html").read_text()
+    assert "By pollutant" in page
+    assert re.search(r"Hazardous</th>.*?n = 50", page, re.DOTALL), "200 items in four categories"
     assert [c.split("<")[0].strip() for c in lines["AQI accuracy (%)"].split("|")[2:6]] == [
         "25.0",
         "60.0",
