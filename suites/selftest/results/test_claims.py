@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 
@@ -117,6 +118,21 @@ def test_slow_model_is_refuted_and_noise_is_inconclusive(make_evidence):
     assert find("evaluation.pure-speed").judge(evidence).verdict == "refuted"
     assert find("evaluation.hybrid-speed").judge(evidence).verdict == "inconclusive"
     assert find("evaluation.baseline-speed").judge(evidence).verdict == "supported"
+
+
+@pytest.mark.parametrize(
+    ("tenth", "verdict", "ratio"), [(0.1, "supported", 1.0), (1.4, "refuted", 2.3)], ids=["even", "inversions"]
+)
+def test_every_tenth_step_counts(make_evidence, tenth, verdict, ratio):
+    """Oracle: steps of 0.1 s, and every tenth of 1.4 s: medians are equal, totals are not."""
+    evidence = make_evidence()
+    for arm, each in (("baseline", 0.1), ("pure", tenth)):
+        record = evidence.records[arm]
+        rows = [{**row, "seconds": each if row["step"] % 10 == 0 else 0.1} for row in record.steps]
+        (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = find("training.pure-overhead").judge(evidence)
+    assert judged.verdict == verdict
+    assert judged.metrics[0].estimate == pytest.approx(ratio)
 
 
 def test_changed_or_silent_export_is_refuted(make_evidence):
