@@ -185,7 +185,10 @@ def _overwritten(f: Facts) -> Finding | None:
 def _starved(f: Facts) -> Finding | None:
     hooked = max((s.get("hooked_modules") or 0 for s in f.steps), default=0)
     calls = f.total("module_calls")
-    starved = f.statuses.get("starved", 0) * 2 > sum(f.statuses.values())
+    samples = [layer["samples"] for layer in (f.report or {}).get("layers", []) if "samples" in layer]
+    # A factor that was never inverted may call itself starved; what counts is whether anything reached it.
+    without = sum(not count for count in samples) if samples else f.statuses.get("starved", 0)
+    starved = without * 2 > sum(f.statuses.values())
     silent = hooked > 0 and calls == 0 and len(f.live) > 0
     if not _idle(f) or not (starved or silent):
         return None
@@ -196,7 +199,7 @@ def _starved(f: Facts) -> Finding | None:
             "times: something computes these layers without calling them (fused kernels)",
             numbers,
         )
-    return Finding(f"the preconditioner reports {f.statuses['starved']} layers without samples", numbers)
+    return Finding(f"the preconditioner reports {without} layers without samples", numbers)
 
 
 @_detector("not-ready", "the factors were never ready: too few samples, or not inverted yet")
