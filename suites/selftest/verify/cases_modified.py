@@ -38,6 +38,19 @@ CASES: dict[str, Case] = {
         "the preconditioner reports 3 layers without samples",
         {"hooked_modules": 6, "module_calls": 20, "statuses": {"starved": 3, "ready": 2}},
     ),
+    "starved-by-samples": (
+        "starved",
+        ledger(report={**statuses(starved=3), "layers": [{"samples": 0}, {"samples": 0.0}, {"samples": 7}]}),
+        "the preconditioner reports 2 layers without samples",
+        {"hooked_modules": 0, "module_calls": 0, "statuses": {"starved": 3}},
+    ),
+    "starved-by-name-only": (
+        # Stopped before the first inversion: the factors have samples, whatever they call themselves.
+        "starved",
+        ledger(report={**statuses(starved=3), "layers": [{"samples": 0}, {"samples": 1}, {"samples": 7}]}),
+        None,
+        {},
+    ),
     "starved-half": ("starved", ledger(report=statuses(starved=2, ready=2)), None, {}),
     "starved-but-works": ("starved", ledger(lambda s, n: BENT, report=statuses(starved=3)), None, {}),
     "not-ready": (
