@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grit_impl.errors import GRITError
@@ -46,6 +45,9 @@ class ForwardContext:
 class RankStatistics:
     """Sums over tokens for all layers, each kind in one stacked tensor.
 
+    A call of a layer is only noted; the products of many calls are taken together, in one batched multiplication,
+    when the pass is over, when the sums are read, or when more than `CHUNK` bytes have been noted.
+
     Args:
         layers: Number of layers, L.
         rank: Largest rank r; layers of smaller rank use the leading rows and columns.
@@ -53,30 +55,63 @@ class RankStatistics:
         dtype: float32, or float64 for a model in double precision.
 
     Attributes:
-        sum_a: (L, r, r), the sum of a a' over the tokens since the last `reset`.
-        sum_g: (L, r, r), the sum of g g'.
+        sums: (2, L, r, r), the sums of a a' (0) and g g' (1) over the tokens since the last `reset`.
         cross: (L, r, r), the sum of (raw) g a'; only while `check_completeness`.
         energy: (L,), the sum of |raw g|^2; only while `check_completeness`.
         tokens: (L,), the number of tokens.
     """
 
+    CHUNK = 1 << 24
+
     def __init__(self, layers: int, rank: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         square = layers * rank * rank
-        # One buffer, so that one call adds it up over processes.
+        # One buffer, so that one call clears it.
         self._buffer = torch.zeros(3 * square + 2 * layers, device=device, dtype=dtype)
-        *sums, self.tokens, self.energy = torch.split(self._buffer, [square, square, square, layers, layers])
-        self.sum_a, self.sum_g, self.cross = (s.view(layers, rank, rank) for s in sums)
+        sums, cross, self._tokens, self._energy = torch.split(self._buffer, [2 * square, square, layers, layers])
+        self._sums, self._cross = sums.view(2, layers, rank, rank), cross.view(layers, rank, rank)
+        self._noted: list[tuple[int, Tensor, Tensor]] = []
+        self._bytes = 0
+        self._context: ForwardContext | None = None
         self.check_completeness = False
         self.collecting = True
 
-    @torch.no_grad()
+    @property
+    def sums(self) -> Tensor:
+        self.flush()
+        return self._sums
+
+    @property
+    def sum_a(self) -> Tensor:
+        """(L, r, r), the sum of a a'."""
+        return self.sums[0]
+
+    @property
+    def sum_g(self) -> Tensor:
+        """(L, r, r), the sum of g g'."""
+        return self.sums[1]
+
+    @property
+    def cross(self) -> Tensor:
+        self.flush()
+        return self._cross
+
+    @property
+    def energy(self) -> Tensor:
+        self.flush()
+        return self._energy
+
+    @property
+    def tokens(self) -> Tensor:
+        self.flush()
+        return self._tokens
+
     def add(self, layer: int, a: Tensor, g: Tensor, context: ForwardContext) -> None:
         """Add one call of a layer.
 
         Args:
             layer: Index of the layer.
-            a: (..., r) output of lora_A, any dtype.
-            g: (..., r) gradient of the (scaled, averaged) loss at that output.
+            a: (..., r) output of lora_A, any dtype; nobody may write to it afterwards.
+            g: (..., r) gradient of the (scaled, averaged) loss at that output; the same.
             context: The forward pass that the call belongs to.
 
         Raises:
@@ -87,35 +122,62 @@ class RankStatistics:
                 "GRIT cannot tell how the loss averages over tokens: pass labels to the model's forward so that it "
                 "returns a loss, or set manager.loss_tokens to the number of tokens the loss is averaged over"
             )
-        rank, dtype = a.shape[-1], self.sum_a.dtype
-        with torch.autocast(device_type=a.device.type, enabled=False):
-            a, raw = a.reshape(-1, rank).to(dtype), g.reshape(-1, rank).to(dtype)
-            if context.tokens not in (None, a.shape[0]):
-                raise GRITError(
-                    f"a LoRA layer saw {a.shape[0]} tokens where the model was given {context.tokens}: GRIT supports "
-                    "layers that see every token once (no expert routing, no part of a sequence)"
-                )
-            if context.mask is None:
-                self.tokens[layer] += a.shape[0]
-            else:
-                # Selected, not multiplied: what padding computes may be NaN.
-                real = context.mask.reshape(-1, 1)
-                a, raw = torch.where(real, a, 0), torch.where(real, raw, 0)
-                self.tokens[layer] += context.count
-            g = raw * context.tokens_per_unit
-            self.sum_a[layer, :rank, :rank].addmm_(a.T, a)
-            self.sum_g[layer, :rank, :rank].addmm_(g.T, g)
-            if self.check_completeness:
-                self.cross[layer, :rank, :rank].addmm_(raw.T, a)
-                self.energy[layer] += (raw * raw).sum()
+        rank = a.shape[-1]
+        tokens = a.numel() // rank
+        if context.tokens not in (None, tokens):
+            raise GRITError(
+                f"a LoRA layer saw {tokens} tokens where the model was given {context.tokens}: GRIT supports "
+                "layers that see every token once (no expert routing, no part of a sequence)"
+            )
+        if context is not self._context:
+            self.flush()
+            self._context = context
+        self._noted.append((layer, a, g))
+        self._bytes += 2 * a.numel() * a.element_size()
+        if self._bytes > self.CHUNK:
+            self.flush()
 
-    def all_reduce(self) -> None:
-        """Add up over data-parallel processes; nothing where there is one. Every process has to call it."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._buffer)
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add what was noted to the sums."""
+        noted, context = sorted(self._noted, key=lambda call: call[0]), self._context
+        self._noted, self._bytes = [], 0
+        if not noted or context is None:
+            return
+        # Neighbours of one shape: their sums are one slice, so that no index has to travel to the device.
+        runs: list[list[tuple[int, Tensor, Tensor]]] = []
+        for call in noted:
+            last = runs[-1][-1] if runs else None
+            if last is None or call[0] != last[0] + 1 or call[1].shape != last[1].shape:
+                runs.append([])
+            runs[-1].append(call)
+        with torch.autocast(device_type=self._buffer.device.type, enabled=False):
+            for run in runs:
+                self._add_run(run, context)
+
+    def _add_run(self, run: list[tuple[int, Tensor, Tensor]], context: ForwardContext) -> None:
+        """Layers i, i + 1, ... of one shape: (n, tokens, r) each."""
+        assert context.tokens_per_unit is not None
+        n, first, rank, dtype = len(run), run[0][0], run[0][1].shape[-1], self._buffer.dtype
+        layers = slice(first, first + n)
+        stack = torch.stack([call[1] for call in run] + [call[2] for call in run])
+        stack = stack.reshape(2, n, run[0][1].numel() // rank, rank).to(dtype)
+        if context.mask is None:
+            self._tokens[layers] += stack.shape[2]
+        else:
+            # Filled, not multiplied: what padding computes may be NaN.
+            stack.masked_fill_(~context.mask.reshape(-1, 1), 0)
+            self._tokens[layers] += context.count
+        a, raw = stack
+        if self.check_completeness:
+            self._cross[layers, :rank, :rank] += raw.mT @ a
+            self._energy[layers] += raw.square().sum((1, 2))
+        raw *= context.tokens_per_unit
+        self._sums[:, layers, :rank, :rank] += stack.mT @ stack
 
     def reset(self) -> None:
         """Forget the sums."""
+        self._noted, self._bytes = [], 0
         self._buffer.zero_()
 
 

@@ -2,7 +2,8 @@
 
 Numerators (sums of outer products) and denominators (numbers of tokens) are averaged separately and divided when a
 factor is needed. Both are linear in the data, so the result does not depend on how a step's tokens were split into
-micro-batches or over processes, and the exponential average needs no separate bias correction.
+micro-batches or over processes, and the exponential average needs no separate bias correction. Linear is the
+exponential average, too: every process averages its own sums, and they are added up once per inversion.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grit_impl.autograd import RankStatistics
@@ -40,11 +42,14 @@ class KroneckerFactors:
         kept: (L,) dimension of that space.
         inverse: (2, L, r, r) damped inverses; the identity where a factor is not ready.
         status: (2, L) one of READY, STARVED, TOO_FEW, ZERO, NON_FINITE, as of the last inversion.
-        dropped: (L,) steps whose statistics were not finite and were left out.
+        dropped: (L,) steps whose statistics were not finite and were left out, summed over processes.
+        recent: What this process has seen since the last `merge`, one vector: 2 L r r numerators and L tokens, decayed;
+            then L tokens and L dropped steps, undecayed.
+        lag: The decay that the merged sums have missed since then.
         inversions: How often the inverses were recomputed on schedule.
     """
 
-    _STATE = ("numerator", "tokens", "seen", "projector", "kept", "inverse", "status", "dropped")
+    _STATE = ("numerator", "tokens", "seen", "projector", "kept", "inverse", "status", "dropped", "recent")
 
     def __init__(
         self, ranks: Sequence[int], config: GRITConfig, device: torch.device, dtype: torch.dtype = torch.float32
@@ -59,17 +64,42 @@ class KroneckerFactors:
         self.tokens, self.seen, self.dropped = torch.zeros(3, layers, device=device, dtype=dtype).unbind()
         self.inverse = self.eye.expand_as(self.numerator).clone()
         self.status = torch.full((2, layers), STARVED, device=device)
+        self.recent = torch.zeros(self.numerator.numel() + 3 * layers, device=device, dtype=dtype)
+        self.lag = 1.0
         self.inversions = 0
 
     def absorb(self, statistics: RankStatistics) -> None:
-        """Take in the sums of one optimizer step; a layer whose sums are not finite is left out and counted."""
-        sums = torch.stack((statistics.sum_a, statistics.sum_g))
-        finite = sums.isfinite().all(-1).all(-1).all(0)
-        decay = self.config.factor_decay
-        self.numerator = torch.where(finite[:, None, None], decay * self.numerator + sums, self.numerator)
-        self.tokens = torch.where(finite, decay * self.tokens + statistics.tokens, self.tokens)
-        self.seen = self.seen + torch.where(finite, statistics.tokens, 0)
-        self.dropped = self.dropped + ~finite
+        """Take in this process's sums of one optimizer step; a layer whose sums are not finite is left out and counted.
+
+        Where there are several processes, they count from the next `merge` on.
+        """
+        finite = statistics.sums.isfinite().all(-1).all(-1).all(0)
+        tokens = torch.where(finite, statistics.tokens, 0)
+        numerators = torch.where(finite[:, None, None], statistics.sums, 0)
+        decayed = 2 * self.eye.numel() * len(self.tokens) + len(self.tokens)
+        self.recent[:decayed] *= self.config.factor_decay
+        self.recent += torch.cat((numerators.flatten(), tokens, tokens, (~finite).to(tokens.dtype)))
+        self.lag *= self.config.factor_decay
+        if world_size() == 1:
+            self.merge()
+
+    def merge(self) -> None:
+        """Add up what all processes have seen since the last time; every process has to call it.
+
+        One all-reduce of 2 L r r + 3 L numbers, and none where there is one process. NCCL's runs on a stream of its
+        own: the device waits for it, the host goes on.
+        """
+        reduction = dist.all_reduce(self.recent, async_op=True) if world_size() > 1 else None
+        # What does not need it, meanwhile.
+        numerator_before, tokens_before = self.lag * self.numerator, self.lag * self.tokens
+        if reduction is not None:
+            reduction.wait()
+        layers = len(self.tokens)
+        numerator, *counts = torch.split(self.recent, [self.numerator.numel(), layers, layers, layers])
+        self.numerator = numerator_before + numerator.view_as(self.numerator)
+        self.tokens = tokens_before + counts[0]
+        self.seen, self.dropped = self.seen + counts[1], self.dropped + counts[2]
+        self.recent, self.lag = torch.zeros_like(self.recent), 1.0
 
     def covariances(self) -> Tensor:
         """(2, L, r, r): S_a and S_g, mean outer products per real token; zero where nothing was seen."""
@@ -120,14 +150,25 @@ class KroneckerFactors:
         self.invert()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as tensors and numbers."""
-        return {"inversions": self.inversions, **{name: getattr(self, name) for name in self._STATE}}
+        """Everything that a resumed run needs, as tensors and numbers; `merge` first where there are processes."""
+        tensors = {name: getattr(self, name) for name in self._STATE}
+        return {"inversions": self.inversions, "lag": self.lag, **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, on this object's device."""
-        self.inversions = state["inversions"]
+        """Restore what `state_dict` returned, on this object's device.
+
+        What was not merged yet goes to the first process: all load the same state, and it must count once.
+        """
+        self.inversions, self.lag = state["inversions"], state["lag"]
         for name in self._STATE:
             setattr(self, name, state[name].to(self.eye.device).clone())
+        if world_size() > 1 and dist.get_rank() != 0:
+            self.recent.zero_()
+
+
+def world_size() -> int:
+    """Data-parallel processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:

@@ -15,18 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from grit_impl.autograd import LossTap, ModuleTap, RankStatistics
+from grit_impl.completeness import completeness_errors
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank
+from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank, world_size
 from grit_impl.fused import FusedTap, fused_functions
 from grit_impl.rank import Reprojection
+from grit_impl.stacks import GradientStacks
 from grit_impl.update_rules import make_rule
 
-# Sums over tokens in float32 (bf16 products) against dA A': measured 0.011 at worst; a layer that misses one of two
-# micro-batches is off by 0.3 or more.
-COMPLETENESS_TOLERANCE = 0.1
-# A sum of outer products this much smaller than its terms has no direction to compare; measured at least 0.02.
-CANCELLATION = 1e-4
 # Factors that wait for their eigenvalues: 32 x 7 MiB for Llama-3-8B at rank 16 would be too much, 16 x 0.5 is not.
 SPECTRA_KEPT_UNSOLVED = 16
 
@@ -140,6 +137,7 @@ class GRITManager:
         dtype = torch.promote_types(torch.float32, self.layers[0].a.dtype)
         self.statistics = RankStatistics(len(ranks), self.rank, device, dtype)
         self.factors = KroneckerFactors(ranks, self.config, device, dtype)
+        self._gradients = GradientStacks(self.layers)
         self.reprojection = Reprojection(self.layers, self.config, self.factors)
         self.rule = make_rule(self.config, self.layers, self.factors)
         self.step = 0
@@ -200,6 +198,7 @@ class GRITManager:
 
     def _before_forward(self) -> None:
         """At each forward: gradients that are gone mean that a new window begins (a scaler may have skipped a step)."""
+        self.statistics.flush()
         if not self._window_open or self._no_gradients():
             self.begin_window()
 
@@ -216,20 +215,20 @@ class GRITManager:
         """
         self._check_active()
         if self.statistics.collecting:
-            self.statistics.all_reduce()
             if self.statistics.check_completeness:
-                self._check_completeness()
+                self.completeness = completeness_errors(self.statistics, self.layers)
             self.factors.absorb(self.statistics)
         self.statistics.reset()
         self._window_open = False
         self.step += 1
+        # One all-reduce per inversion; a regulariser reads the factors at every step.
+        if world_size() > 1 and (self._inversion_due() or self.config.lambda_kfac):
+            self.factors.merge()
         if self._inversion_due():
             self.factors.invert()
             self.factors.inversions += 1
             if self.config.log_fisher_spectrum:
                 self._unsolved.append((self.step, self.factors.covariances()))
-                if len(self._unsolved) >= SPECTRA_KEPT_UNSOLVED:
-                    self.spectrum_history()
         self._regularise()
         warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
         if self.rule is not None:
@@ -275,26 +274,10 @@ class GRITManager:
 
     def _apply(self) -> None:
         side_a, side_b = self._sides()
-        inverse = self.factors.inverse
-        grads, new = [], []
-        for i, layer in enumerate(self.layers):
-            r, a, b = layer.rank, layer.a.grad, layer.b.grad
-            if a is not None:
-                grads.append(a)
-                new.append(inverse[side_a, i, :r, :r] @ a.to(inverse.dtype))
-            if b is not None:
-                grads.append(b)
-                new.append(b.to(inverse.dtype) @ inverse[side_b, i, :r, :r])
-        if not grads:
-            return  # called after zero_grad: a mistake that GRITCallback can be told to make
-        if self.config.renormalise == "gradient_norm":
-            old_norms = torch.stack(torch._foreach_norm([g.to(inverse.dtype) for g in grads]))
-            new_norms = torch.stack(torch._foreach_norm(new))
-            # A gradient of zero stays zero; everything else keeps its raw norm.
-            ratios = torch.where(new_norms > 0, old_norms / new_norms, 0.0)
-            torch._foreach_mul_(new, list(ratios.unbind()))
-        torch._foreach_copy_(grads, new)
-        self._count_applied()
+        inverse, keep_norm = self.factors.inverse, self.config.renormalise == "gradient_norm"
+        # Nothing there after zero_grad: a mistake that GRITCallback can be told to make.
+        if self._gradients.multiply(inverse[side_a], inverse[side_b], keep_norm=keep_norm):
+            self._count_applied()
 
     def _count_applied(self) -> None:
         ready = self.factors.status == READY
@@ -311,12 +294,7 @@ class GRITManager:
         # Gradients of both terms are one r x r matrix times A (left) or B (right).
         left = kfac * s[1] + reproj * (self.factors.eye - p[0])
         right = kfac * s[0] + reproj * (self.factors.eye - p[1])
-        for i, layer in enumerate(self.layers):
-            r = layer.rank
-            if layer.a.grad is not None:
-                layer.a.grad += (left[i, :r, :r] @ layer.a.to(s.dtype)).to(layer.a.grad.dtype)
-            if layer.b.grad is not None:
-                layer.b.grad += (layer.b.to(s.dtype) @ right[i, :r, :r]).to(layer.b.grad.dtype)
+        self._gradients.add(left, right)
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After the parameters have moved: reproject when due, and keep dropped directions dropped.
@@ -324,46 +302,14 @@ class GRITManager:
         Args:
             optimizer: The optimizer whose moments are projected with the parameters.
         """
+        if len(self._unsolved) >= SPECTRA_KEPT_UNSOLVED:
+            self.spectrum_history()
         if self.reprojection.due(self.step) and self.factors.inversions:
             self.reprojection.reproject(self.step, optimizer)
             if self.rule is not None:
                 self.rule.project()
         else:
             self.reprojection.enforce()
-
-    def _check_completeness(self) -> None:
-        """Compare sum_t g_t a_t' with dA A' and B' dB: parallel if and only if every token of every layer was seen.
-
-        Only the direction counts: a loss scale and the mean over processes are common factors. While B = 0 all of
-        it is zero, and after an overflow it is not finite; then the next step is checked.
-        """
-        statistics, dtype = self.statistics, self.factors.eye.dtype
-        seen, truth = (
-            statistics.cross[:, None].double(),
-            self.factors.inverse.new_zeros(len(self.layers), 2, *self.factors.eye.shape).double(),
-        )
-        for i, layer in enumerate(self.layers):
-            a, b, r = layer.a, layer.b, layer.rank
-            if a.grad is not None:
-                truth[i, 0, :r, :r] = a.grad.to(dtype) @ a.to(dtype).T
-            if b.grad is not None:
-                truth[i, 1, :r, :r] = b.to(dtype).T @ b.grad.to(dtype)
-        norms, size = truth.norm(dim=(-2, -1)), seen.norm(dim=(-2, -1))
-        cosine = (seen * truth).sum((-2, -1)) / (size * norms).clamp_min(torch.finfo(torch.float64).tiny)
-        # Where the tokens cancel in the sum, its direction is rounding.
-        bound = (statistics.energy.double() * statistics.sum_a.diagonal(dim1=-2, dim2=-1).sum(-1)).sqrt()[:, None]
-        certain = (norms > 0) & ((size > CANCELLATION * bound) | (bound == 0))
-        errors = torch.where(certain, (1 - cosine.clamp(0, 1) ** 2).sqrt(), 0.0).amax(-1).cpu()
-        if not bool((certain.any() & norms.isfinite().all() & seen.isfinite().all()).cpu()):
-            return
-        self.completeness = errors
-        worst = int(errors.argmax())
-        if errors[worst] > COMPLETENESS_TOLERANCE:
-            raise GRITError(
-                f"GRIT's statistics do not add up to the gradients: {self.layers[worst].path} is off by "
-                f"{errors[worst]:.2f} (tolerance {COMPLETENESS_TOLERANCE}). Something computes this layer without "
-                "calling its modules (fused kernels), or changed the gradients before GRIT saw them"
-            )
 
     def factor_report(self) -> dict[str, Any]:
         """The state of every factor, for people and for the ledger; waits for the device.

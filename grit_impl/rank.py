@@ -92,6 +92,7 @@ class Reprojection:
             optimizer: Whose first moments are projected; None: none are.
         """
         factors, config = self.factors, self.config
+        factors.merge()
         s = factors.covariances()
         s = s / factors.mean_eigenvalues(s).clamp_min(TRACE_FLOOR)[..., None, None]
         # Adding the projector lifts the space in use by one: its eigenvectors come last, however singular S is.

@@ -98,7 +98,7 @@ def test_inverses_are_inverses(seed: int, n: int, ranks: list[int], dtype: Any, 
     values = samples(seed, n, ranks, dtype)
     precision = accumulator(dtype)
     statistics = collected(values, [], torch.ones(n, dtype=torch.bool))
-    statistics.sum_g *= 10.0**power
+    statistics.sum_g.mul_(10.0**power)
     damping = 0.01 * 10.0**power if mode == "absolute" else 0.01
     factors = factors_of(statistics, ranks, precision, damping_mode=mode, kfac_damping=damping)
     factors.invert()

@@ -89,7 +89,7 @@ def test_hooks_read_nothing(prepared: Any) -> None:
     """Statistics are taken in forward and backward: only GRIT's own hooks run under the watch."""
     model, manager, batch = prepared()
     tap, statistics = manager._taps[0], manager.statistics
-    before, add = tap._before, statistics.add
+    before, add, flush = tap._before, statistics.add, statistics.flush
     calls = []
 
     def watched(function: Any) -> Any:
@@ -100,10 +100,13 @@ def test_hooks_read_nothing(prepared: Any) -> None:
 
         return call
 
-    statistics.add = watched(add)
+    statistics.add, statistics.flush = watched(add), watched(flush)
     model.register_forward_pre_hook(watched(before), with_kwargs=True)
     model(**batch).loss.backward()
-    assert len(calls) == 1 + len(manager.layers)
+    statistics.flush()
+    assert calls.count(add) == len(manager.layers)
+    assert calls.count(before) == 1
+    assert statistics.tokens.all()
 
 
 def test_the_watch_sees_a_read() -> None:

@@ -1,0 +1,182 @@
+"""What GRIT costs, as ratios of things measured in turn in one process.
+
+A machine's speed drifts, and a ratio of two medians taken minutes apart shows the drift. Here the things that are
+compared take turns, one step each, and every round gives one ratio; the figure is the median over rounds, with a
+distribution-free 95% interval (order statistics, from the binomial distribution with p = 1/2).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from grit_impl.config import GRITConfig
+
+if TYPE_CHECKING:
+    from grit_impl.manager import GRITManager
+
+TARGETS = {"cpu step": 1.10, "gpu step": 1.03, "gpu memory": 1.01, "ledger": 1.03, "inversion of 448 factors, ms": 1.0}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and its interval.
+
+    Attributes:
+        median: Of the values.
+        low: Lower end of the 95% interval; the smallest value where there are fewer than six.
+        high: Upper end.
+        n: Number of values.
+    """
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and distribution-free 95% interval of it."""
+    ordered, n = sorted(values), len(values)
+    # The k-th smallest and k-th largest cover the median with probability 1 - 2 P(X < k), X binomial (n, 1/2).
+    k, below = 1, 0.5**n
+    while k < n / 2 and below + math.comb(n, k) * 0.5**n <= 0.025:
+        below += math.comb(n, k) * 0.5**n
+        k += 1
+    return Spread(statistics.median(ordered), ordered[k - 1], ordered[n - k], n)
+
+
+def misses(measured: Spread, target: float) -> bool:
+    """Whether the target is missed by more than the spread: even the interval's lower end lies above it."""
+    return measured.low > target
+
+
+@dataclass
+class Bench:
+    """A model, an optimizer, and steps that can be taken with and without GRIT.
+
+    Args:
+        model: A PEFT model.
+        optimizer: (parameters) -> optimizer.
+        length: Tokens per sequence.
+        batch: Sequences per micro-batch.
+        accumulation: Micro-batches per step.
+        autocast: Compute in bf16.
+        config: GRIT's.
+    """
+
+    model: Any
+    optimizer: Callable[[list[Any]], Any]
+    length: int
+    batch: int = 2
+    accumulation: int = 4
+    autocast: bool = False
+    config: GRITConfig = field(default_factory=lambda: GRITConfig(kfac_update_freq=5))
+
+    def __post_init__(self) -> None:
+        import torch
+
+        for name, p in self.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.01)
+        self.model.train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.inner = self.optimizer(self.parameters)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.vocab_size
+        self.batches = [
+            torch.randint(3, vocabulary, (self.batch, self.length), generator=generator).to(self.device)
+            for _ in range(8)
+        ]
+        self.masks = torch.ones_like(self.batches[0])
+        self._step = 0
+
+    @cached_property
+    def manager(self) -> GRITManager:
+        """Made when it is first needed, so that a plain step before that shows the memory of one without GRIT."""
+        from grit_impl.manager import GRITManager
+
+        return GRITManager(self.model, self.config)
+
+    def wait(self) -> None:
+        """Until the device has finished."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def backward(self) -> None:
+        """All micro-batches of one step."""
+        import torch
+
+        for micro in range(self.accumulation):
+            ids = self.batches[(self._step * self.accumulation + micro) % len(self.batches)]
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                loss = self.model(input_ids=ids, attention_mask=self.masks, labels=ids).loss / self.accumulation
+            loss.backward()
+        self._step += 1
+
+    def step(self, *, grit: bool) -> float:
+        """One optimizer step; returns its seconds, waiting for the device before and after."""
+        import torch
+
+        if grit:
+            self.manager.attach()
+        elif "manager" in vars(self):
+            self.manager.detach()
+        self.wait()
+        began = time.perf_counter()
+        self.backward()
+        if grit:
+            self.manager.precondition()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.inner.step()
+        if grit:
+            self.manager.after_step(self.inner)
+        self.inner.zero_grad()
+        self.wait()
+        return time.perf_counter() - began
+
+
+def in_turn(
+    arms: dict[str, Callable[[], float]], rounds: int, *, seconds: float = float("inf"), warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Let the arms take turns.
+
+    Args:
+        arms: Name -> what takes one step and returns its seconds.
+        rounds: At most.
+        seconds: Budget of the rounds after the warm-up; at least two are made.
+        warm_up: Rounds that are not counted.
+
+    Returns:
+        Name -> seconds per round.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in arms}
+    began = time.perf_counter()
+    for round_ in range(-warm_up, rounds):
+        if round_ == 0:
+            began = time.perf_counter()
+        # Every other round backwards: what comes first in a round has no advantage.
+        for name in list(arms)[:: 1 if round_ % 2 else -1]:
+            value = arms[name]()
+            if round_ >= 0:
+                taken[name].append(value)
+        if round_ >= 1 and time.perf_counter() - began > seconds:
+            break
+    return taken
+
+
+def ratios(over: Sequence[float], under: Sequence[float], block: int = 1) -> list[float]:
+    """One ratio per block of rounds: of the sums, so that what is done every few steps is in each."""
+    count = min(len(over), len(under)) // block
+    return [sum(over[i * block : (i + 1) * block]) / sum(under[i * block : (i + 1) * block]) for i in range(count)]
