@@ -22,6 +22,7 @@ UNITS = {
     "retention": "%",
     "tokens_per_second": "tokens/s",
     "delta_speed": "%",
+    "delta_speed_absolute": "tokens/s",
 }
 """What an evaluation measures of every model, and the unit it is kept in."""
 

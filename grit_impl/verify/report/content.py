@@ -99,6 +99,7 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
     add("Knowledge retention (%)", from_evaluation("retention"))
     add("Speed (tokens/s)", from_evaluation("tokens_per_second"))
     add("delta_speed (%)", from_evaluation("delta_speed", sign=True))
+    add("delta_speed (tokens/s)", from_evaluation("delta_speed_absolute", sign=True))
     return list(PLAN_MODELS), rows
 
 
