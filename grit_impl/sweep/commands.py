@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from grit_impl.errors import GRITError
 from grit_impl.sweep.plan import load_plan
 
 DATABASE = "sweep.db"
@@ -111,7 +112,11 @@ def report(folders: tuple[Path, ...], document: Path | None, figures: Path | Non
     from grit_impl.sweep.report import markdown, plots, replace_block
     from grit_impl.sweep.store import Store
 
-    stores = [Store(path / DATABASE if path.is_dir() else path) for path in folders]
+    files = [path / DATABASE if path.is_dir() else path for path in folders]
+    for file in files:
+        if not file.is_file():
+            raise GRITError(f"{file} is not there: run grit sweep run first")
+    stores = [Store(file) for file in files]
     text = markdown(stores)
     if figures is not None:
         for path in plots(stores, figures):

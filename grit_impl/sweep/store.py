@@ -53,10 +53,11 @@ class Store:
             self._db.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:
             raise GRITError(f"cannot open sweep results {path}: {error}") from error
-        found = self.meta.setdefault("schema", str(SCHEMA))
-        if int(found) > SCHEMA:
+        found = self.meta.get("schema")
+        if found is None:
+            self.set_meta(schema=SCHEMA)  # a file that is only read stays as it is
+        elif int(found) > SCHEMA:
             raise GRITError(f"{path} has schema {found}; this version reads up to {SCHEMA}: upgrade")
-        self.set_meta(schema=SCHEMA)
 
     def __enter__(self) -> Self:
         return self

@@ -55,7 +55,7 @@ def work(job, settings, device):
         raise ValueError("asked to fail")
     if orders.get("die") == name:
         os._exit(7)
-    time.sleep(orders.get("sleep", 0))
+    time.sleep(orders["slow"][1] if orders.get("slow", [""])[0] == name else orders.get("sleep", 0))
     loss = 1.0 + abs(settings.get("lr", 0) - 0.006) + job["seed"] / 1000
     return {"status": "done", "loss": loss, "accuracy": 0.5, "retention": 0.1, "losses": [loss],
             "curve": [[5, 2 * loss, 0, 1], [10, loss, 0, 2]], "train_seconds": 0.1, "coverage": None,

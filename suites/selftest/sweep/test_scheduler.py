@@ -30,7 +30,8 @@ def _log(work: Work) -> list[str]:
 
 
 def test_everything_runs_once_with_the_tuned_settings(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
-    """Evaluation uses the trial with the lowest validation loss; a second pass has nothing to do."""
+    """Evaluation waits for its arm's last trial and uses the best; a second pass has nothing to do."""
+    _orders(fake_work, slow=("tuning/choose/eigenbasis/0", 1.0))
     plan = load_plan(plan_file)
     with Store(tmp_path / "sweep.db") as store:
         assert Sweep(plan, store, jobs=2, device="cpu", work=fake_work).run() == 0
