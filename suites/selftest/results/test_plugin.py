@@ -106,6 +106,21 @@ def test_selection_and_last_failed(project):
 
 
 @pytest.mark.parametrize(
+    "arguments", [["-p", "no:randomly"], ["-p", "xdist", "-n", "auto"], ["-m", "verify"]], ids=" ".join
+)
+def test_ways_to_run(project, arguments):
+    """Oracle: the same outcomes however pytest is started; with `-m` those of the marked tests."""
+    if "xdist" in arguments:
+        pytest.importorskip("xdist")
+    marked = "import pytest\n" + TESTS.replace("def test_supported", "@pytest.mark.verify\ndef test_supported")
+    project.makepyfile(test_it=marked)
+    selected = (
+        {"passed": 1, "deselected": 6} if "-m" in arguments else {"passed": 2, "failed": 1, "skipped": 3, "xfailed": 1}
+    )
+    project.run_grit(*arguments).assert_outcomes(**selected)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--min-delta-aqi", "abc"], "--min-delta-aqi takes a number, not 'abc'"),
