@@ -44,7 +44,7 @@ def probe(
         from grit_impl.recipes.unsloth import import_unsloth
 
         import_unsloth()
-    from grit_impl.verify.probe import run_probe
+    from grit_impl.verify.probe_run import run_probe
 
     training = TrainingSettings(
         accumulation=accumulation,

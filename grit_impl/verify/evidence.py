@@ -52,7 +52,8 @@ class LiveEvidence(Evidence):
     config: GRITConfig = field(default_factory=lambda: GRITConfig.preset("recommended"))
 
     def __post_init__(self) -> None:
-        self.records, self.verdicts, self.exports, self.seeds, self.missing, self.failed = {}, {}, {}, {}, {}, {}
+        self.records, self.verdicts, self.exports, self.costs, self.seeds = {}, {}, {}, {}, {}
+        self.missing, self.failed = {}, {}
 
     @property
     def reports(self) -> Path:
@@ -76,6 +77,8 @@ class LiveEvidence(Evidence):
         self._refuse_early(evaluate)
         with self._lock():
             self._train([name for name in ARMS if name in arms])
+            for name in dict.fromkeys(name for kind, name in wanted if kind == "cost"):
+                self._cost(name)
             for name in [name for name in PLAN_MODELS if name in models]:
                 self._export(name)
             if evaluate and self.evaluation is None and "evaluation" not in self.missing:
@@ -157,7 +160,7 @@ class LiveEvidence(Evidence):
                 found[spec.arm] = record or f"no finished run in {folder}, and --reuse-runs trains none"
             return found
         # One at a time where they would share a GPU; else one per core, for a run of one thread each.
-        jobs = 1 if has_gpu() else max(1, min(2, os.cpu_count() or 1))
+        jobs = self.options.jobs or (1 if has_gpu() else max(1, min(2, os.cpu_count() or 1)))
         return run_arms(specs, folder, jobs=jobs, progress=self.progress)
 
     def _judge(self, name: str, record: RunRecord) -> None:
@@ -167,6 +170,33 @@ class LiveEvidence(Evidence):
             self.missing = {**self.missing, f"verdict:{name}": f"{record.path} has no gradient ledger"}
             return
         self.verdicts = {**self.verdicts, name: judge_ledger(record)}
+
+    def _cost(self, stack: str) -> None:
+        """Steps with and without GRIT in turn, in a process of their own."""
+        key, target = f"cost:{stack}", self.reports / "cost" / f"{stack}.json"
+        if stack in self.costs or key in self.missing or key in self.failed:
+            return
+        if not self.options.reuse_runs and not has_gpu():
+            self.missing = {**self.missing, key: "needs a CUDA GPU: found no NVIDIA driver"}
+            return
+        inputs = fingerprint({"base": self.options.base_model, "source": source_fingerprint(), "versions": versions()})
+        found = json.loads(target.read_text()) if target.is_file() else None
+        if self.options.reuse_runs and found is None:
+            self.missing = {**self.missing, key: f"no {target}, and --reuse-runs measures nothing"}
+            return
+        if found is None or not (self.options.reuse_runs or found["inputs"] == inputs):
+            self.progress(f"measuring the cost on {stack}", 0, 1)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "grit_impl.verify.cost_run", self._prepare_base(), stack, str(target)]
+            with open(target.with_suffix(".log"), "wb") as log:
+                status = subprocess.run([*command, "--inputs", inputs], stdout=log, stderr=subprocess.STDOUT).returncode
+            if status:
+                said = target.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["no message"]
+                self.failed = {**self.failed, key: f"{said[-1]} (see {target.with_suffix('.log')})"}
+                return
+            self.progress(f"measuring the cost on {stack}", 1, 1)
+            found = json.loads(target.read_text())
+        self.costs = {**self.costs, stack: found}
 
     # Export
 
@@ -209,10 +239,13 @@ class LiveEvidence(Evidence):
 
     def _exported(self, name: str, record: RunRecord | None) -> dict[str, Any] | str:
         """A model's export note, made now if it is not there, or why there is none. Without a record: the base's."""
-        base = self.base
-        if not Path(base).is_dir():
-            return f"{base} is not a folder: export it with `grit export` where its weights are"
         from grit_impl.export import export_merged, write_modelfile
+        from grit_impl.export.commands import resolve_base
+
+        try:
+            base = resolve_base(str(self.base))
+        except GRITError as error:
+            return str(error)
 
         folder = record.gguf if record is not None else self.reports / "runs" / "base" / "gguf"
         adapter = record.adapter if record is not None else None

@@ -193,7 +193,7 @@ def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True
 
     path.mkdir(parents=True, exist_ok=True)
     if arm.grit == "callback":
-        from grit_impl.verify.probe import require_probe
+        from grit_impl.verify.probe_run import require_probe
 
         require_probe(path, spec.training, unsloth=unsloth)
     target = RunRecord(path).ledger

@@ -41,6 +41,14 @@ def count(text: str) -> int:
     return value
 
 
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
 def seed(text: str) -> int:
     """A whole number that every random generator takes."""
     value = int(text)
@@ -74,6 +82,7 @@ EXPECTED = {
     number: "a number",
     percentage: "a percentage between 0 and 100",
     count: "a whole number of at least 1",
+    whole: "a whole number of at least 0",
     seed: "a whole number between 0 and 4294967295",
     metric: "category, exact or within5",
     url: "an http address such as http://localhost:11434",
@@ -93,6 +102,7 @@ class Options:
     seed: int = _option(3407, "seed of every arm", seed)
     seeds: int = _option(1, "train every arm of the plan with so many seeds, from --seed on; 6 decide", count)
     steps: int = _option(200, "optimizer steps of every arm", count)
+    jobs: int = _option(0, "arms that train at the same time; 0: two, and one on a GPU", whole)
     reuse_runs: bool = _option(False, "judge the runs that exist; train, export and evaluate nothing")
     ollama_url: str = _option("", "Ollama to evaluate with; empty: OLLAMA_HOST, else the embedded server", url)
     aqi_metric: str = _option("category", "primary AQI accuracy: category, exact or within5", metric)

@@ -6,7 +6,12 @@ import pytest
 
 pytestmark = [pytest.mark.verify, pytest.mark.gpu]
 
-PROVENANCE = ("gradients.baseline-unmodified", "gradients.pure-effective", "gradients.hybrid-effective")
+PROVENANCE = (
+    "gradients.moment-reaches-optimizer",
+    "gradients.baseline-unmodified",
+    "gradients.pure-effective",
+    "gradients.hybrid-effective",
+)
 
 
 @pytest.mark.parametrize("claim", [*PROVENANCE, "gradients.hybrid-late-caught", "gpu.starved-caught"])

@@ -11,6 +11,10 @@ def test_baseline_is_unmodified(judge):
     judge("gradients.baseline-unmodified")
 
 
+def test_callbacks_moment_reaches_the_optimizer(judge):
+    judge("gradients.moment-reaches-optimizer")
+
+
 def test_pure_is_effective(judge):
     judge("gradients.pure-effective")
 

@@ -126,6 +126,7 @@ class Evidence:
         verdicts: The ledger's verdict by arm.
         exports: Exported models by model name (`base` and the arms): `path`, `sha256` and what else the export noted.
         evaluation: The evaluation of all models, or None.
+        costs: By stack (`unsloth`, `peft`): what GRIT costs there, by steps that took turns; see verify/cost_run.py.
         seeds: By training seed, the first one included, if more than one was asked for and all are there; else empty.
         missing: For a requirement (`verdict:pure`), an arm, or `evaluation`: why it is not here.
         failed: The same for what was tried and broke: a claim that needs it fails its test, whatever it gates.
@@ -136,6 +137,7 @@ class Evidence:
     verdicts: Mapping[str, GradientVerdict] = field(default_factory=dict)
     exports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Any = None
+    costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seeds: Mapping[int, SeedEvidence] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
@@ -148,8 +150,8 @@ class Evidence:
         """Why a requirement is not met, or None if it is.
 
         Args:
-            requirement: `record:ARM`, `verdict:ARM`, `export:MODEL`, `evaluation:MODEL`, or `seeds:ARM`, which asks for
-                something only where more than one seed was asked for.
+            requirement: `record:ARM`, `verdict:ARM`, `export:MODEL`, `evaluation:MODEL`, `cost:STACK`, or `seeds:ARM`,
+                which asks for something only where more than one seed was asked for.
         """
         kind, _, name = requirement.partition(":")
         found: Iterable[str]
@@ -162,12 +164,15 @@ class Evidence:
                 found = self.exports
             case "evaluation":
                 found = () if self.evaluation is None else self.evaluation.models
+            case "cost":
+                found = self.costs
             case "seeds":
                 found = (
                     {name} if self.options.seeds == 1 else {arm for each in self.seeds.values() for arm in each.records}
                 )
             case _:
-                raise GRITError(f"unknown requirement {requirement!r}: record, verdict, export, evaluation or seeds")
+                kinds = ", ".join(_NAMES)
+                raise GRITError(f"unknown requirement {requirement!r}: use one of {kinds}")
         if name in found:
             return None
         reason = self._reason(self.failed, requirement) or self._reason(self.missing, requirement)
@@ -189,6 +194,7 @@ _NAMES = {
     "verdict": "the gradient ledger",
     "export": "the GGUF export",
     "evaluation": "the evaluation",
+    "cost": "the step times and memory",
     "seeds": "the runs with every seed",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, Outcome, supported_if
 
@@ -39,6 +40,24 @@ def caused_by(arm: str, cause: str) -> Callable[[Evidence], Judgement]:
     return decide
 
 
+def moment_reaches(arm: str) -> Callable[[Evidence], Judgement]:
+    """Supported if the probe that the arm ran first found nothing that a preconditioning callback cannot rely on."""
+
+    def decide(evidence: Evidence) -> Judgement:
+        from grit_impl.verify.probe import FILE, Probe
+
+        path = evidence.records[arm].path / FILE
+        if not path.is_file():
+            return Judgement("inconclusive", f"{path} is missing: the run is older than the probe")
+        probe = Probe.read(path)
+        wrong = [f"{check.name}: {check.found}" for check in probe.checks if not check.good]
+        found = "; ".join(wrong) or "; ".join(check.found for check in probe.checks)
+        text = f"{probe.stack} with {probe.optimizer}: {found}"
+        return Judgement(supported_if(not wrong), text, evidence={"probe": [asdict(event) for event in probe.events]})
+
+    return decide
+
+
 def _judgement(evidence: Evidence, arm: str, outcome: Outcome) -> Judgement:
     verdict = evidence.verdicts[arm]
     metrics = tuple(
@@ -65,6 +84,14 @@ CLAIMS = (
         ("verdict:pure",),
         _PROVENANCE,
         effective("pure"),
+    ),
+    Claim(
+        "gradients.moment-reaches-optimizer",
+        "What a callback writes into the gradients in on_pre_optimizer_step enters the optimizer bit for bit.",
+        ("record:hybrid",),
+        "The seed experiment concluded that its trainer discarded modified gradients. The probe that every hybrid run "
+        "starts with rewrites them on a small model, with the same libraries and the same optimizer.",
+        moment_reaches("hybrid"),
     ),
     Claim(
         "gradients.hybrid-effective",

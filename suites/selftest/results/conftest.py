@@ -16,6 +16,8 @@ from grit_impl.evaluate.results import Evaluation
 from grit_impl.record import RunRecord, sha256_file
 from grit_impl.verify.claims import Claim, Evidence, catalogue
 from grit_impl.verify.options import Options
+from grit_impl.verify.probe import FILE as PROBE
+from grit_impl.verify.probe import Check, Probe
 
 STEPS = 40
 CATEGORIES = ("Good", "Moderate", "Unhealthy", "Hazardous")
@@ -100,6 +102,9 @@ def write_run(folder: Path, arm: str, offset: float = 0.0, **changes: Any) -> Ru
         for step in range(1, STEPS + 1)
     ]
     (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if arm.startswith("hybrid"):
+        good = Check("what is written there enters the optimizer, bit for bit", True, "28 of 28 tensors, AdamW")
+        Probe("peft", "AdamW", {"transformers": "5"}, (), (good,)).write(record.path / PROBE)
     record.adapter.mkdir()
     (record.adapter / "adapter_model.safetensors").write_bytes(arm.encode())
     with gzip.open(record.ledger, "wt") as handle:

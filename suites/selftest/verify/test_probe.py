@@ -10,7 +10,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.recipes.arms import TrainingSettings
-from grit_impl.verify import probe
+from grit_impl.verify import probe, probe_run
 from grit_impl.verify.commands_probe import show
 
 SHORT = TrainingSettings(accumulation=2)
@@ -18,7 +18,7 @@ SHORT = TrainingSettings(accumulation=2)
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr(probe, "STEPS", 5)
+    monkeypatch.setattr(probe_run, "STEPS", 5)
 
 
 def _failed(found):
@@ -27,9 +27,17 @@ def _failed(found):
 
 def test_installed_versions_pass(tmp_path, capsys):
     """Oracle: the documented order of the loop; hooks per micro-step are known from accumulation."""
-    found = probe.require_probe(tmp_path, SHORT, unsloth=False)
+    found = probe_run.require_probe(tmp_path, SHORT, unsloth=False)
     events = {event.name: event for event in found.events}
-    order = [probe.CLIP, probe.MOMENT, probe.ENTRY, probe.EXIT, "on_optimizer_step", probe.ZERO, "on_step_end"]
+    order = [
+        probe_run.CLIP,
+        probe_run.MOMENT,
+        probe_run.ENTRY,
+        probe_run.EXIT,
+        "on_optimizer_step",
+        probe_run.ZERO,
+        "on_step_end",
+    ]
     places = [events[name].order for name in order]
     assert _failed(found) == []
     assert places == sorted(places)
@@ -44,9 +52,9 @@ def test_installed_versions_pass(tmp_path, capsys):
 
 def test_a_run_probes_once(tmp_path, monkeypatch):
     """Oracle: with the file of these versions there, nothing is trained."""
-    probe.require_probe(tmp_path, SHORT, unsloth=False)
-    monkeypatch.setattr(probe, "run_probe", None)
-    assert probe.require_probe(tmp_path, SHORT, unsloth=False).good
+    probe_run.require_probe(tmp_path, SHORT, unsloth=False)
+    monkeypatch.setattr(probe_run, "run_probe", None)
+    assert probe_run.require_probe(tmp_path, SHORT, unsloth=False).good
 
 
 def test_overwritten_gradients_are_seen(tmp_path):
@@ -61,30 +69,30 @@ def test_overwritten_gradients_are_seen(tmp_path):
     handle = register_optimizer_step_pre_hook(overwrite)
     try:
         with pytest.raises(RunFailed, match=r"transformers .* bit for bit: 0 of 28 tensors"):
-            probe.require_probe(tmp_path, SHORT, unsloth=False)
+            probe_run.require_probe(tmp_path, SHORT, unsloth=False)
     finally:
         handle.remove()
 
 
 def test_a_moment_that_is_gone_is_seen(monkeypatch):
     """Planted: a version of transformers that does not fire on_pre_optimizer_step."""
-    monkeypatch.setattr(CallbackHandler, probe.MOMENT, lambda self, args, state, control: control)
-    found = probe.run_probe(SHORT, unsloth=False)
+    monkeypatch.setattr(CallbackHandler, probe_run.MOMENT, lambda self, args, state, control: control)
+    found = probe_run.run_probe(SHORT, unsloth=False)
     assert "fires once per optimizer step" in _failed(found)
     assert "clipping < on_pre_optimizer_step < optimizer.step" in _failed(found)
 
 
 def test_a_moment_after_zero_grad_is_seen(monkeypatch):
     """Planted: the event fires where on_step_end does, with the gradients gone."""
-    early, late = getattr(CallbackHandler, probe.MOMENT), CallbackHandler.on_step_end
-    monkeypatch.setattr(CallbackHandler, probe.MOMENT, lambda self, args, state, control: control)
+    early, late = getattr(CallbackHandler, probe_run.MOMENT), CallbackHandler.on_step_end
+    monkeypatch.setattr(CallbackHandler, probe_run.MOMENT, lambda self, args, state, control: control)
 
     def on_step_end(self, args, state, control):
         early(self, args, state, control)
         return late(self, args, state, control)
 
     monkeypatch.setattr(CallbackHandler, "on_step_end", on_step_end)
-    failed = _failed(probe.run_probe(SHORT, unsloth=False))
+    failed = _failed(probe_run.run_probe(SHORT, unsloth=False))
     assert "gradients are ready at that moment" in failed
     assert "what is written there enters the optimizer, bit for bit" in failed
 
@@ -98,7 +106,7 @@ def test_bypassed_layers_are_seen(monkeypatch):
         return self.base_layer(x) + torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
 
     monkeypatch.setattr(Linear, "forward", fused)
-    assert _failed(probe.run_probe(SHORT, unsloth=False)) == [
+    assert _failed(probe_run.run_probe(SHORT, unsloth=False)) == [
         "GRIT's statistics see every layer and add up to the gradients"
     ]
 
@@ -107,7 +115,7 @@ def test_a_damaged_file_is_named(tmp_path):
     """Oracle: the error names the file."""
     (tmp_path / probe.FILE).write_text('{"stack": ')
     with pytest.raises(GRITError, match=r"corrupt run record: .*probe\.json"):
-        probe.require_probe(tmp_path, SHORT, unsloth=False)
+        probe_run.require_probe(tmp_path, SHORT, unsloth=False)
 
 
 def test_the_command_reports_a_failure(monkeypatch):
@@ -115,7 +123,7 @@ def test_the_command_reports_a_failure(monkeypatch):
     from grit_impl.verify.commands_probe import probe as command
 
     broken = probe.Probe("peft", "AdamW", {"torch": "2"}, (), (probe.Check("fires once", False, "0 per step"),))
-    monkeypatch.setattr(probe, "run_probe", lambda *_, **__: broken)
+    monkeypatch.setattr(probe_run, "run_probe", lambda *_, **__: broken)
     result = click.testing.CliRunner().invoke(command, ["--no-unsloth"])
     assert result.exit_code == 1
     assert "FAIL  fires once: 0 per step" in result.output

@@ -1,0 +1,131 @@
+"""What GRIT costs on one stack: steps with and without it take turns in one process.
+
+Two arms that train one after the other on one card differ by the drift of the machine; here every ratio is made of two
+steps that follow each other. The result is a JSON file that the claims about time and memory are judged on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from grit_impl.errors import GRITError
+from grit_impl.record import write_atomic
+
+STACKS = ("unsloth", "peft")
+ROUNDS, LENGTHS = 60, (512, 2048)
+"""Rounds at most, and tokens per sequence."""
+SECONDS = 75.0
+"""For the rounds of each length."""
+SETTLED = 2
+
+
+def measure(model: Any, length: int, *, seconds: float, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Ratios of step times and of peak memory (bytes allocated on the GPU) with GRIT and without.
+
+    Args:
+        model: A PEFT model on its device.
+        length: Tokens per sequence; two sequences, four micro-batches.
+        seconds: Budget of the rounds.
+        rounds: At most.
+    """
+    import torch
+
+    from grit_impl.verify.cost import Bench, in_turn, ratios
+
+    cuda = next(model.parameters()).is_cuda
+    bench = Bench(model, _optimizer, length=length, autocast=cuda)
+    peaks = {}
+    for grit in (False, True):
+        for _ in range(SETTLED):  # kernels are compiled, and the statistics checked once
+            bench.step(grit=grit)
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        bench.step(grit=grit)
+        peaks[grit] = torch.cuda.max_memory_allocated() if cuda else 0
+    arms = {"plain": lambda: bench.step(grit=False), "grit": lambda: bench.step(grit=True)}
+    times = in_turn(arms, rounds, seconds=seconds, warm_up=0)
+    report = bench.manager.factor_report()
+    bench.manager.detach()
+    return {
+        "length": length,
+        "plain_seconds": statistics.median(times["plain"]),
+        "grit_seconds": statistics.median(times["grit"]),
+        # Five steps per ratio: the inversion, every fifth step, is in each.
+        "step_ratios": ratios(times["grit"], times["plain"], 5),
+        "plain_peak_bytes": peaks[False],
+        "grit_peak_bytes": peaks[True],
+        "layers": len(bench.manager.layers),
+        "ready": report["statuses"].get("ready", 0),
+        "completeness_error": report["completeness_error"],
+    }
+
+
+def _optimizer(parameters: list[Any]) -> Any:
+    import torch
+
+    if not parameters[0].is_cuda:
+        return torch.optim.AdamW(parameters, lr=1e-5)
+    from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+
+    return AdamW8bit(parameters, lr=1e-5)
+
+
+def load(folder: str, stack: str) -> Any:
+    """The base with LoRA on all projections, as the arms of that stack load it."""
+    from grit_impl.recipes.arms import RunSpec, default_training
+
+    if stack == "unsloth":
+        from grit_impl.recipes.unsloth import import_unsloth
+
+        import_unsloth()
+    import torch
+
+    from grit_impl.recipes.train import build_model
+
+    arm = "hybrid" if stack == "unsloth" else "pure"
+    spec = RunSpec(arm, folder, training=default_training(folder, cuda=torch.cuda.is_available()))
+    model, _ = build_model(spec, stack == "unsloth")
+    if not torch.cuda.is_available():
+        model.cpu()
+    elif stack == "peft":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def main() -> int:
+    """Entry of the process: folder, stack, target."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="base model")
+    parser.add_argument("stack", choices=STACKS)
+    parser.add_argument("target", type=Path, help="JSON file to write")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens per sequence")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the rounds of each length")
+    parser.add_argument("--inputs", default="", help="fingerprint to keep in the file")
+    options = parser.parse_args()
+    try:
+        model = load(options.folder, options.stack)
+        cells = []
+        for length in options.lengths:
+            cells.append(measure(model, length, seconds=options.seconds))
+            print(json.dumps(cells[-1]), flush=True)
+    except GRITError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    write_atomic(
+        options.target,
+        json.dumps({"stack": options.stack, "gpu": gpu, "inputs": options.inputs, "cells": cells}, indent=1),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

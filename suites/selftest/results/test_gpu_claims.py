@@ -1,0 +1,76 @@
+"""The logic of the claims that only a GPU can decide, on hand-written costs and records."""
+
+from __future__ import annotations
+
+import pytest
+
+from grit_impl.verify.claims import find
+from grit_impl.verify.claims.base import Evidence
+from grit_impl.verify.probe import FILE, Check, Probe
+
+from .conftest import write_run
+
+
+def _costs(ratios, memory=1.0):
+    cell = {"length": 512, "step_ratios": ratios, "plain_peak_bytes": 2**33, "grit_peak_bytes": int(2**33 * memory)}
+    return Evidence(costs={"unsloth": {"cells": [cell]}, "peft": {"cells": [cell, {**cell, "length": 2048}]}})
+
+
+@pytest.mark.parametrize("arm", ["hybrid", "pure"])
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([1.01, 1.02, 1.03] * 4, "supported"),
+        ([1.07, 1.08, 1.10] * 4, "refuted"),
+        ([0.95, 1.04, 1.15] * 4, "inconclusive"),
+        ([1.01] * 5, "inconclusive"),  # too few for an interval
+    ],
+)
+def test_step_time(arm, ratios, verdict):
+    """Oracle: where the whole interval of the median lies."""
+    assert find(f"gpu.{arm}-step-time").judge(_costs(ratios)).verdict == verdict
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.019, "supported"), (1.03, "refuted")])
+def test_memory(factor, verdict):
+    """Oracle: the ratio of two peaks against the plan's 1.02."""
+    assert find("gpu.hybrid-memory").judge(_costs([1.0] * 6, factor)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("ready", "error", "verdict"), [(224, 0.004, "supported"), (223, 0.004, "refuted"), (224, None, "inconclusive")]
+)
+def test_all_layers(tmp_path, ready, error, verdict):
+    """Oracle: one layer without statistics refutes it; statistics never compared with gradients decide nothing."""
+    report = {
+        "inversions": 4,
+        "coverage": 0.9,
+        "spectra": [],
+        "completeness_error": error,
+        "statuses": {"ready": ready},
+        "layers": [{}] * 224,
+    }
+    record = write_run(tmp_path, "hybrid", grit_report=report)
+    assert find("gpu.hybrid-all-layers").judge(Evidence(records={"hybrid": record})).verdict == verdict
+
+
+@pytest.mark.parametrize(("pure", "verdict"), [(False, "supported"), (True, "refuted")])
+def test_unsloth_where_it_belongs(tmp_path, pure, verdict):
+    """Oracle: what the processes recorded; Unsloth in pure's process refutes it."""
+    used = {"baseline": True, "hybrid": True, "pure": pure}
+    records = {arm: write_run(tmp_path, arm, unsloth=on) for arm, on in used.items()}
+    assert find("gpu.unsloth-where-it-belongs").judge(Evidence(records=records)).verdict == verdict
+
+
+def test_a_failed_probe_refutes_and_names_the_check(tmp_path):
+    """Oracle: a probe in which the gradients did not arrive; without a probe nothing is decided."""
+    claim, record = find("gradients.moment-reaches-optimizer"), write_run(tmp_path, "hybrid")
+    evidence = Evidence(records={"hybrid": record})
+    assert claim.judge(evidence).verdict == "supported"
+    lost = Check("bit for bit", False, "0 of 448 tensors, AdamW8bit")
+    Probe("unsloth", "AdamW8bit", {}, (), (lost,)).write(record.path / FILE)
+    judgement = claim.judge(evidence)
+    assert judgement.verdict == "refuted"
+    assert "0 of 448 tensors, AdamW8bit" in judgement.summary
+    (record.path / FILE).unlink()
+    assert claim.judge(evidence).verdict == "inconclusive"
