@@ -232,9 +232,7 @@ class GRITManager:
         self._regularise()
         warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
         if self.rule is not None:
-            if warm and self._inversion_due():
-                self.rule.refresh()
-            self.rule.write()
+            self.rule.write(refresh=warm and self._inversion_due())
             self._count_applied()
         elif warm:
             self._apply()

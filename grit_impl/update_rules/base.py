@@ -92,12 +92,12 @@ class UpdateRule(ABC):
         self._restored: dict[str, Any] | None = None
 
     @abstractmethod
-    def refresh(self) -> None:
-        """Follow the factors, which were just inverted."""
+    def write(self, refresh: bool) -> None:
+        """Replace the gradients (clipped, regularised) by directions: the parameters move by -lr times them.
 
-    @abstractmethod
-    def write(self) -> None:
-        """Replace the gradients (clipped, regularised) by directions: the parameters move by -lr times them."""
+        Args:
+            refresh: The factors were just inverted: follow them.
+        """
 
     @abstractmethod
     def project(self) -> None:
@@ -108,12 +108,9 @@ class UpdateRule(ABC):
         """Make the state for `stacks`."""
 
     def memory_bytes(self) -> int:
-        """Bytes of the rule's state, on the parameters' device; GRIT's factors not counted."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
-
-    def _tensors(self) -> list[Tensor]:
-        values = [getattr(self, name) for name in self._STATE]
-        return [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+        """Bytes of the rule's state, on the parameters' device; GRIT's factors not counted, 0 without an optimizer."""
+        values = [v if isinstance(v, list) else [v] for v in self.state_dict().values()]
+        return sum(t.numel() * t.element_size() for v in values for t in v if isinstance(t, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, lists of tensors (stacks, in the optimizer's order) and numbers; empty without an optimizer."""

@@ -79,9 +79,11 @@ class Eigenbasis(UpdateRule):
                 m.copy_(stack.turn(m, turn))
                 v.copy_(stack.turn(v, turn.square()))
 
-    def write(self) -> None:
+    def write(self, refresh: bool) -> None:
         """Adam's direction, computed in the eigenbasis."""
         self.step += 1
+        if refresh:
+            self.refresh()
         for stack, m, v in zip(self.stacks, self.exp_avg, self.exp_avg_sq, strict=True):
             g = stack.gradients()
             if g is None:
