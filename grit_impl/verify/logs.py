@@ -34,6 +34,8 @@ COLUMNS = {
     "tokens": ("tokens",),
 }
 """Names under which each series is found, after lower-casing and dropping a `train/` or `run - ` prefix."""
+FEWEST_LOSSES = 8
+"""Fewer say nothing about each other."""
 SERIES = ("loss", "grad_norm", "learning_rate", "tokens")
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
@@ -325,8 +327,8 @@ def _restarted(path: Path, before: int, after: int) -> GRITError:
 
 def _build(rows: Rows, path: Path, kind: str, name: str, until: int | None, meta: Mapping[str, Any]) -> RunLog:
     kept = [r for r in rows if "loss" in r and "step" in r and (until is None or r["step"] <= until)]
-    if len(kept) < 8:
-        raise GRITError(f"{path}: {len(kept)} training losses found; a comparison needs at least 8")
+    if len(kept) < FEWEST_LOSSES:
+        raise GRITError(f"{path}: {len(kept)} training losses found; a comparison needs at least {FEWEST_LOSSES}")
     steps = np.array([r["step"] for r in kept])
     if not np.isfinite(steps).all():
         raise GRITError(f"{path}: entry {int(np.argmin(np.isfinite(steps))) + 1} has no step number")

@@ -96,7 +96,10 @@ def beyond_noise(arm: str) -> Callable[[Evidence], Judgement]:
 
     def decide(evidence: Evidence) -> Judgement:
         from grit_impl.verify.compare import compare_records
+        from grit_impl.verify.logs import FEWEST_LOSSES
 
+        if len(evidence.records[arm].steps) < FEWEST_LOSSES:
+            return Judgement("inconclusive", f"fewer than {FEWEST_LOSSES} steps to compare", needed=FEWEST_LOSSES)
         baseline, rerun = evidence.records["baseline"], evidence.records["rerun"]
         comparison = compare_records(baseline, evidence.records[arm], [rerun])
         outcomes: dict[str, Outcome] = {"different": "supported", "same": "refuted"}

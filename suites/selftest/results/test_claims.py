@@ -107,6 +107,16 @@ def test_loss_that_is_not_finite_refutes_learning(make_evidence):
     assert "step 41" in judgement.summary
 
 
+def test_a_short_run_leaves_its_curves_open(make_evidence):
+    """Oracle: seven steps, one fewer than a comparison takes: open, with the number that would do; no error."""
+    evidence = make_evidence()
+    for record in evidence.records.values():
+        record.truncate_steps(7)
+    for claim in ("curves.pure-beyond-noise", "curves.hybrid-beyond-noise"):
+        judgement = find(claim).judge(evidence)
+        assert (judgement.verdict, judgement.needed) == ("inconclusive", 8)
+
+
 def test_slow_model_is_refuted_and_noise_is_inconclusive(make_evidence):
     """Oracle: speeds planted at 80% of the base's, and scattered from 70% to 120%."""
     evidence = make_evidence()
