@@ -65,7 +65,7 @@ def step_time(stack: str) -> Callable[[Evidence], Judgement]:
                     found.high,
                     unit="x",
                     n=found.n,
-                    method="median of ratios of five steps each, order statistics",
+                    method="median of the ratios of steps in turn, order statistics",
                     subject=f"{stack}, {cell['length']} tokens",
                 )
             )
