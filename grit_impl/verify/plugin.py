@@ -74,7 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read the options once; what cannot be read ends pytest here, before anything is collected."""
     config.addinivalue_line("markers", "verify: judges a claim on evidence; trains and evaluates what it needs")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
-    given = {each.name: config.getoption(f"grit_{each.name}") for each in fields(Options)}
+    # A conftest.py's `pytest_plugins` comes too late for command-line options; the configuration file's still count.
+    given = {each.name: config.getoption(f"grit_{each.name}", default=None) for each in fields(Options)}
     texts = {name: config.getini(f"grit_{name}") if value is None else value for name, value in given.items()}
     try:
         options = Options.parse(texts)

@@ -308,6 +308,16 @@ def test_options_of_others_come_first(project, where):
     assert "--min-delta-aqi" in text
 
 
+def test_named_by_a_conftest(project):
+    """Oracle: `pytest_plugins` in a conftest.py: options of the configuration file count, claims are judged."""
+    project.makefile(".ini", pytest="[pytest]\npythonpath = .\ngrit_seed = 5\n")
+    project.makeconftest('pytest_plugins = ["grit_impl.verify.plugin"]\n' + CONFTEST)
+    project.makepyfile(
+        test_it="def test_it(judge, grit_options):\n    judge('gradients.pure-effective')\n    assert grit_options.seed == 5"
+    )
+    project.runpytest_subprocess(*project.base).assert_outcomes(passed=1)
+
+
 def test_long_names_are_always_there(project):
     """Oracle: the same option by both names; the later one wins, as usual."""
     project.makepyfile(
