@@ -312,9 +312,8 @@ def test_named_by_a_conftest(project):
     """Oracle: `pytest_plugins` in a conftest.py: options of the configuration file count, claims are judged."""
     project.makefile(".ini", pytest="[pytest]\npythonpath = .\ngrit_seed = 5\n")
     project.makeconftest('pytest_plugins = ["grit_impl.verify.plugin"]\n' + CONFTEST)
-    project.makepyfile(
-        test_it="def test_it(judge, grit_options):\n    judge('gradients.pure-effective')\n    assert grit_options.seed == 5"
-    )
+    body = "    judge('gradients.pure-effective')\n    assert grit_options.seed == 5\n"
+    project.makepyfile(test_it=f"def test_it(judge, grit_options):\n{body}")
     project.runpytest_subprocess(*project.base).assert_outcomes(passed=1)
 
 
