@@ -9,11 +9,12 @@ ENV ?= cpu
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/cpu.txt)
 
-.PHONY: verify test fixtures lint mutants clean help
+.PHONY: verify test bench fixtures lint mutants clean help
 
 help:
 	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (8 minutes on 2 cores)"
 	@echo "make test     the project's own tests, through tox (11 minutes on 2 cores); ENV=py311-tf5: on those versions"
+	@echo "make bench    what GRIT costs, against plain LoRA and its peers (6 minutes, nothing else running)"
 	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
 	@echo "make lint     ruff and mypy"
 	@echo "make mutants  how many small errors in what decides do the tests notice (10 minutes)"
@@ -23,6 +24,10 @@ verify: $(VENV)/.verify
 
 test: $(VENV)/.tox
 	$(BIN)/tox run -e $(ENV)
+
+bench: $(VENV)/.verify
+	$(BIN)/python -m pytest suites/benchmarks -q --write-performance --benchmark-disable-gc \
+		--benchmark-columns=median,iqr,rounds $(ARGS)
 
 fixtures: $(VENV)/.verify
 	$(BIN)/python -m grit_impl.recipes.tiny_llama --out fixtures/tiny_llama --test-sets fixtures
