@@ -123,7 +123,7 @@ def compare(rows: Sequence[Row], task: str, arm: str, reference: str) -> Compari
         equal_seconds=_percent(t_interval(timed, 1 - ALPHA)),
         step_time=step_time,
         detectable=percent(minimum_detectable_effect(spread, n)) if n > 1 else math.inf,
-        needed=pairs_needed(smallest / spread) if 0 < spread < math.inf else 2,
+        needed=max(FEWEST, pairs_needed(smallest / spread)) if 0 < spread < math.inf else FEWEST,
     )
 
 
