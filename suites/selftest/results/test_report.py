@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from grit_impl.errors import GRITError
-from grit_impl.verify.claims import Claim, Evidence, Judgement
-from grit_impl.verify.history import Change, Changes
+from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
+from grit_impl.verify.history import Change, Changes, ItemChange
 from grit_impl.verify.report import write_report
 from grit_impl.verify.report.content import DASH, cell, headline
 from grit_impl.verify.results import Results
@@ -88,7 +88,8 @@ def written(make_evidence, claims, tmp_path):
     )
     judged = [JudgedClaim(claim, claim.judge(evidence), f"t.py::{claim.id}") for claim in claims]
     row = Change("evaluation.pure-delta-aqi", "supported, 30 points", "supported, 36 points", "6 points [1, 11]")
-    write_report(folder, session, judged, evidence, Changes("baseline (session 1)", (row,)))
+    item = ItemChange("pure", "aqi", 12, 3, Metric("accuracy", 4.5, 0.9, 8.1, "points", 200), 0.035)
+    write_report(folder, session, judged, evidence, Changes("baseline (session 1)", (row,), (item,)))
     return folder, judged
 
 
@@ -129,6 +130,7 @@ def test_page_says_everything(written):
         assert figure in text
     assert "17 of 18 runs with a fault were named" in text
     assert "Against baseline (session 1)" in text
+    assert "4.50 points [0.90, 8.10] (n = 200)" in text
     assert text.index("gradients") < text.index("Models") < text.index("Figures")
 
 
@@ -238,8 +240,6 @@ def test_headline(verdicts, expected):
 
 def test_rounded_zero_has_no_sign(make_evidence):
     """Oracle: -0.03% is shown as 0.0."""
-    from grit_impl.verify.claims import Metric
-
     assert cell(Metric("delta_speed", -0.03, -0.04, 0.06), sign=True).value == "0.0"
     assert cell(Metric("delta_speed", -0.03, -0.04, 0.06), sign=True).interval == "[0.0, +0.1]"
 
