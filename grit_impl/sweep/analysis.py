@@ -80,8 +80,8 @@ def percent(log_ratio: float) -> float:
 
 
 def _percent(interval: Interval) -> Interval:
-    ends = percent(interval.estimate), percent(interval.low), percent(interval.high)
-    return Interval(*ends, interval.n, interval.method)
+    low = percent(interval.low) if math.isfinite(interval.low) else -math.inf
+    return Interval(percent(interval.estimate), low, percent(interval.high), interval.n, interval.method)
 
 
 def compare(rows: Sequence[Row], task: str, arm: str, reference: str) -> Comparison | None:

@@ -121,6 +121,8 @@ def test_steps_and_seconds_follow_the_curves() -> None:
 def test_percent_is_the_relative_change() -> None:
     """Oracle: exp(log(x)) - 1."""
     assert percent(math.log(0.9)) == pytest.approx(-10)
+    one = judged(0.9).effect
+    assert (one.low, one.high) == (-math.inf, math.inf)
 
 
 def test_the_candidate_is_chosen_on_tuning_runs_alone() -> None:
