@@ -66,6 +66,12 @@ class Stack:
         pairs = [(p.grad, d) for p, d in zip(self.parameters(), directions.unbind(), strict=True) if p.grad is not None]
         torch._foreach_copy_([g for g, _ in pairs], [d for _, d in pairs])
 
+    def scale(self, factors: Tensor) -> None:
+        """Multiply what was written by (n,) factors."""
+        pairs = [(p.grad, f) for p, f in zip(self.parameters(), factors.unbind(), strict=True) if p.grad is not None]
+        if pairs:
+            torch._foreach_mul_([g for g, _ in pairs], [f.to(g.dtype) for g, f in pairs])
+
     def turn(self, x: Tensor, matrix: Tensor) -> Tensor:
         """matrix' x for A, x matrix for B: the r-side of (n, *shape) in the coordinates of the columns of (n, r, r)."""
         return matrix.mT @ x if self.side == A else x @ matrix
