@@ -230,6 +230,8 @@ class Bench:
 class Shell:
     """A case in the place of a GRITManager."""
 
+    rule = None
+
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
 
