@@ -18,7 +18,7 @@ from grit_impl.sweep.report import BEGIN, END, markdown, plots, replace_block
 from grit_impl.sweep.scheduler import Sweep
 from grit_impl.sweep.store import Store
 
-SIMULATIONS, SEEDS = 400, 8
+SIMULATIONS, SEEDS = 300, 8
 # Two-sided tail of a count of simulations at which a test fails by accident.
 ACCIDENT = 1e-6
 
