@@ -8,6 +8,11 @@ It uses torch's global optimizer hooks and, while the context is open, stands in
 training loop passes through: `torch.autograd.backward`, clipping, GradScaler, `zero_grad`, and the callback events of
 transformers. A trainer needs to know nothing of it and cannot avoid it. All device work is batched, and a step's
 results are fetched while the next step runs.
+
+From the third step on, gradients whose version (torch counts in-place writes) has not changed since the last look are
+not fingerprinted again; the hashes of a few guard against writes that are not counted (`.data`, foreign kernels). If
+one of those ever differs, or something writes between the backward passes of a step, that step counts as not sampled,
+and every later look is a full one.
 """
 
 from __future__ import annotations
@@ -15,12 +20,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -31,10 +34,11 @@ from grit_impl.verify.patches import Interception
 from grit_impl.verify.rows import RowWriter
 from grit_impl.verify.shadow import GHOST, Shadows
 from grit_impl.verify.sketches import Sketcher
-from grit_impl.verify.timeline import Probe, StepData, empty_table
+from grit_impl.verify.step import Step, stamps
+from grit_impl.verify.timeline import Probe
 from grit_impl.verify.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners, spread
 
-SAMPLE, STRUCTURE = 16, 4
+SAMPLE, STRUCTURE, FULL_STEPS = 16, 4, 2
 FACTOR_STEPS = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000}
 
 
@@ -63,38 +67,6 @@ def gradient_ledger(
     ledger = GradientLedger(model, path, every, sample=sample, factors=factors)
     with ledger:
         yield ledger
-
-
-@dataclass(eq=False)
-class _Step:
-    """What has been seen since the last optimizer step; on the device."""
-
-    full: bool
-    entry: NDArray[np.int64]
-    probes: list[Probe] = field(default_factory=list)
-    raw: list[int] = field(default_factory=list)
-    raw_sample: dict[int, Tensor] = field(default_factory=dict)
-    raw_norm: Tensor | None = None
-    unhooked: dict[int, Tensor] = field(default_factory=dict)
-    moved: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    shadows: list[Any] = field(default_factory=list)
-    optimizers: list[str] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    stepped: bool = False
-    skipped: bool = False
-    leftover: bool = False
-    max_norm: float | None = None
-    clip_value: float | None = None
-    unscale: Tensor | None = None
-    late_reads: dict[str, int] = field(default_factory=dict)
-    number: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-    fetched: Any = None
-
-    @property
-    def over(self) -> bool:
-        """Whether the optimizer has run, or was skipped."""
-        return self.stepped or self.skipped
 
 
 class GradientLedger:
@@ -130,6 +102,7 @@ class GradientLedger:
         self._sketch = Sketcher(max(p.numel() for p in self._parameters))
         self._writer = RowWriter(path)
         self._last_raw: dict[int, Any] = {}
+        self._lean, self._passes = True, 0
         self._pending: list[Any] = []
         self.steps = 0
         self._frames: list[dict[str, Any]] = []
@@ -179,8 +152,12 @@ class GradientLedger:
         if self._now.over:
             self._look("backward")
             self._close_step()
+        elif self._now.pending is not None:
+            self._resolve([p.grad for p in self._parameters], last=False)
         elif self._now.raw:
+            written = self._now.stamps != stamps([p.grad for p in self._parameters])
             self._look("backward")
+            self._lean = self._lean and not written
         if not self._now.raw:
             if self.steps <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
                 self._hooks.look(self._parameters, lambda: self._now.unhooked)
@@ -192,18 +169,65 @@ class GradientLedger:
     def backward_ended(self) -> None:
         """After a backward pass: these are the raw gradients."""
         grads = [self._now.unhooked.get(i, p.grad) for i, p in enumerate(self._parameters)]
+        another = len(self._now.raw) + 1 < self._passes
+        if self._now.full and self._may_skip() and another and not (self._now.unhooked or self._frames):
+            self._postpone(grads)
+            return
         probe = self._look("backward", timeline.AUTOGRAD, grads)
         self._now.raw.append(len(self._now.probes) - 1)
-        self._now.raw_sample = {i: g.detach().clone() for i in self._sample if (g := grads[i]) is not None}
-        if probe is None:
-            self._now.raw_norm = torch.stack(torch._foreach_norm([g for g in grads if g is not None]))
-        else:
-            self._now.raw_norm = None if probe.table is None else probe.table[:, 1]
+        self._keep_raw(grads, probe)
         if self._now.unhooked:
             self._look("gradient hooks", self._hooks.kind)
         if self._frames:  # a closure: the optimizer's own entry came too early
             self._frames[-1]["entry"] = len(self._now.probes) - 1
             self._shadows.before(self._frames[-1]["optimizer"])
+
+    def _keep_raw(self, grads: list[Tensor | None], probe: Probe | None) -> None:
+        self._now.raw_sample = {i: g.detach().clone() for i in self._sample if (g := grads[i]) is not None}
+        if probe is None:
+            self._now.raw_norm = torch.stack(torch._foreach_norm([g for g in grads if g is not None]))
+        else:
+            self._now.raw_norm = None if probe.table is None else probe.table[:, 1]
+
+    def _may_skip(self) -> bool:
+        return self._lean and self.steps >= FULL_STEPS
+
+    def _postpone(self, grads: list[Tensor | None]) -> None:
+        """After a backward pass that another will follow, as it did in the last step: fingerprints can wait."""
+        missing = np.array([g is None for g in grads])
+        now = self._now
+        now.pending, now.lean = Probe(timeline.AUTOGRAD, "backward", None, missing), True
+        now.stamps, now.check = stamps(grads), self._checksum(grads)
+        now.probes.append(now.pending)
+        now.raw.append(len(now.probes) - 1)
+
+    def _resolve(self, grads: list[Tensor | None], *, last: bool) -> None:
+        """Take what was postponed. Before another backward pass it is enough to know that nothing has changed."""
+        now, pending = self._now, self._now.pending
+        if pending is None:
+            return
+        now.pending = None
+        if not self._compare(grads):  # written to where no fingerprints were taken
+            self._lean, now.lost = False, True
+        if last or now.lost:
+            pending.table = None if pending.missing.all() else self._sketch(grads)
+            pending.samples = self._structures(grads)
+            self._keep_raw(grads, pending)
+
+    def _compare(self, grads: list[Tensor | None]) -> bool:
+        """Whether the gradients have the versions that they had at the last look; keeps what will prove it."""
+        now = self._now
+        if now.stamps != stamps(grads):
+            return False
+        now.checks.append((now.check, self._checksum(grads)))
+        return True
+
+    def _checksum(self, grads: list[Tensor | None]) -> Any:
+        chosen = [g for i in self._structured if (g := grads[i]) is not None]
+        return self._sketch.hashes(chosen) if chosen else None
+
+    def _structures(self, grads: list[Tensor | None]) -> dict[int, Tensor]:
+        return {i: g.detach().clone() for i in self._structured if (g := grads[i]) is not None}
 
     def clips(self, maximum: float | None, value: float | None) -> None:
         """Before clipping, by total norm or element-wise."""
@@ -319,18 +343,26 @@ class GradientLedger:
             if (moment and moment.startswith("step:")) or who == timeline.AUTOGRAD:
                 self._now.probes.append(Probe("", moment or "", None, np.zeros(0, dtype=bool)))
             return None
-        grads = grads if grads is not None else [p.grad for p in self._parameters]
-        missing = np.array([g is None for g in grads])
-        samples = {i: g.detach().clone() for i in self._structured if (g := grads[i]) is not None}
-        table = None if missing.all() else self._sketch(grads)
-        last = self._now.probes[-1].moment if self._now.probes else ""
-        probe = Probe(who or self._context[-1], last if moment is None else moment, table, missing, samples)
-        self._now.probes.append(probe)
+        now, grads = self._now, grads if grads is not None else [p.grad for p in self._parameters]
+        last = now.probes[-1].moment if now.probes else ""
+        moment = last if moment is None else moment
+        self._resolve(grads, last=True)
+        same = bool(now.probes) and self._compare(grads)
+        if same and self._may_skip():
+            before = now.probes[-1]
+            probe = Probe(who or self._context[-1], moment, None, before.missing, like=before.like or before)
+            now.lean = True
+        else:
+            missing = np.array([g is None for g in grads])
+            table = None if missing.all() else self._sketch(grads)
+            probe = Probe(who or self._context[-1], moment, table, missing, self._structures(grads))
+            now.stamps, now.check = stamps(grads), self._checksum(grads)
+        now.probes.append(probe)
         return probe
 
     def _begin(self) -> None:
         full = self.steps < 2 or self.steps % self.every == 0
-        self._now = _Step(full, np.full(len(self.names), -1))
+        self._now = Step(full, np.full(len(self.names), -1))
         self._hooks.reset()
 
     def _close_step(self) -> None:
@@ -338,6 +370,7 @@ class GradientLedger:
         self.steps += 1
         now = self._now
         now.number = self.steps
+        self._passes = len(now.raw)
         facts: dict[str, Any] = {
             "micro_steps": len(now.raw),
             "optimizer": "+".join(dict.fromkeys(now.optimizers)),
@@ -353,53 +386,24 @@ class GradientLedger:
             **self._hooks.facts(),
         }
         now.facts = {k: v for k, v in facts.items() if v is not None}
-        self._fetch(now)
+        now.fetch(cuda=self._parameters[0].is_cuda)
         self._pending.append(now)
         if self.steps in FACTOR_STEPS and (report := self._factor_report()):
             self._pending.append(report)
         self._begin()
         self._drain(1)
 
-    def _fetch(self, step: _Step) -> None:
-        """Copy to the host without waiting."""
-        for probe in step.probes:
-            probe.table = _to_host(probe.table)
-            probe.samples = {i: _to_host(g) for i, g in probe.samples.items()}
-        step.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in step.moved]
-        step.shadows = [_to_host(r) for r in step.shadows]
-        if self._parameters[0].is_cuda:
-            step.fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            step.fetched.record()
-
     def _drain(self, keep: int) -> None:
-        while sum(isinstance(p, _Step) for p in self._pending) > keep:
+        while sum(isinstance(p, Step) for p in self._pending) > keep:
             item = self._pending.pop(0)
-            self._writer.write(self._rows(item) if isinstance(item, _Step) else [item])
+            self._writer.write(self._rows(item) if isinstance(item, Step) else [item])
         if keep == 0:
             self._writer.write(self._pending)
             self._pending = []
 
-    def _rows(self, step: _Step) -> list[dict[str, Any]]:
-        if step.fetched is not None:
-            step.fetched.synchronize()
-        n = len(self.names)
-        for probe in step.probes:
-            probe.table = probe.table.numpy() if probe.table is not None else empty_table(n)
-            probe.samples = {i: g.float().numpy() for i, g in probe.samples.items()}
-        before, after = empty_table(n), empty_table(n)
-        for held, b, a in step.moved:
-            before[held], after[held] = b.numpy()[held], a.numpy()[held]
-        shadow = {
-            i: values
-            for result in step.shadows
-            for i, values in zip(self._sample, result.tolist(), strict=True)
-            if np.isfinite(values[0])
-        }
-        if step.leftover:
-            step.facts["leftover"] = int((step.probes[0].norm > 0).sum())
-        probes = step.probes if step.full else []
-        moved = (before, after) if step.moved else None
-        data = StepData(step.number, probes, step.raw, step.entry, moved, shadow, step.facts)
+    def _rows(self, step: Step) -> list[dict[str, Any]]:
+        data = step.data(len(self.names), self._sample)
+        self._lean = self._lean and not step.mistaken
         return timeline.rows(data, self.names, self._last_raw)
 
     # --- the model -----------------------------------------------------------------------------------------------
@@ -439,7 +443,3 @@ class GradientLedger:
             for row in report.get("layers", [])
         ]
         return {"kind": "factors", "step": self.steps, "statuses": report.get("statuses", {}), "layers": layers}
-
-
-def _to_host(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to("cpu", non_blocking=True)

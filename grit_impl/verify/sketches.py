@@ -29,7 +29,7 @@ class Sketcher:
 
     BLOCK = 1 << 14
 
-    def __init__(self, largest: int, chunk: int = 1 << 21) -> None:
+    def __init__(self, largest: int, chunk: int = 1 << 23) -> None:
         self.largest, self.chunk = max(1, largest), chunk
         self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -76,16 +76,30 @@ class Sketcher:
         out[rows] = torch.cat(parts)
         return out
 
+    @torch.no_grad()
+    def hashes(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Column 0 of the fingerprints alone, (N,) int64 on the tensors' device, for a few tensors."""
+        out = [(_bits(t.detach().reshape(-1)) * self._on(t.device)[1][: _columns(t)]).sum() for t in tensors]
+        return torch.stack(out)
+
     def _batch(self, tensors: list[Tensor], numel: int, device: torch.device) -> Tensor:
         signs, odd = self._on(device)
         stack = torch.stack([t.detach().reshape(-1) for t in tensors])
-        # float64: two columns per element
-        bits = stack.view(torch.int16).int() if stack.element_size() == 2 else stack.view(torch.int32)
+        bits = _bits(stack)
         hashes = (bits * odd[: bits.shape[1]]).sum(1, dtype=torch.int64)
         values = stack.float()
         norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
         sketch = values @ signs[:numel]
         return torch.cat([hashes.view(torch.float64)[:, None], norms[:, None], sketch.double()], dim=1)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """int32; float64 has two columns per element."""
+    return values.view(torch.int16).int() if values.element_size() == 2 else values.view(torch.int32)
+
+
+def _columns(tensor: Tensor) -> int:
+    return tensor.numel() * max(1, tensor.element_size() // 4)
 
 
 def hashes(fingerprints: Tensor) -> Tensor:

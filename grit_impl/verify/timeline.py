@@ -8,6 +8,7 @@ cleared or the next backward).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Probe:
         table: Fingerprints (N, 2 + K), rows of missing gradients NaN; on the device until the step is closed.
         missing: (N,) the gradient was None.
         samples: Gradients of the tensors whose structure is looked at.
+        like: The probe whose table this one shares, because no gradient's version had changed; None: it has its own.
     """
 
     who: str
@@ -52,6 +54,7 @@ class Probe:
     table: Any
     missing: NDArray[np.bool_]
     samples: dict[int, Any] = field(default_factory=dict)
+    like: Probe | None = None
 
     @property
     def hash(self) -> NDArray[np.int64]:
@@ -198,15 +201,22 @@ def _tensors(
 ) -> list[dict[str, Any]]:
     raw = step.raw[-1]
     table = step.probes[raw]
-    hashes, norms = [p.hash for p in step.probes], [p.norm for p in step.probes]
-    turns = {j: turn_at(step, raw, j) for j in range(raw, len(step.probes))}
-    farthest = np.nan_to_num(np.stack(list(turns.values())), nan=-1.0, posinf=-1.0, neginf=-1.0)
-    changed = np.stack(codes, axis=1) != SAME if codes else np.zeros((len(names), 0), dtype=bool)
-    never = np.all(np.stack([p.missing for p in step.probes]), axis=0)
-    update = None if step.moved is None else step.moved[1] - step.moved[0]
+    # Lists: one number at a time is read from them, which costs an array ten times as much.
+    hashes, norms = [p.hash.tolist() for p in step.probes], [p.norm.tolist() for p in step.probes]
+    angles = np.stack([turn_at(step, raw, j) for j in range(raw, len(step.probes))])
+    turns = dict(enumerate(angles.tolist(), raw))
+    farthest = np.nan_to_num(angles, nan=-1.0, posinf=-1.0, neginf=-1.0).T.tolist()
+    segments_of: dict[int, list[tuple[int, int, str]]] = {}
+    for j, code in enumerate(codes):
+        for i in np.flatnonzero(code != SAME).tolist():
+            segments_of.setdefault(i, []).append((j + 1, int(code[i]), step.probes[j + 1].who))
+    never = np.all(np.stack([p.missing for p in step.probes]), axis=0).tolist()
+    entries = step.entry.tolist()
+    moved = None if step.moved is None else [_all_bits(t) for t in step.moved]
+    updates = None if step.moved is None else np.linalg.norm((step.moved[1] - step.moved[0])[:, 2:], axis=1).tolist()
     out = []
     for i, name in enumerate(names):
-        entry = int(step.entry[i])
+        entry = entries[i]
         end = max(entry, raw) if entry >= 0 else len(step.probes) - 1
         if never[i]:
             continue
@@ -219,18 +229,19 @@ def _tensors(
             if hashes[entry][i] != hashes[raw][i]:
                 row["hash_entry"] = _hex(hashes[entry][i])
                 row["turn"] = short(turns[entry][i])
-        segments = [(j + 1, int(codes[j][i]), step.probes[j + 1].who) for j in np.flatnonzero(changed[i]).tolist()]
+        segments = segments_of.get(i, [])
         mine = [(j, c, w) for j, c, w in segments if w not in NOT_MODIFIERS]
         # The unmodified gradient may be seen through hooks first: a probe before them and one after.
         changes = [(j, c, w) for j, c, w in mine if raw < j <= end]
         turned = [j for j, c, w in changes if c in (TURNED, APPEARED)]
         if turned:
             row["turns"] = len(turned)
-        peak = raw + int(farthest[: end + 1 - raw, i].argmax())
-        if farthest[peak - raw, i] > farthest[end - raw, i] + TURN:
+        far = farthest[i][: end + 1 - raw]
+        peak = raw + far.index(max(far))
+        if far[peak - raw] > far[-1] + TURN:
             row["written"], row["turn_written"] = short(norms[peak][i]), short(turns[peak][i])
             row["by"] = step.probes[peak].who
-        if np.isfinite(norms[raw][i]) and any(c == NONFINITE for j, c, w in changes):
+        if math.isfinite(norms[raw][i]) and any(c == NONFINITE for j, c, w in changes):
             row["nonfinite"] = True
         if changes:
             row["mods"] = len(changes)
@@ -252,9 +263,9 @@ def _tensors(
         late = [w for j, c, w in mine if entry >= 0 and j > entry + 1 and c in (TURNED, APPEARED, SCALED)]
         if late:
             row["late"] = late[0]
-        if update is not None and step.moved is not None and entry >= 0:
-            row["update"] = short(float(np.linalg.norm(update[i, 2:])))
-            row["hash_before"], row["hash_after"] = (_hex(_bits(table, i)) for table in step.moved)
+        if updates is not None and moved is not None and entry >= 0:
+            row["update"] = short(updates[i])
+            row["hash_before"], row["hash_after"] = _hex(moved[0][i]), _hex(moved[1][i])
         row |= _shadow(step.shadow.get(i, []))
         if i in table.samples:
             row |= _structure(step, i, raw, end, turned, last_raw)
@@ -297,8 +308,8 @@ def _shadow(values: list[float]) -> dict[str, Any]:
     return {k: short(v) for k, v in row.items() if np.isfinite(v)}
 
 
-def _bits(table: Table, i: int) -> int:
-    return int(np.ascontiguousarray(table[i, :1]).view(np.int64)[0])
+def _all_bits(table: Table) -> list[int]:
+    return np.ascontiguousarray(table[:, 0]).view(np.int64).tolist()
 
 
 def _hex(value: int) -> str:
@@ -307,4 +318,4 @@ def _hex(value: int) -> str:
 
 def short(value: float) -> float | str:
     """Five significant digits; JSON has no non-finite numbers."""
-    return float(f"{value:.5g}") if np.isfinite(value) else str(float(value))
+    return float(f"{value:.5g}") if math.isfinite(value) else str(float(value))

@@ -14,6 +14,7 @@ from grit_impl.errors import GRITError
 from grit_impl.verify.findings import facts
 from grit_impl.verify.ledger import gradient_ledger
 from grit_impl.verify.rows import read_rows
+from grit_impl.verify.sketches import Sketcher
 from grit_impl.verify.zoo import Bench, Moments, Whitening
 
 INTERCEPTED = (
@@ -136,3 +137,53 @@ def test_any_model_can_be_watched():
             optimizer.zero_grad()
     assert ledger.names == ["weight", "bias"]
     assert ledger.steps == 3
+
+
+@pytest.mark.parametrize("trainer", ["loop", "pure"])
+def test_skipped_fingerprints_lose_nothing(trainer, monkeypatch):
+    """Oracle: the same training with every fingerprint taken. Most are skipped from the third step on."""
+    taken = []
+    sketch = Sketcher.__call__
+    monkeypatch.setattr(Sketcher, "__call__", lambda self, tensors: taken.append(1) or sketch(self, tensors))
+    lean = train(trainer=trainer)[1].rows()
+    few = len(taken)
+    monkeypatch.setattr("grit_impl.verify.ledger.FULL_STEPS", 100)
+    assert train(trainer=trainer)[1].rows() == lean
+    assert few < 0.75 * (len(taken) - few)
+
+
+class _LateWriter:
+    """From the fourth step on something writes into gradients, through `.data`, which no version counter sees."""
+
+    def __init__(self, lora, write):
+        self.lora, self.write, self.calls = lora, write, 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.calls > 3:
+            self.write(self.lora)
+
+
+def _uncounted(lora):
+    for p in lora.values():
+        p.grad.data.mul_(torch.linspace(-1, 1, p.grad.numel()).view_as(p.grad))
+
+
+def _counted(lora):
+    for p in lora.values():
+        p.grad.mul_(torch.linspace(-1, 1, p.grad.numel()).view_as(p.grad))
+
+
+@pytest.mark.parametrize("write", [_uncounted, _counted])
+@pytest.mark.parametrize("moment", ["before_step", "micro"])
+def test_a_writer_that_begins_late_is_seen(write, moment):
+    """Oracle: its own beginning. The step in which it begins may count as not sampled, and none before or after."""
+    bench = Bench("loop", "adamw", seed=3, steps=8)
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments(**{moment: _LateWriter(bench.lora, write)}))
+    rows = [r for r in ledger.rows() if r["kind"] == "tensor" and "hash_raw" in r]
+    key = "turns" if moment == "before_step" else "micro"
+    seen = {r["step"] for r in rows if key in r}
+    assert {r["step"] for r in rows} >= {1, 2, 3, 6, 7, 8}
+    assert seen >= {6, 7, 8}
+    assert min(seen) >= 4
