@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
 
 if TYPE_CHECKING:
     from grit_impl.manager import GRITManager
@@ -180,3 +182,93 @@ def ratios(over: Sequence[float], under: Sequence[float], block: int = 1) -> lis
     """One ratio per block of rounds: of the sums, so that what is done every few steps is in each."""
     count = min(len(over), len(under)) // block
     return [sum(over[i * block : (i + 1) * block]) / sum(under[i * block : (i + 1) * block]) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table.
+
+    Attributes:
+        name: What was measured.
+        measured: A ratio, or an exponent.
+        target: What it may be at most; None: told, not judged.
+    """
+
+    name: str
+    measured: Spread
+    target: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`met`, `within the spread` of the target, or `MISSED`."""
+        if self.target is None:
+            return "-"
+        if misses(self.measured, self.target):
+            return "MISSED"
+        return "met" if self.measured.median <= self.target else "within the spread"
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> Spread:
+    """p of seconds ~ size^p, a least-squares line through the logarithms in every round of measurements.
+
+    Args:
+        sizes: (k,).
+        seconds: (k, rounds); round j of all sizes was measured in turn.
+    """
+    x = [math.log(size) for size in sizes]
+    mean = statistics.fmean(x)
+    slopes = []
+    for round_ in zip(*seconds, strict=True):
+        y = [math.log(value) for value in round_]
+        rise = sum((a - mean) * (b - statistics.fmean(y)) for a, b in zip(x, y, strict=True))
+        slopes.append(rise / sum((a - mean) ** 2 for a in x))
+    return spread(slopes)
+
+
+def render(figures: Sequence[Figure]) -> str:
+    """The table, in Markdown."""
+    lines = ["| what | median [95% interval] | rounds | target | |", "|---|---|---|---|---|"]
+    for f in figures:
+        target = "-" if f.target is None else f"at most {f.target:g}"
+        lines.append(f"| {f.name} | {f.measured} | {f.measured.n} | {target} | {f.verdict} |")
+    return "\n".join(lines)
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a document.
+
+    Raises:
+        GRITError: the document has no such section.
+    """
+    document = path.read_text()
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in document or end not in document:
+        raise GRITError(f"{path} has no section {begin} ... {end}")
+    head, rest = document.split(begin, 1)
+    path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
+
+
+def ledger_blocks(bench: Bench, seconds: float, steps: int = 4) -> tuple[list[float], list[float]]:
+    """GRIT steps with the ledger and without it, in blocks that take turns.
+
+    The first five steps under a ledger are not counted: they look for hooks and write factor reports.
+
+    Returns:
+        Seconds per step with, and without, in the same order.
+    """
+    import tempfile
+
+    from grit_impl.verify.ledger import gradient_ledger
+
+    with_: list[float] = []
+    without: list[float] = []
+    began, blocks = time.perf_counter(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        while blocks < 1 or (time.perf_counter() - began) * (blocks + 1) / blocks < seconds:
+            without += [bench.step(grit=True) for _ in range(steps)]
+            with gradient_ledger(bench.model, Path(folder, "ledger.jsonl.gz")):
+                for _ in range(5):
+                    bench.step(grit=True)
+                with_ += [bench.step(grit=True) for _ in range(steps)]
+            blocks += 1
+    return with_, without

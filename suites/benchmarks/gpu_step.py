@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from grit_impl.verify.cost import TARGETS, Bench, in_turn, misses, ratios, spread
+from grit_impl.verify.cost import TARGETS, Bench, in_turn, ledger_blocks, misses, ratios, spread
 
 SPECS = {"8b": "random:llama-3-8b", "1b": "random:llama-1b"}
 KEEP_FOR_TABLE = 10.0
@@ -354,26 +354,11 @@ def profiled(bench: Bench) -> dict[str, Any]:
 
 
 def ledger_cost(bench: Bench, seconds: float) -> dict[str, Any]:
-    """GRIT steps with the ledger over GRIT steps without, in blocks that take turns."""
-    import tempfile
-
-    from grit_impl.verify.ledger import gradient_ledger
-
-    with_, without, steps = [], [], 4
-    began, blocks = time.perf_counter(), 0
-    with tempfile.TemporaryDirectory() as folder:
-        while blocks < 6 and (blocks < 1 or (time.perf_counter() - began) * (blocks + 1) / blocks < seconds):
-            without += [bench.step(grit=True) for _ in range(steps)]
-            with gradient_ledger(bench.model, Path(folder, "ledger.jsonl.gz")):
-                # The first steps look for hooks and write factor reports; the sixth to ninth are like most.
-                warm = [bench.step(grit=True) for _ in range(5)]
-                with_ += [bench.step(grit=True) for _ in range(steps)]
-            blocks += 1
-    pairs = ratios(with_, without, block=steps)
+    """GRIT steps with the ledger over GRIT steps without."""
+    with_, without = ledger_blocks(bench, seconds)
     return {
-        "ledger_ratios": [round(v, 5) for v in pairs],
+        "ledger_ratios": [round(v, 5) for v in ratios(with_, without, block=2)],
         "ledger_seconds": statistics.median(with_),
-        "ledger_first_steps_seconds": [round(w, 3) for w in warm],
     }
 
 

@@ -1,0 +1,92 @@
+"""The logic behind the tables of cost: intervals, verdicts, exponents, turns, and where the table goes."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from grit_impl.errors import GRITError
+from grit_impl.verify.cost import Figure, exponent, in_turn, misses, ratios, render, spread, write_section
+
+
+def test_the_interval_is_the_published_one() -> None:
+    """Oracle: tables of order-statistic intervals for the median: ranks (2, 9) for n = 10, (6, 15) for n = 20."""
+    for n, low, high in ((6, 1, 6), (10, 2, 9), (20, 6, 15)):
+        found = spread([float(i) for i in range(1, n + 1)])
+        assert (found.low, found.high) == (low, high)
+        assert found.median == (n + 1) / 2
+
+
+def test_the_interval_covers() -> None:
+    """At least 95% of samples of a skewed distribution have its true median inside: 400 samples, 3 sd allowed."""
+    random.seed(1)
+    hits = 0
+    for _ in range(400):
+        found = spread([random.expovariate(1) for _ in range(12)])
+        hits += found.low <= math.log(2) <= found.high
+    assert hits / 400 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 400)
+
+
+def test_a_target_is_missed_by_more_than_the_spread_only() -> None:
+    """Three verdicts, by where the interval lies."""
+    for values, verdict in (
+        ([1.0] * 6, "met"),
+        ([1.0, 1.2, 1.2, 1.2, 1.2, 1.3], "within the spread"),
+        ([1.2] * 6, "MISSED"),
+    ):
+        assert Figure("x", spread(values), 1.1).verdict == verdict
+        assert misses(spread(values), 1.1) == (verdict == "MISSED")
+    assert Figure("x", spread([9.0])).verdict == "-"
+
+
+def test_exponents_of_powers() -> None:
+    """Oracle: seconds that are a power of the size, times a factor of the round that cancels."""
+    sizes = [1, 2, 4, 8]
+    seconds = [[3.0 * size**1.5 * drift for drift in (1, 2, 0.5)] for size in sizes]
+    found = exponent(sizes, seconds)
+    assert found.median == pytest.approx(1.5)
+    assert found.low == pytest.approx(found.high)
+
+
+def test_arms_take_turns_and_the_warm_up_does_not_count() -> None:
+    """Order alternates, so that neither arm always comes first."""
+    order: list[str] = []
+
+    def arm(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    taken = in_turn({"a": lambda: arm("a"), "b": lambda: arm("b")}, 3, warm_up=1)
+    assert "".join(order) in ("abbaabba", "baabbaab")
+    assert [len(v) for v in taken.values()] == [3, 3]
+    assert min(taken["a"] + taken["b"]) == 3.0
+
+
+def test_ratios_are_of_blocks() -> None:
+    """What happens once per block is in each ratio; an unfinished block is left out."""
+    assert ratios([1, 1, 4, 2, 2, 8, 9], [1, 1, 1, 2, 2, 2, 1], block=3) == [2.0, 2.0]
+
+
+def test_a_budget_ends_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds at least, then until the seconds are over."""
+    now = iter(float(i) for i in range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    assert len(in_turn({"a": lambda: 1.0}, 50, seconds=3.5, warm_up=0)["a"]) < 8
+
+
+def test_the_table_replaces_its_section_only(tmp_path) -> None:
+    """Before and after it everything stays; a document without the section is refused by name."""
+    document = tmp_path / "performance.md"
+    document.write_text("head\n<!-- cpu -->\nold\n<!-- /cpu -->\ntail\n")
+    table = render([Figure("step", spread([1.05] * 6), 1.1)])
+    write_section(document, "cpu", table)
+    write_section(document, "cpu", table)
+    text = document.read_text()
+    assert text.startswith("head\n<!-- cpu -->\n| what |")
+    assert text.endswith("<!-- /cpu -->\ntail\n")
+    assert text.count("| step | 1.050 [1.050, 1.050] | 6 | at most 1.1 | met |") == 1
+    assert "old" not in text
+    with pytest.raises(GRITError, match=r"performance\.md has no section <!-- gpu -->"):
+        write_section(document, "gpu", table)
