@@ -309,7 +309,8 @@ def _shadow(values: list[float]) -> dict[str, Any]:
 
 
 def _all_bits(table: Table) -> list[int]:
-    return np.ascontiguousarray(table[:, 0]).view(np.int64).tolist()
+    bits: list[int] = np.ascontiguousarray(table[:, 0]).view(np.int64).tolist()
+    return bits
 
 
 def _hex(value: int) -> str:
