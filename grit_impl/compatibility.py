@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from grit_impl.errors import GRITError
 
-OLDEST = {"torch": "2.8", "transformers": "4.57", "peft": "0.17", "trl": "0.23", "accelerate": "1.10"}
+OLDEST = {"torch": "2.8", "transformers": "4.56", "peft": "0.17", "trl": "0.23", "accelerate": "1.10"}
 """Hooks, callback order and state of the optimizer were never tried with older ones."""
 BREAKS = (
     # (library, from this version on, another, before this version, why)

@@ -40,7 +40,7 @@ def test_supported(changes):
             "transformers 5.24 with peft 0.17.1 is not supported (peft imports HybridCache, which transformers 5 "
             "removed): pip install 'peft>=0.18'",
         ),
-        ({"transformers": "4.56.2"}, "transformers 4.56.2 is not supported: pip install 'transformers>=4.57'"),
+        ({"transformers": "4.55.4"}, "transformers 4.55.4 is not supported: pip install 'transformers>=4.56'"),
         ({"trl": "0.22.9"}, "trl 0.22.9 is not supported: pip install 'trl>=0.23'"),
     ],
 )
