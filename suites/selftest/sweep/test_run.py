@@ -31,7 +31,7 @@ def job(method: str, **rest: Any) -> dict[str, Any]:
     ],
 )
 def test_every_method_trains(method: str, options: dict[str, Any]) -> None:
-    """Losses fall from where the base starts, curves have a point per evaluation, GRIT says how much it touched and repeats."""
+    """Losses fall, curves have a point per evaluation, GRIT says how much it touched and repeats itself to the bit."""
     result = train(job(method), {**SETTINGS, **options}, "cpu")
     assert result["status"] == "done"
     if method == "none":

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
+from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes import aqi
 from grit_impl.recipes.tasks import HELD_OUT, TASKS, find_task
 from grit_impl.recipes.tiny_llama import knowledge
 
