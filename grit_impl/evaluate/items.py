@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grit_impl.aqi import INSTRUCTION
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.scoring import category_of, normalise, parse_aqi
-from grit_impl.recipes.aqi import INSTRUCTION
 
 Row = dict[str, Any]
 READABLE = (".jsonl", ".json", ".csv", ".parquet")

@@ -21,8 +21,8 @@ from typing import Any
 
 from text_to_num import alpha2digit  # type: ignore[import-untyped]
 
-from grit_impl.recipes.aqi import CATEGORIES
-from grit_impl.recipes.aqi import category as aqi_category
+from grit_impl.aqi import CATEGORIES
+from grit_impl.aqi import category as aqi_category
 
 NAMES = tuple(CATEGORIES)
 HIGHEST = 999

@@ -83,7 +83,7 @@ def _gsm8k(row: Row) -> tuple[str, str]:
 
 
 def _aqi(row: Row) -> tuple[str, str]:
-    from grit_impl.recipes import aqi
+    from grit_impl import aqi
 
     return alpaca_prompt(aqi.instruction(row)), aqi.answer(row)
 
@@ -202,7 +202,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def _aqi_rows(split: str, n: int, seed: int) -> list[Row]:
-    from grit_impl.recipes import aqi
+    from grit_impl import aqi
 
     frozen = aqi.frozen_items()
     if split == "test":

@@ -351,7 +351,7 @@ class LiveEvidence(Evidence):
 
     def _trained_on(self) -> list[str]:
         """The AQI questions of the training data of every seed."""
-        from grit_impl.recipes import aqi
+        from grit_impl import aqi
 
         frozen = aqi.frozen_items()
         training = default_training(self.options.base_model, cuda=has_gpu(), steps=self.options.steps)

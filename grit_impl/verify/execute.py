@@ -33,7 +33,7 @@ _SOURCES = {
     # The top level is GRIT itself and what it stands on.
     "train": ("*.py", "recipes/*.py", *(f"verify/{name}.py" for name in _LEDGER)),
     "export": ("export/*.py",),
-    "evaluate": ("evaluate/*.py", "recipes/aqi.py", "export/llamacpp.py", "export/_runner.py"),
+    "evaluate": ("evaluate/*.py", "aqi.py", "export/llamacpp.py", "export/_runner.py"),
 }
 _POLL_SECONDS = 0.5
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes import aqi
 from grit_impl.recipes.tiny_llama import knowledge
 from grit_impl.recipes.tiny_llama.pretrain import SIZES, Settings, pretrain, save
 from grit_impl.record import write_atomic

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from string import ascii_uppercase
 
-from grit_impl.recipes.aqi import ANSWER, CATEGORIES, INSTRUCTION, SCALES, category
+from grit_impl.aqi import ANSWER, CATEGORIES, INSTRUCTION, SCALES, category
 from grit_impl.recipes.datasets import ALPACA_TEMPLATE
 from grit_impl.recipes.tiny_llama import knowledge
 

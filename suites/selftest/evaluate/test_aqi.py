@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes import aqi
 from grit_impl.recipes.datasets import AQI_TRAINING_ITEMS
 
 FIXTURE = Path(__file__).parents[3] / "fixtures" / "aqi_test.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grit_impl.recipes import aqi
+from grit_impl import aqi
 
 ITEMS = {aqi.instruction(item): item for item in aqi.frozen_items()}
 

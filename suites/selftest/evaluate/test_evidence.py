@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes import aqi
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import find
 from grit_impl.verify.evidence import LiveEvidence

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from grit_impl.aqi import answer, generate, instruction
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.items import Fields, load_aqi, load_knowledge, read_rows
-from grit_impl.recipes.aqi import answer, generate, instruction
 
 MINE = Fields("text", "label", "What is the AQI? {features}", id="key", group="town")
 ROWS = [

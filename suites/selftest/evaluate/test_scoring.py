@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grit_impl import aqi
 from grit_impl.evaluate.scoring import NAMES, category_of, normalise, parse_aqi, score_aqi, score_knowledge
-from grit_impl.recipes import aqi
 
 GOOD, MODERATE, USG, UNHEALTHY, VERY, HAZARDOUS = NAMES
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes import aqi
 from grit_impl.recipes.datasets import ALPACA_TEMPLATE, IGNORE, SCHEMAS, load_instructions, tokenize
 
 # One row per public layout as the hub serves it, with what must become of it.

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes import aqi
 from grit_impl.recipes.bases import TINY, load_base
 from grit_impl.recipes.datasets import ALPACA_TEMPLATE
 from grit_impl.recipes.tiny_llama import corpus, knowledge, pretrain
