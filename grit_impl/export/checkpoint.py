@@ -188,8 +188,10 @@ class TensorReader:
 
     def __call__(self, name: str) -> torch.Tensor:
         """A parameter in float32; 4-bit weights are dequantised."""
-        import torch
+        return self.floating(name).float()
 
+    def floating(self, name: str) -> torch.Tensor:
+        """A parameter as it is stored, which takes no memory of its own; 4-bit weights are dequantised to float32."""
         if self.checkpoint.is_quantized(name):
             from grit_impl.export.four_bit import dequantize
 
@@ -198,7 +200,7 @@ class TensorReader:
         tensor = self.raw(name)
         if not tensor.is_floating_point():
             raise GRITError(f"cannot export {name}: stored as {tensor.dtype}; only floating point and NF4 are read")
-        return tensor.to(torch.float32)
+        return tensor
 
 
 def _natural(name: str) -> tuple[int | str, ...]:

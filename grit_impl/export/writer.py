@@ -32,6 +32,9 @@ FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 FINGERPRINT_KEY = "grit.base_fingerprint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+# Elements that are in float32 at once: 4 MiB, and quantising takes a few times that.
+BLOCK = 1 << 20
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -61,7 +64,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor to write: its GGUF name, its shape, and how to get its float32 value."""
+    """One tensor to write: its GGUF name, its shape, and how to get its value, in any floating point format."""
 
     name: str
     shape: tuple[int, ...]
@@ -290,13 +293,13 @@ def _merged_items(model: Checkpoint, lora: Adapter | None, reader: TensorReader,
     def value(name: str, stored: str) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
             module = name.removesuffix(".weight")
-            weight = replaced[name] if name in replaced else reader(stored)
+            weight = replaced[name] if name in replaced else reader.floating(stored)
             if simulate and name not in replaced and name not in (EMBEDDING, HEAD) and weight.ndim == 2:
                 from grit_impl.export.four_bit import round_trip
 
-                weight = round_trip(weight)
+                weight = round_trip(weight.float())
             if module in pairs:
-                weight = pairs[module].merged(weight)
+                weight = pairs[module].merged(weight.float())
             heads = rotary_heads(name, model.config)
             return permute(weight, heads) if heads else weight
 
@@ -329,7 +332,7 @@ def _stream(
     writer: GGUFWriter, items: list[Item], out: Path, kinds: dict[str, GGMLQuantizationType], progress: Progress | None
 ) -> None:
     import numpy as np
-    from gguf import GGML_QUANT_SIZES, quants
+    from gguf import GGML_QUANT_SIZES
 
     types = []
     for item in items:
@@ -348,13 +351,10 @@ def _stream(
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (item, (kind, _)) in enumerate(zip(items, types, strict=True)):
+        for done, (item, (kind, size)) in enumerate(zip(items, types, strict=True)):
             if progress is not None:
                 progress(done, len(items), item.name)
-            array = item.value().contiguous().numpy()
-            if not np.isfinite(array).all():
-                raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
-            writer.write_tensor_data(quants.quantize(array, kind))
+            writer.write_tensor_data(_encode(item, kind, size))
         writer.flush()
         assert writer.fout is not None
         os.fsync(writer.fout[0].fileno())
@@ -370,6 +370,25 @@ def _stream(
         partial.unlink(missing_ok=True)
     if progress is not None:
         progress(len(items), len(items), "done")
+
+
+def _encode(item: Item, kind: GGMLQuantizationType, size: int) -> Any:
+    """The tensor's bytes, (size,), a block of rows at a time: only a block of it is ever in float32 as well."""
+    import numpy as np
+    import torch
+    from gguf import quants
+
+    value = item.value()
+    rows = value.unsqueeze(0) if value.ndim == 1 else value.flatten(0, -2)
+    out, done = np.empty(size, dtype=np.uint8), 0
+    for block in torch.split(rows, max(1, BLOCK // rows.shape[1])):
+        array = block.float().contiguous().numpy()
+        if not np.isfinite(array).all():
+            raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
+        encoded = quants.quantize(array, kind).reshape(-1).view(np.uint8)
+        out[done : done + encoded.size] = encoded
+        done += encoded.size
+    return out
 
 
 def _finished(
