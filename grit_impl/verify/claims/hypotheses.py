@@ -59,6 +59,8 @@ def _by_seeds(evidence: Evidence, found: SeedEffect, metrics: tuple[Metric, ...]
 
 def hybrid_agrees(evidence: Evidence) -> Judgement:
     """Equivalence by interval inclusion: the whole interval within plus or minus `EQUIVALENT` points."""
+    from grit_impl.evaluate.seeds import FEWEST
+
     if silent := unanswered(evidence, "aqi", "hybrid", "pure"):
         return _silent(silent)
     beside: dict[str, Any] = {}
@@ -66,6 +68,10 @@ def hybrid_agrees(evidence: Evidence) -> Judgement:
         found = over_seeds(evidence, "hybrid", "pure")
         metrics, unit = seed_metrics(found, "aqi_difference", "points", "hybrid - pure"), "seeds"
         beside = _differences(evidence, found)
+        # Two seeds with the same difference have an interval of no width, which is no evidence of sameness.
+        if len(evidence.seeds) < FEWEST:
+            text = f"hybrid minus pure is {metrics[0]}; fewer than {FEWEST} seeds decide nothing"
+            return Judgement("inconclusive", text, metrics, beside, FEWEST)
     else:
         metrics, unit = (paired_difference(evidence, "hybrid", "pure"),), "items"
     gap = metrics[0]

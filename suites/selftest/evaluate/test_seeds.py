@@ -98,9 +98,11 @@ def test_the_hypothesis_is_decided_over_seeds(gaps, verdict: str, words: str) ->
 
 
 def test_equivalence_over_seeds() -> None:
-    """Oracle: hybrid and pure answer alike with every seed."""
+    """Oracle: hybrid and pure answer alike with every seed; two seeds that agree by chance are no evidence."""
+    judged = find("hypotheses.hybrid-agrees-with-pure").decide(_evidence((4, 6, 5, 7, 3, 5)))
+    assert (judged.verdict, judged.metrics[0].estimate, judged.metrics[0].n) == ("supported", 0, 6)
     judged = find("hypotheses.hybrid-agrees-with-pure").decide(_evidence((4, 6)))
-    assert (judged.verdict, judged.metrics[0].estimate, judged.metrics[0].n) == ("supported", 0, 2)
+    assert (judged.verdict, judged.needed) == ("inconclusive", 6)
 
 
 def test_an_unanswered_item_of_any_seed_decides_nothing() -> None:
