@@ -46,6 +46,7 @@ class KroneckerFactors:
         recent: What this process has seen since the last `merge`, one vector: 2 L r r numerators and L tokens, decayed;
             then L tokens and L dropped steps, undecayed.
         lag: The decay that the merged sums have missed since then.
+        pending: Steps since then; the same on every process.
         inversions: How often the inverses were recomputed on schedule.
     """
 
@@ -65,7 +66,7 @@ class KroneckerFactors:
         self.inverse = self.eye.expand_as(self.numerator).clone()
         self.status = torch.full((2, layers), STARVED, device=device)
         self.recent = torch.zeros(self.numerator.numel() + 3 * layers, device=device, dtype=dtype)
-        self.lag = 1.0
+        self.lag, self.pending = 1.0, 0
         self.inversions = 0
 
     def absorb(self, statistics: RankStatistics) -> None:
@@ -80,6 +81,7 @@ class KroneckerFactors:
         self.recent[:decayed] *= self.config.factor_decay
         self.recent += torch.cat((numerators.flatten(), tokens, tokens, (~finite).to(tokens.dtype)))
         self.lag *= self.config.factor_decay
+        self.pending += 1
         if world_size() == 1:
             self.merge()
 
@@ -89,6 +91,8 @@ class KroneckerFactors:
         One all-reduce of 2 L r r + 3 L numbers, and none where there is one process. NCCL's runs on a stream of its
         own: the device waits for it, the host goes on.
         """
+        if not self.pending:
+            return
         reduction = dist.all_reduce(self.recent, async_op=True) if world_size() > 1 else None
         # What does not need it, meanwhile.
         numerator_before, tokens_before = self.lag * self.numerator, self.lag * self.tokens
@@ -99,7 +103,7 @@ class KroneckerFactors:
         self.numerator = numerator_before + numerator.view_as(self.numerator)
         self.tokens = tokens_before + counts[0]
         self.seen, self.dropped = self.seen + counts[1], self.dropped + counts[2]
-        self.recent, self.lag = torch.zeros_like(self.recent), 1.0
+        self.recent, self.lag, self.pending = torch.zeros_like(self.recent), 1.0, 0
 
     def covariances(self) -> Tensor:
         """(2, L, r, r): S_a and S_g, mean outer products per real token; zero where nothing was seen."""
@@ -152,14 +156,14 @@ class KroneckerFactors:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as tensors and numbers; `merge` first where there are processes."""
         tensors = {name: getattr(self, name) for name in self._STATE}
-        return {"inversions": self.inversions, "lag": self.lag, **tensors}
+        return {"inversions": self.inversions, "lag": self.lag, "pending": self.pending, **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, on this object's device.
 
         What was not merged yet goes to the first process: all load the same state, and it must count once.
         """
-        self.inversions, self.lag = state["inversions"], state["lag"]
+        self.inversions, self.lag, self.pending = state["inversions"], state["lag"], state["pending"]
         for name in self._STATE:
             setattr(self, name, state[name].to(self.eye.device).clone())
         if world_size() > 1 and dist.get_rank() != 0:

@@ -56,6 +56,11 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
             self.optimizer: torch.optim.Optimizer = inner
             return inner
 
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            # On every process, before one of them writes: what has not been added up yet.
+            self.grit_manager.factors.merge()
+            super()._save_checkpoint(*args, **kwargs)
+
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             super()._save(output_dir, state_dict)
             reprojection = self.grit_manager.reprojection
@@ -169,6 +174,8 @@ class GRITCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Write GRIT's state beside the optimizer's."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.manager is not None:
+            self.manager.factors.merge()
         if self.manager is not None and args.should_save and folder.is_dir():
             torch.save(self.manager.state_dict(), folder / STATE_FILE)
 

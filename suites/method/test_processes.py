@@ -79,6 +79,22 @@ def test_two_processes_are_one(single: Any, tmp_path: Path, relative: Any) -> No
 
 
 @pytest.mark.slow
+def test_one_all_reduce_per_inversion(tmp_path: Path, relative: Any) -> None:
+    """Oracle: torch's profiler. With factors that are read at inversions (steps 3 and 6), and before the checkpoint of
+    step 4, L = 2 layers of rank 4 send 2 L r^2 + 3 L floats each time, and the completeness check L (r^2 + 2) once.
+    Losses, factors and adapters are the single process's."""
+    (alone,) = run(tmp_path, 1, "sparse")
+    both = run(tmp_path, 2, "sparse")
+    for process in both:
+        # Everything else is the averaged gradients of DDP, in one bucket per step, and the loop's own single numbers.
+        assert [n for n in process["sent"] if n == 2 * 2 * 4**2 + 3 * 2] == [70] * 3
+        assert process["sent"].count(2 * (4**2 + 2)) == 1
+        for kind in ("factors", "adapters"):
+            assert relative(process[kind], alone[kind]) < SAME
+        assert process["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_unreduced_statistics_would_be_seen(single: Any, tmp_path: Path, relative: Any) -> None:
     """Released fault 7, planted: without the all-reduce every process goes its own way, and none the right one."""
     first, second = run(tmp_path, 2, "no-all-reduce")

@@ -1,19 +1,24 @@
-"""One training for test_processes.py: `RANK=0 WORLD_SIZE=2 ... python two_processes.py OUT [FAULT]`."""
+"""One training for test_processes.py: `RANK=0 WORLD_SIZE=2 ... python two_processes.py OUT [FAULT | sparse]`."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 STEPS = 6
 
 
 def train(out: Path, fault: str = "") -> None:
-    """Train the tiny model with pure GRIT and save factors and adapters of this process to OUT."""
+    """Train the tiny model with pure GRIT and save factors, adapters and losses of this process to OUT.
+
+    `sparse` reads the factors at inversions only, every third step, and lists what was sent.
+    """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -47,6 +52,8 @@ def train(out: Path, fault: str = "") -> None:
     ids = [torch.randint(3, 48, (n,), generator=generator).tolist() for n in lengths]
     rows = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in ids]
     grit = GRITConfig(kfac_update_freq=2, kfac_min_samples=1, reprojection_freq=3, reprojection_k=3, lambda_kfac=1e-3)
+    if fault == "sparse":
+        grit = GRITConfig(kfac_update_freq=3, kfac_min_samples=1)
     arguments = TrainingArguments(
         output_dir=str(out.parent / "checkpoints"),
         max_steps=STEPS,
@@ -55,7 +62,9 @@ def train(out: Path, fault: str = "") -> None:
         learning_rate=0.05,
         lr_scheduler_type="constant",
         optim="sgd",
-        save_strategy="no",
+        save_strategy="steps" if fault == "sparse" else "no",
+        save_steps=4,
+        logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
@@ -70,7 +79,8 @@ def train(out: Path, fault: str = "") -> None:
         data_collator=pad,
         grit_config=grit,
     )
-    trainer.train()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watched:
+        trainer.train()
     grit_manager = trainer.grit_manager
     result: dict[str, Any] = {
         "world": trainer.accelerator.num_processes,
@@ -79,6 +89,8 @@ def train(out: Path, fault: str = "") -> None:
         "adapters": torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]),
         "completeness": float(grit_manager.completeness.max()) if grit_manager.completeness is not None else None,
     }
+    result["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    result["sent"] = [math.prod(e.input_shapes[0]) for e in watched.events() if e.name == "gloo:all_reduce"]
     torch.save(result, out)
 
 
