@@ -29,6 +29,13 @@ CASES: dict[str, Case] = {
         "layers without calling them (fused kernels)",
         {"hooked_modules": 7, "module_calls": 0, "statuses": {}},
     ),
+    "silent-hooks-one-gradient": (
+        "starved",
+        ledger(step=lambda s: {"hooked_modules": 1}, steps=1, names=NAMES[:1]),
+        "gradients reach 1 LoRA tensors, but the 1 modules with hooks were called 0 times: something computes these "
+        "layers without calling them (fused kernels)",
+        {"hooked_modules": 1, "module_calls": 0, "statuses": {}},
+    ),
     "called-once": ("starved", ledger(step=lambda s: {"hooked_modules": 6, "module_calls": int(s == 5)}), None, {}),
     "no-hooks": ("starved", ledger(), None, {}),
     "nothing-live": ("starved", ledger(lambda s, n: {"raw": 0.0}, lambda s: {"hooked_modules": 6}), None, {}),
@@ -231,6 +238,12 @@ CASES: dict[str, Case] = {
         bent(turn=0.0, turn_written=0.0, update_turn=0.0, update_exact=0.097),
         "the updates are 0.97 times as large, in the same direction (1 - cos = 0.0e+00)",
         {"update_turn": 0.0, "gradient_turn": 0.0, "update_ratio": 0.97, "gain": 1.0},
+    ),
+    "some-without-update": (
+        "cancelled-by-optimizer",
+        some(30, {**BENT, "update_turn": 0.0, "update_exact": 0.0}, BENT),
+        None,
+        {},
     ),
     "update-turned": ("cancelled-by-optimizer", bent(update_turn=1e-3), None, {}),
     "touched-rarely": ("cancelled-by-optimizer", some(1, {**BENT, "update_turn": 0.0}), None, {}),

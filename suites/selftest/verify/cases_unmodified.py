@@ -130,6 +130,12 @@ CASES: dict[str, Case] = {
         "clip changed partial sums, to which the next backward adds, in 2 of 10 steps",
         {"micro_steps_modified": 2},
     ),
+    "micro-often": (
+        "applied-on-micro-steps",
+        ledger(lambda s, n: {"micro": "clip"} if s < 5 else {}),
+        "clip changed partial sums, to which the next backward adds, in 4 of 10 steps",
+        {"micro_steps_modified": 4},
+    ),
     "micro-once": ("applied-on-micro-steps", ledger(lambda s, n: {"micro": "clip"} if s == 1 else {}), None, {}),
     "late": (
         "modified-too-late",

@@ -50,6 +50,7 @@ def test_detector(name: str) -> None:
         ("scaled-only", "scaled-only", False, True),
         ("no-bit-changed", "no-update", False, True),
         ("overwritten", "overwritten", False, True),
+        ("dropped", "dropped", False, True),
     ],
 )
 def test_verdict(name: str, cause: str, effective: bool | None, fault: bool) -> None:
@@ -207,6 +208,7 @@ def test_facts_of_rows() -> None:
     assert list(table.touched.step) == [4, 6, 7]
     assert list(table.tensors.turn)[5] == 0.0
     assert table.tensors.layer[0] == "layers.0.q_proj"
+    assert table.tensors.late[0] is None
     assert table.share(table.bent, table.live) == 0.25
     assert table.share(table.bent, table.bent[:0]) == 0.0
     missing = facts(ledger(lambda s, n: {"entry": None, "turn": None, "mods": 1}, names=["w"]))

@@ -190,6 +190,7 @@ class TestGrowth:
         ("last", "usual", "shape"),
         [
             (1.9, 1.0, "flat"),
+            (2.0, 1.0, "unclear"),
             (2.1, 1.0, "unclear"),
             (9.0, 1.0, "growing"),
             (3.5, 2.0, "flat"),
@@ -214,6 +215,8 @@ class TestGrowth:
         interval, _ = curves._growth(np.array([1.0, 1, 1, 1, 2, 2]), NoiseFloor(0.01, 3.0, 1.0, 1.0, "", True))
         assert (interval.n, interval.estimate) == (2, 2.0)
         assert interval.low == pytest.approx(2.0 / math.sqrt(stats.f.ppf(0.975, 1, 1)))
+        odd, _ = curves._growth(np.ones(103), FLAT)
+        assert (odd.n, type(odd.n)) == (25, int)
         nothing, shape = curves._growth(np.zeros(N), FLAT)
         assert (nothing.estimate, nothing.low, nothing.high, nothing.n, nothing.method, shape) == (
             1.0,
