@@ -345,3 +345,14 @@ def test_import_is_light():
     imports = "import sys, grit_impl.verify.plugin, grit_impl.verify.claims as claims; claims.catalogue()"
     code = f"{imports}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in ("train", "compare", "export", "serve", "evaluate"))])
+def test_help_is_light(command):
+    """Oracle: sys.modules after `grit --help`; what made it slow would be one of these."""
+    heavy = {"torch", "transformers", "pandas", "scipy", "matplotlib", "numpy", "datasets", "peft"}
+    code = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({heavy} & set(sys.modules)))); "
+    code += f"from grit_impl.cli import main; sys.argv = {['grit', *command, '--help']}; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage:" in done.stdout
+    assert done.stdout.endswith("HEAVY []\n")
