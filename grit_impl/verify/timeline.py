@@ -91,6 +91,8 @@ def turn_at(step: StepData, raw: int, j: int) -> Table:
 def classify(a: Probe, b: Probe) -> NDArray[np.int64]:
     """(N,) what happened between two probes."""
     code = np.full(len(a.missing), SAME)
+    if a.table is b.table:
+        return code
     norm_a, norm_b = a.norm, b.norm
     differs = a.hash != b.hash
     with np.errstate(invalid="ignore"):
@@ -202,8 +204,11 @@ def _tensors(
     raw = step.raw[-1]
     table = step.probes[raw]
     # Lists: one number at a time is read from them, which costs an array ten times as much.
-    hashes, norms = [p.hash.tolist() for p in step.probes], [p.norm.tolist() for p in step.probes]
-    angles = np.stack([turn_at(step, raw, j) for j in range(raw, len(step.probes))])
+    own = {id(p.table): j for j, p in enumerate(step.probes)}
+    read = {key: (step.probes[j].hash.tolist(), step.probes[j].norm.tolist()) for key, j in own.items()}
+    hashes, norms = ([read[id(p.table)][kind] for p in step.probes] for kind in (0, 1))
+    turned_to = {key: turn_at(step, raw, j) for key, j in own.items()}
+    angles = np.stack([turned_to[id(p.table)] for p in step.probes[raw:]])
     turns = dict(enumerate(angles.tolist(), raw))
     farthest = np.nan_to_num(angles, nan=-1.0, posinf=-1.0, neginf=-1.0).T.tolist()
     segments_of: dict[int, list[tuple[int, int, str]]] = {}
