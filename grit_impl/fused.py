@@ -54,15 +54,21 @@ def fused_functions() -> Any | None:
     return module
 
 
-class _Branch(NamedTuple):
-    """One layer of a fused function: its index, A and B in x's precision, the scaling s, its input and dL/dy."""
+class _Group(NamedTuple):
+    """Layers of one fused function with one d_in: their places in it, their indices, ranks, and A' side by side."""
 
-    layer: int
-    a: Tensor
-    b: Tensor
-    scale: float
-    x: Tensor
-    dy: Tensor
+    places: list[int]
+    layers: list[int]
+    ranks: list[int]
+    lora_a: Tensor
+
+
+class _Plan(NamedTuple):
+    """What is the same at every call of one fused function: where its adapters are copied to, and its groups."""
+
+    cast: list[Any]
+    copies: list[Tensor]
+    groups: list[_Group]
 
 
 class _StandIn:
@@ -95,6 +101,7 @@ class FusedTap:
         self._layers, self._statistics, self._loss, self._module = layers, statistics, loss, module
         self._index: dict[int, int] = {}
         self._buffers: dict[Any, list[Any]] = {}
+        self._plans: dict[int, _Plan] = {}
         self._originals = {name: getattr(module, name) for name in FUNCTIONS}
         for name, backward in zip(FUNCTIONS, (self._mlp, self._qkv, self._w), strict=True):
             original = self._originals[name]
@@ -112,18 +119,18 @@ class FusedTap:
             adapters, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
             x, masks = rest[0], rest[3:]
             *weights, kernel = ctx.custom_saved_tensors
-            cast = self._cast(adapters, x.dtype)
+            plan = self._cast(adapters, x.dtype)
             gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
 
             def element_wise(*arguments: Tensor) -> Any:
                 # The only place where the gradients at the outputs of gate and up exist.
                 h, d_up, d_gate = kernel(*arguments)
                 down_x = self._dropped(h, masks, 2, ctx)
-                self._add(adapters, cast, weights[2::3], (gate_x, up_x, down_x), (d_gate, d_up, dy))
+                self._add(plan, weights[2::3], (gate_x, up_x, down_x), (d_gate, d_up, dy))
                 return h, d_up, d_gate
 
             return original.backward(
-                _StandIn(ctx, saved_tensors=(*cast, *rest), custom_saved_tensors=(*weights, element_wise)), dy
+                _StandIn(ctx, saved_tensors=(*plan.cast, *rest), custom_saved_tensors=(*weights, element_wise)), dy
             )
 
         return backward
@@ -133,10 +140,10 @@ class FusedTap:
             if not self._wanted():
                 return original.backward(ctx, *dys)
             x, adapters, masks = ctx.saved_tensors[0], ctx.saved_tensors[1:7], ctx.saved_tensors[7:]
-            cast = self._cast(adapters, x.dtype)
+            plan = self._cast(adapters, x.dtype)
             inputs = [self._dropped(x, masks, i, ctx) for i in range(len(dys))]
-            self._add(adapters, cast, ctx.custom_saved_tensors[2::3], inputs, dys)
-            return original.backward(_StandIn(ctx, saved_tensors=(x, *cast, *masks)), *dys)
+            self._add(plan, ctx.custom_saved_tensors[2::3], inputs, dys)
+            return original.backward(_StandIn(ctx, saved_tensors=(x, *plan.cast, *masks)), *dys)
 
         return backward
 
@@ -145,9 +152,9 @@ class FusedTap:
             if not self._wanted():
                 return original.backward(ctx, dy)
             adapters, x, masks = ctx.saved_tensors[:2], ctx.saved_tensors[2], ctx.saved_tensors[3:]
-            cast = self._cast(adapters, x.dtype)
-            self._add(adapters, cast, ctx.custom_saved_tensors[2::3], (self._dropped(x, masks, 0, ctx),), (dy,))
-            return original.backward(_StandIn(ctx, saved_tensors=(*cast, x, *masks)), dy)
+            plan = self._cast(adapters, x.dtype)
+            self._add(plan, ctx.custom_saved_tensors[2::3], (self._dropped(x, masks, 0, ctx),), (dy,))
+            return original.backward(_StandIn(ctx, saved_tensors=(*plan.cast, x, *masks)), dy)
 
         return backward
 
@@ -163,63 +170,74 @@ class FusedTap:
         return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-        """A and B of a function's layers, in turn, in x's precision; None where a layer has no adapter.
+    def _cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
+        """Copy A and B of a function's layers, given in turn, in x's precision.
 
         The original casts each of them on its own; what it is given here it takes as it is. One call fills buffers
-        that blocks of one shape share: the host's time, not the device's, is what this costs. The A of layers with
-        one d_in lie one below the other.
+        that blocks of one shape share: the host's time, not the device's, is what this costs.
         """
+        there = [w for w in adapters if w is not None]
+        key = there[0].data_ptr() if there else 0
+        plan = self._plans.get(key)
+        if plan is None or (there and plan.copies[0].dtype != dtype):
+            plan = self._plans[key] = self._plan(adapters, dtype)
+        if there:
+            torch._foreach_copy_(plan.copies, there)
+        return plan
+
+    def _plan(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
         key = (dtype, *(None if w is None else w.shape for w in adapters))
+        places = [i for i in range(len(adapters) // 2) if adapters[2 * i] is not None]
+        same = [list(group) for _, group in itertools.groupby(places, lambda i: _width(adapters[2 * i]))]
         if key not in self._buffers:
             buffers: list[Any] = [None if w is None else torch.empty_like(w, dtype=dtype) for w in adapters]
-            with_a = [i for i in range(0, len(adapters), 2) if adapters[i] is not None]
-            for d_in, same in itertools.groupby(with_a, lambda i: buffers[i].shape[1]):
-                members = list(same)
-                ranks = [buffers[i].shape[0] for i in members]
-                stacked = buffers[members[0]].new_empty(sum(ranks), d_in)
-                for i, part in zip(members, torch.split(stacked, ranks), strict=True):
-                    buffers[i] = part
+            for group in same:
+                # Layers of one d_in lie one below the other, so that together they are one matrix.
+                ranks = [buffers[2 * i].shape[0] for i in group]
+                stacked = buffers[2 * group[0]].new_empty(sum(ranks), buffers[2 * group[0]].shape[1])
+                for i, part in zip(group, torch.split(stacked, ranks), strict=True):
+                    buffers[2 * i] = part
             self._buffers[key] = buffers
-        buffers = self._buffers[key]
-        torch._foreach_copy_([b for b in buffers if b is not None], [w for w in adapters if w is not None])
-        return buffers
+        cast = self._buffers[key]
+        groups = []
+        for group in same:
+            first, ranks = cast[2 * group[0]], [cast[2 * i].shape[0] for i in group]
+            lora_a = first.as_strided((sum(ranks), first.shape[1]), first.stride()).t()
+            groups.append(_Group(group, [self._find(adapters[2 * i]) for i in group], ranks, lora_a))
+        return _Plan(cast, [w for w in cast if w is not None], groups)
 
     @torch.no_grad()
-    def _add(
-        self,
-        adapters: Sequence[Tensor | None],
-        cast: Sequence[Tensor | None],
-        scales: Sequence[float | None],
-        inputs: Sequence[Tensor],
-        dys: Sequence[Tensor],
-    ) -> None:
+    def _add(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
         """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
         context = self._loss.context
         assert context is not None
-        branches = []
-        for i, (x, dy, scale) in enumerate(zip(inputs, dys, scales, strict=True)):
-            original, a, b = adapters[2 * i], cast[2 * i], cast[2 * i + 1]
-            if original is not None and a is not None and b is not None and scale is not None:
-                branches.append(_Branch(self._find(original), a, b, scale, x, dy))
-        for _, same_x in itertools.groupby(branches, lambda branch: id(branch.x)):
-            group = list(same_x)
-            first, ranks = group[0].a, [branch.a.shape[0] for branch in group]
-            # Neighbours in the buffer: together one matrix (sum r, d_in).
-            stacked = first if len(group) == 1 else first.as_strided((sum(ranks), first.shape[1]), first.stride())
-            x = group[0].x
-            values = torch.split(x.reshape(-1, x.shape[-1]) @ stacked.t(), ranks, 1)
-            for branch, value in zip(group, values, strict=True):
-                gradient = branch.dy.reshape(-1, branch.dy.shape[-1]) @ branch.b
-                if branch.scale != 1:
-                    gradient *= branch.scale
-                self._statistics.add(branch.layer, value, gradient, context)
+        for group in plan.groups:
+            xs = [inputs[i] for i in group.places]
+            if all(x is xs[0] for x in xs):
+                values = torch.mm(_rows(xs[0]), group.lora_a).split(group.ranks, 1)  # type: ignore[no-untyped-call]
+            else:
+                values = [torch.mm(_rows(x), plan.cast[2 * i].t()) for i, x in zip(group.places, xs, strict=True)]
+            for i, layer, value in zip(group.places, group.layers, values, strict=True):
+                gradient = torch.mm(_rows(dys[i]), plan.cast[2 * i + 1])
+                if scales[i] != 1:
+                    gradient *= scales[i]
+                self._statistics.add(layer, value, gradient, context)
 
-    def _find(self, a: Tensor) -> int:
+    def _find(self, a: Tensor | None) -> int:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
-        if a.data_ptr() not in self._index:
+        address = 0 if a is None else a.data_ptr()
+        if address not in self._index:
             self._index = {layer.a.data_ptr(): i for i, layer in enumerate(self._layers)}
         try:
-            return self._index[a.data_ptr()]
+            return self._index[address]
         except KeyError:
             raise GRITError("a fused LoRA function used a weight that is in none of the model's LoRA layers") from None
+
+
+def _width(a: Tensor | None) -> int:
+    return 0 if a is None else a.shape[1]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., d) as (n, d)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -13,7 +13,7 @@ from torch import nn
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.fused import FUNCTIONS, MODULE
+from grit_impl.fused import FUNCTIONS, MODULE, FusedTap
 from grit_impl.manager import GRITManager
 
 WIDTH, HIDDEN, RANK = 12, 20, 3
@@ -260,3 +260,12 @@ def test_activations_are_freed_without_the_garbage_collector(fast_lora):
     finally:
         gc.enable()
         manager.detach()
+
+
+def test_layers_with_inputs_of_their_own(fast_lora, monkeypatch):
+    """Oracle: where dropout gives every layer another x, products are taken one by one, and the sums are the same."""
+    together, *_ = _sums(True, fast_lora)
+    monkeypatch.setattr(FusedTap, "_dropped", lambda self, x, masks, i, ctx: x.clone())
+    apart, *_ = _sums(True, fast_lora)
+    for ours, truth in zip(apart, together, strict=True):
+        assert (ours - truth).norm() <= SAME * truth.norm()
