@@ -117,10 +117,13 @@ def compare(
 def _gradients(runs: tuple[Path, ...]) -> Verdict | None:
     """What the ledgers of B and A say about each other, if both have one."""
     from grit_impl.record import RunRecord
-    from grit_impl.verify.verdict import judge_pair
 
     ledgers = [RunRecord(path).ledger for path in runs]
-    return judge_pair(ledgers[1], ledgers[0]) if len(ledgers) == 2 and all(map(Path.is_file, ledgers)) else None
+    if len(ledgers) != 2 or not all(map(Path.is_file, ledgers)):
+        return None
+    from grit_impl.verify.verdict import judge_pair
+
+    return judge_pair(ledgers[1], ledgers[0])
 
 
 def _from_runs(

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SKETCH = 16  # components per tensor; 1 - cos is known to 35%, and thresholds on it are powers of ten
-COLUMNS = SKETCH + 2  # hash, norm, sketch
+from grit_impl.verify.timeline import COLUMNS, SKETCH
 
 
 class Sketcher:

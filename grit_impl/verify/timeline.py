@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grit_impl.verify.sketches import COLUMNS
 from grit_impl.verify.structure import Matrix, fit, rank_first, scaling_residual
+
+# A fingerprint (sketches.py makes them; reading them needs no torch).
+SKETCH = 16  # components per tensor; 1 - cos is known to 35%, and thresholds on it are powers of ten
+COLUMNS = SKETCH + 2  # hash, norm, sketch
 
 # Closer than this to the same direction is "only scaled": bf16 rounding of a scaled gradient stays below 2e-6.
 TURN = 1e-4
