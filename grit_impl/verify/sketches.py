@@ -52,21 +52,22 @@ class Sketcher:
         Column 0 holds the hash's 64 bits (see `hashes`), column 1 the L2 norm, the others the sketch. Rows of None
         are NaN.
         """
-        groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+        # By shape, so that one call stacks a group: a view of each tensor would cost the host more than the rest.
+        groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
         for index, tensor in enumerate(tensors):
             if tensor is not None and tensor.numel():
-                groups.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(index)
+                groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
         if not groups:
             return None
         home = next(iter(groups))[2]
         order: list[int] = []
         parts: list[Tensor] = []
         with torch.autocast(home.type, enabled=False):
-            for (numel, _, device), members in groups.items():
-                size = max(1, self.chunk // numel)
+            for (shape, _, device), members in groups.items():
+                size = max(1, self.chunk // shape.numel())
                 for start in range(0, len(members), size):
                     batch = members[start : start + size]
-                    parts.append(self._batch([tensors[i] for i in batch], numel, device).to(home))  # type: ignore[misc]
+                    parts.append(self._batch([tensors[i] for i in batch], device).to(home))  # type: ignore[misc]
                     order += batch
         out = torch.full((len(tensors), COLUMNS), torch.nan, dtype=torch.float64, device=home)
         rows = torch.tensor(order)
@@ -81,14 +82,14 @@ class Sketcher:
         out = [(_bits(t.detach().reshape(-1)) * self._on(t.device)[1][: _columns(t)]).sum() for t in tensors]
         return torch.stack(out)
 
-    def _batch(self, tensors: list[Tensor], numel: int, device: torch.device) -> Tensor:
+    def _batch(self, tensors: list[Tensor], device: torch.device) -> Tensor:
         signs, odd = self._on(device)
-        stack = torch.stack([t.detach().reshape(-1) for t in tensors])
+        stack = torch.stack(tensors).reshape(len(tensors), -1)
         bits = _bits(stack)
         hashes = (bits * odd[: bits.shape[1]]).sum(1, dtype=torch.int64)
         values = stack.float()
         norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
-        sketch = values @ signs[:numel]
+        sketch = values @ signs[: values.shape[1]]
         return torch.cat([hashes.view(torch.float64)[:, None], norms[:, None], sketch.double()], dim=1)
 
 
