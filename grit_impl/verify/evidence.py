@@ -179,7 +179,9 @@ class LiveEvidence(Evidence):
         if not self.options.reuse_runs and not has_gpu():
             self.missing = {**self.missing, key: "needs a CUDA GPU: found no NVIDIA driver"}
             return
-        inputs = fingerprint({"base": self.options.base_model, "source": source_fingerprint(), "versions": versions()})
+        inputs = fingerprint(
+            {"base": self.options.base_model, "source": source_fingerprint("cost"), "versions": versions()}
+        )
         found = json.loads(target.read_text()) if target.is_file() else None
         if self.options.reuse_runs and found is None:
             self.missing = {**self.missing, key: f"no {target}, and --reuse-runs measures nothing"}

@@ -28,18 +28,21 @@ Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
 
 # What determines a result, by stage: a change in a report must not train anything again.
-_LEDGER = ("ledger", "timeline", "structure", "sketches", "watches", "shadow", "patches", "rows")
+_LEDGER = ("ledger", "step", "timeline", "structure", "sketches", "watches", "shadow", "patches", "rows")
+# The top level is GRIT itself and what it stands on.
+_TRAIN = ("*.py", "update_rules/*.py", "recipes/*.py", *(f"verify/{name}.py" for name in _LEDGER))
+_SERVE = ("llamacpp", "_runner", "metadata", "modelfile", "gotemplate")
 _SOURCES = {
-    # The top level is GRIT itself and what it stands on.
-    "train": ("*.py", "recipes/*.py", *(f"verify/{name}.py" for name in _LEDGER)),
+    "train": (*_TRAIN, "verify/probe.py", "verify/probe_run.py"),
     "export": ("export/*.py",),
-    "evaluate": ("evaluate/*.py", "aqi.py", "export/llamacpp.py", "export/_runner.py"),
+    "evaluate": ("evaluate/*.py", "aqi.py", *(f"export/{name}.py" for name in _SERVE)),
+    "cost": (*_TRAIN, "verify/cost.py", "verify/cost_run.py"),
 }
 _POLL_SECONDS = 0.5
 
 
 def source_fingerprint(stage: str = "train") -> str:
-    """Hash of the code that determines a stage's results: `train`, `export` or `evaluate`."""
+    """Hash of the code that determines a stage's results: `train`, `export`, `evaluate` or `cost`."""
     root = Path(__file__).parent.parent
     files = sorted(f for pattern in _SOURCES[stage] for f in root.glob(pattern))
     return fingerprint({str(f.relative_to(root)): sha256_file(f) for f in files})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +118,43 @@ def test_incomplete_record_is_not_finished(tmp_path):
     (tmp_path / "COMPLETE").write_text("abc\n")
     assert finished(tmp_path, "def") is None
     assert finished(tmp_path, "abc") is not None
+
+
+def imported(*modules):
+    """Files of this project that these modules import, and what those import, wherever the import stands."""
+    root, todo, found = Path(execute.__file__).parents[2], [*modules], set()
+    while todo:
+        path = root / todo.pop().replace(".", "/")
+        file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
+        if file is None or file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grit_impl"):
+                todo += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "modules"),
+    [
+        ("train", ("recipes.train", "verify.ledger", "verify.probe_run")),
+        ("cost", ("verify.cost_run",)),
+    ],
+)
+def test_whatever_a_stage_imports_is_in_its_fingerprint(stage, modules):
+    """Oracle: the import statements. A module that is left out could change and its old results would still count."""
+    root = Path(execute.__file__).parents[1]
+    needed = imported(*(f"grit_impl.{module}" for module in modules)) - {root / "verify" / "__init__.py"}
+    assert {f.relative_to(root).as_posix() for f in needed} - counted(stage) == set()
+
+
+def test_what_makes_a_prompt_is_in_the_evaluations_fingerprint():
+    """Oracle: templates and parameters of a model file, and its metadata, are part of every answer."""
+    assert {f"export/{name}.py" for name in ("gotemplate", "metadata", "modelfile")} <= counted("evaluate")
+
+
+def counted(stage):
+    """Files whose content a stage's fingerprint depends on."""
+    root = Path(execute.__file__).parents[1]
+    return {f.relative_to(root).as_posix() for pattern in execute._SOURCES[stage] for f in root.glob(pattern)}
