@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -68,6 +69,9 @@ def run(
     selected = chosen.only(tasks) if tasks else chosen
     check_device(device)
     with Store(out / DATABASE) as store:
+        before = store.meta.get("plan")
+        if before is not None and (changed := chosen.changed_since(json.loads(before))):
+            raise GRITError(f"{out} holds runs of a plan with another {changed}: give another --out")
         sweeping = Sweep(
             selected,
             store,

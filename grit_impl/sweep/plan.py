@@ -7,6 +7,7 @@ Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Identifies the run in the results; changes when what is run changes."""
+        """Identifies the run in the results; what runs share is not in it (see `Plan.changed_since`)."""
         return fingerprint(dataclasses.asdict(self))[:16]
 
     @property
@@ -150,6 +151,22 @@ class Plan:
         kept = (dataclasses.replace(a, tasks=tuple(t for t in a.tasks if t in tasks)) for a in self.ablations)
         return dataclasses.replace(self, tasks=tuple(tasks), ablations=tuple(kept))
 
+    def changed_since(self, before: Mapping[str, Any]) -> str:
+        """What makes runs of an earlier plan others than this one's, though their keys may agree; empty: nothing.
+
+        Tasks, arms, evaluation seeds and ablations may be added.
+
+        Args:
+            before: The earlier plan, as `dataclasses.asdict` and JSON made it.
+        """
+        now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        for name in ("base", "common", "every", "tuning_seeds"):
+            if now[name] != before[name]:
+                return name
+        arms = [arm for arm in now["methods"] if arm in before["methods"]]
+        kinds = ("methods", "fixed", "trials")
+        return next((f"arm {arm}" for arm in arms if any(now[k][arm] != before[k][arm] for k in kinds)), "")
+
     def _job(self, phase: str, task: str, arm: str, seed: int, **rest: Any) -> Job:
         return Job(phase, self.base, task, arm, self.methods[arm], seed, **rest)
 
@@ -182,6 +199,8 @@ def load_plan(name_or_path: str | Path) -> Plan:
         raise GRITError(f"plan {path} lacks {error.args[0]}") from None
     except GRITError as error:
         raise GRITError(f"plan {path}: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise GRITError(f"plan {path} has a value of the wrong kind: {error}") from None
 
 
 def _plan(name: str, value: dict[str, Any]) -> Plan:

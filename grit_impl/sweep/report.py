@@ -41,9 +41,9 @@ class _Results:
 
     def __init__(self, store: Store) -> None:
         self.plan: dict[str, Any] = json.loads(store.meta.get("plan", "null"))
-        if self.plan is None:
-            raise GRITError(f"{store.path} holds no sweep: run grit sweep run first")
         self.meta, self.all = store.meta, store.runs()
+        if self.plan is None or not self.all:
+            raise GRITError(f"{store.path} holds no runs of a sweep: run grit sweep run first")
         self.tuning = [row for row in self.all if row["phase"] == "tuning" and row["status"] != "failed"]
         self.evaluation = [row for row in self.all if row["phase"] == "evaluation" and row["status"] != "failed"]
         self.ablation = [row for row in self.all if row["phase"] == "ablation" and row["status"] != "failed"]

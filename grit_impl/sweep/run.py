@@ -43,7 +43,8 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
         `status` (`done`, or `diverged` when a loss was not finite), `loss` and `accuracy` on the held-out set (in
         tuning `validation`, else `test`; nats per answer token, fraction of answers greedily decoded to the letter),
         `retention` (nats per token of the base's own facts), `curve` (rows of step, loss, accuracy, training
-        seconds), `losses` (means of 5 steps), `step_seconds` (median), `train_seconds`, `coverage` (GRIT's).
+        seconds), `losses` (means of 5 steps), `step_seconds` (median), `train_seconds` (without evaluations),
+        `coverage` (GRIT's).
 
     Raises:
         GRITError: a setting, the base or the task is wrong.
@@ -59,6 +60,7 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
     random.Random(job["seed"]).shuffle(rows)
     batches = [_collate(rows[i : i + size], tokenizer, device) for i in range(0, len(rows), size)]
     curve: list[tuple[int, float, float, float]] = []
+    spent = 0.0
     losses: list[Tensor] = []
     blocks: list[float] = []
     optimizer, manager = None, None
@@ -84,7 +86,7 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
         if step % block == 0 or step == steps:
             now = _clock(device)
             blocks.append((now - began) / ((step - 1) % block + 1))
-            spent = (curve[-1][3] if curve else 0.0) + now - began
+            spent += now - began
             if not math.isfinite(float(losses[-1])):
                 break
             if step % every == 0 or step == steps:
@@ -105,7 +107,7 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
         "curve": curve if split == "test" else [],
         "losses": [round(statistics.fmean(values[i : i + LOSS_BLOCK]), 5) for i in range(0, len(values), LOSS_BLOCK)],
         "step_seconds": statistics.median(blocks) if blocks else None,
-        "train_seconds": curve[-1][3] if curve else None,
+        "train_seconds": spent,
         "coverage": float(manager.applied.sum()) / (2 * len(manager.layers) * steps) if manager else None,
     }
 

@@ -165,3 +165,13 @@ def test_the_report_fills_its_block_and_nothing_else(
     (tmp_path / "plain.md").write_text("nothing")
     with pytest.raises(GRITError, match="exactly one"):
         replace_block(tmp_path / "plain.md", "x")
+
+
+def test_a_sweep_without_runs_is_one_line(plan_file: Path, tmp_path: Path) -> None:
+    """Oracle: ended before its first run, it has a plan and no rows."""
+    from dataclasses import asdict
+
+    with Store(tmp_path / "sweep.db") as store:
+        store.set_meta(plan=asdict(load_plan(plan_file)), versions={"torch": "0"}, git_commit="abc")
+        with pytest.raises(GRITError, match="holds no runs"):
+            markdown([store])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from grit_impl.errors import GRITError
+from grit_impl.sweep.commands import sweep
 from grit_impl.sweep.plan import load_plan
+from grit_impl.sweep.store import Store
 
 PLANS = ("grit-vs-lora-tiny", "grit-vs-lora-40m")
 
@@ -74,3 +79,45 @@ def test_an_unknown_plan_names_the_known_ones() -> None:
     """As for every other name."""
     with pytest.raises(GRITError, match="grit-vs-lora-tiny"):
         load_plan("grit-against-lora")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[10, 11, 12]", "3"),
+        ("[arms.adamw.trials]\nlr = [0.001, 0.005]", "trials = [0.1]"),
+        ("seeds = [10, 11]", "seeds = 3"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line(plan_text: str, tmp_path: Path, old: str, new: str) -> None:
+    """Oracle: a traceback of TypeError, AttributeError or ValueError would not be a GRITError."""
+    path = tmp_path / "wrong.toml"
+    path.write_text(plan_text.replace(old, new, 1))
+    with pytest.raises(GRITError, match="value of the wrong kind"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("steps = 10", "steps = 20", "common"),
+        ('base = "tiny"', 'base = "big"', "base"),
+        ("tuning_seeds = [0]", "tuning_seeds = [0, 1]", "tuning_seeds"),
+        ("lr = [0.002, 0.006]", "lr = [0.002, 0.009]", "arm eigenbasis"),
+        ("[10, 11, 12]", "[10, 11, 12, 13]", ""),
+        ('tasks = ["convert", "choose"]', 'tasks = ["convert"]', ""),
+    ],
+)
+def test_a_folder_holds_runs_of_one_plan(plan_text: str, tmp_path: Path, old: str, new: str, named: str) -> None:
+    """What finished runs share is not in their keys: a changed plan must not take them for its own."""
+    out, plan = tmp_path / "out", tmp_path / "plan.toml"
+    plan.write_text(plan_text.replace(old, new, 1))
+    with Store(out / "sweep.db") as store:
+        before = tmp_path / "before.toml"
+        before.write_text(plan_text)
+        store.set_meta(plan=dataclasses.asdict(load_plan(before)))
+        assert load_plan(plan).changed_since(json.loads(store.meta["plan"])) == named
+    if named:
+        result = CliRunner().invoke(sweep, ["run", str(plan), "--out", str(out)])
+        assert isinstance(result.exception, GRITError)
+        assert f"another {named}: give another --out" in str(result.exception)

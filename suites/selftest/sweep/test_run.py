@@ -133,3 +133,14 @@ def test_the_projects_plan_trains_every_arm_from_its_first_trial(tmp_path: Path)
         first = next(j for j in plan.jobs() if j.phase == "tuning" and j.arm == arm and j.task == "convert")
         settings = {**plan.settings(first, {}), "steps": 2, "batch_size": 2}
         assert train(job(first.method, phase="tuning"), settings, "cpu")["status"] == "done"
+
+
+def test_training_seconds_are_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a clock of one second per look; in tuning there is one evaluation, at the end, but several blocks."""
+    from grit_impl.sweep import run
+
+    ticks = iter(range(1000))
+    monkeypatch.setattr(run, "_clock", lambda device: float(next(ticks)))
+    blocks = STEPS // SETTINGS["every"]
+    for phase in ("tuning", "evaluation"):
+        assert train(job("adamw", phase=phase), SETTINGS, "cpu")["train_seconds"] == blocks, phase
