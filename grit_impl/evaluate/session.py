@@ -237,7 +237,7 @@ class _Session:
         write_atomic(self.folder / "speed.jsonl", "".join(map(_line, self.speed)))
 
     def _speed_key(self, label: str) -> str:
-        return fingerprint([self.keys.get(label), self.options.speed_tokens])[:16]
+        return fingerprint([self.keys.get(label), self.options.speed_tokens, self.speed_prompt])[:16]
 
     def _scored(self, task: tuple[str, str, str], item: Row, answer: str) -> Row:
         if task[1] == "aqi":

@@ -15,7 +15,7 @@ def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path 
     """Finished runs, exports and an evaluation that are there.
 
     Args:
-        options: Where to look, and for which seed.
+        options: Where to look, for which seed, and by which metric answers are scored.
         requires: Requirements of claims; what they do not name is left out.
         evaluation: Folder of the evaluation, or None.
 
@@ -37,5 +37,5 @@ def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path 
     if evaluation is not None and (evaluation / "evaluation.json").is_file():
         from grit_impl.evaluate.results import Evaluation
 
-        found = Evaluation.load(evaluation)
+        found = Evaluation.load(evaluation, options.aqi_metric)
     return Evidence(options, records=records, exports=exports, evaluation=found)

@@ -53,7 +53,9 @@ def _by_seeds(evidence: Evidence, found: SeedEffect, metrics: tuple[Metric, ...]
     beside = {**_differences(evidence, found), "sign-flip p": found.p}
     judged = decide_at_least(metrics[0], found.bound, what, strictly=True)
     if judged.verdict != "inconclusive" and not found.decided:
-        judged = replace(judged, verdict="inconclusive", needed=max(FEWEST, len(evidence.seeds) + 1))
+        judged = replace(judged, verdict="inconclusive", needed=len(evidence.seeds) + 1)
+    if judged.needed is not None:  # fewer decide nothing, however large the difference
+        judged = replace(judged, needed=max(FEWEST, judged.needed))
     return replace(judged, summary=found.statement, metrics=metrics, evidence=beside)
 
 

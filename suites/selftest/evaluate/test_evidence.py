@@ -16,6 +16,7 @@ from grit_impl.verify.claims import find
 from grit_impl.verify.evidence import LiveEvidence
 from grit_impl.verify.options import PLAN_MODELS, Options
 from grit_impl.verify.store import Session, Store
+from grit_impl.verify.stored import stored_evidence
 
 ITEMS = aqi.generate(40, seed=5, exclude=aqi.frozen_items())
 NEEDS = ["evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"]
@@ -172,6 +173,9 @@ def test_a_stored_evaluation_is_tied_to_the_exports(live, monkeypatch) -> None:
     again.gather(NEEDS)
     assert again.evaluation.metrics["pure"].aqi_accuracy.estimate == 75
     assert again.evaluation.aqi_metric == "within5"
+    # Where another process judged (xdist), and in a report afterwards, the session's metric counts, too.
+    found = stored_evidence(again.options, NEEDS, again.evaluation.path)
+    assert found.evaluation.aqi_metric == "within5"
     original = LiveEvidence._exported
     monkeypatch.setattr(
         LiveEvidence, "_exported", lambda self, name, record: {**original(self, name, record), "sha256": "other"}

@@ -97,6 +97,13 @@ def test_the_hypothesis_is_decided_over_seeds(gaps, verdict: str, words: str) ->
         assert judged.metrics[0].n == len(gaps)
 
 
+def test_seeds_that_are_asked_for_can_decide() -> None:
+    """Oracle: by width alone four seeds would do after these three, but fewer than six reach no p < .05."""
+    judged = find("hypotheses.pure-beats-lora").decide(_evidence((5, 6, 2)))
+    assert judged.metrics[0].low < 0
+    assert (judged.verdict, judged.needed) == ("inconclusive", 6)
+
+
 def test_equivalence_over_seeds() -> None:
     """Oracle: hybrid and pure answer alike with every seed; two seeds that agree by chance are no evidence."""
     judged = find("hypotheses.hybrid-agrees-with-pure").decide(_evidence((4, 6, 5, 7, 3, 5)))

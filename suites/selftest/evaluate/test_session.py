@@ -139,6 +139,17 @@ def test_a_changed_model_is_asked_again(server, files, tmp_path: Path) -> None:
     assert [request["model"] for request in again] == ["pure"] * (N + KNOWN)
 
 
+def test_speed_on_another_prompt_is_measured_again(server, files, tmp_path: Path) -> None:
+    """Oracle: the server's count of samples; the first question is the prompt of all of them."""
+    evaluate(server.url, MODELS, *files, tmp_path / "out", QUICK)
+    lines = files[0].read_text().splitlines()
+    files[0].write_text("\n".join([*lines[1:], lines[0]]))
+    asked = len(server.requests)
+    again = evaluate(server.url, MODELS, *files, tmp_path / "out", QUICK)
+    assert {request["options"]["temperature"] for request in server.requests[asked:]} == {100.0}
+    assert len(server.requests) - asked >= len(again.speed) > 0
+
+
 def test_a_model_replaced_meanwhile_is_refused(server, files, tmp_path: Path) -> None:
     """Oracle: answers of two different models under one name are no measurement."""
     original = server.reply
