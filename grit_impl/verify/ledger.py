@@ -34,7 +34,7 @@ from grit_impl.verify.patches import Interception
 from grit_impl.verify.rows import RowWriter
 from grit_impl.verify.shadow import GHOST, Shadows
 from grit_impl.verify.sketches import Sketcher
-from grit_impl.verify.step import Step, stamps
+from grit_impl.verify.step import Step, same_stamps, stamps
 from grit_impl.verify.timeline import Probe
 from grit_impl.verify.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners, spread
 
@@ -155,7 +155,8 @@ class GradientLedger:
         elif self._now.pending is not None:
             self._resolve([p.grad for p in self._parameters], last=False)
         elif self._now.raw:
-            written = self._now.stamps != stamps([p.grad for p in self._parameters])
+            now = self._now
+            written = now.full and not same_stamps(now.stamps, stamps([p.grad for p in self._parameters]))
             self._look("backward")
             self._lean = self._lean and not written
         if not self._now.raw:
@@ -187,7 +188,8 @@ class GradientLedger:
         if probe is None:
             self._now.raw_norm = torch.stack(torch._foreach_norm([g for g in grads if g is not None]))
         else:
-            self._now.raw_norm = None if probe.table is None else probe.table[:, 1]
+            table = (probe.like or probe).table
+            self._now.raw_norm = None if table is None else table[:, 1]
 
     def _may_skip(self) -> bool:
         return self._lean and self.steps >= FULL_STEPS
@@ -217,7 +219,7 @@ class GradientLedger:
     def _compare(self, grads: list[Tensor | None]) -> bool:
         """Whether the gradients have the versions that they had at the last look; keeps what will prove it."""
         now = self._now
-        if now.stamps != stamps(grads):
+        if not same_stamps(now.stamps, stamps(grads)):
             return False
         now.checks.append((now.check, self._checksum(grads)))
         return True
@@ -347,10 +349,11 @@ class GradientLedger:
         last = now.probes[-1].moment if now.probes else ""
         moment = last if moment is None else moment
         self._resolve(grads, last=True)
-        same = bool(now.probes) and self._compare(grads)
-        if same and self._may_skip():
-            before = now.probes[-1]
-            probe = Probe(who or self._context[-1], moment, None, before.missing, like=before.like or before)
+        before = (now.probes[-1].like or now.probes[-1]) if now.probes else None
+        same = before is not None and self._compare(grads)
+        # What was postponed before a pass that then changed nothing has no fingerprints to share.
+        if before is not None and same and self._may_skip() and (before.table is not None or before.missing.all()):
+            probe = Probe(who or self._context[-1], moment, None, before.missing, like=before)
             now.lean = True
         else:
             missing = np.array([g is None for g in grads])

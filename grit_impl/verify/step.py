@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from grit_impl.verify.timeline import AUTOGRAD, Probe, StepData, empty_table
 
+Stamp = tuple["weakref.ref[Tensor]", int]
+
 
 @dataclass(eq=False)
 class Step:
@@ -21,7 +24,7 @@ class Step:
     Attributes:
         full: Fingerprints are taken in this step.
         pending: The last backward pass, whose fingerprints wait for the next look.
-        stamps: (identity, version) of every gradient at the last look.
+        stamps: (weak reference, version) of every gradient at the last look.
         check: Hashes of a few gradients at that look.
         checks: Pairs of such hashes that have to agree, because the versions did.
         lean: Some fingerprints were not taken, because of versions that agreed.
@@ -41,7 +44,7 @@ class Step:
     optimizers: list[str] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     pending: Probe | None = None
-    stamps: list[Any] = field(default_factory=list)
+    stamps: list[Stamp | None] = field(default_factory=list)
     check: Any = None
     checks: list[tuple[Any, Any]] = field(default_factory=list)
     lean: bool = False
@@ -115,8 +118,19 @@ class Step:
                 probe.table, probe.samples = probe.like.table, probe.like.samples
 
 
-def stamps(grads: list[Tensor | None]) -> list[tuple[int, int] | None]:
-    return [None if g is None else (id(g), g._version) for g in grads]
+def stamps(grads: list[Tensor | None]) -> list[Stamp | None]:
+    """What tells whether a gradient is the tensor it was, and was not written to."""
+    return [None if g is None else (weakref.ref(g), g._version) for g in grads]
+
+
+def same_stamps(before: list[Stamp | None], now: list[Stamp | None]) -> bool:
+    """Whether every gradient is the same tensor in the same version.
+
+    A tensor has one weak reference, which may outlive it: unlike an address, no later tensor gets it again.
+    """
+    return all(
+        a is b if a is None or b is None else a[0] is b[0] and a[1] == b[1] for a, b in zip(before, now, strict=True)
+    )
 
 
 def _to_host(tensor: Tensor | None) -> Tensor | None:

@@ -187,3 +187,69 @@ def test_a_writer_that_begins_late_is_seen(write, moment):
     assert {r["step"] for r in rows} >= {1, 2, 3, 6, 7, 8}
     assert seen >= {6, 7, 8}
     assert min(seen) >= 4
+
+
+class _Residual(nn.Module):
+    """Ten LoRA-named layers, and a head whose loss leaves them alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lora_A = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(10)])
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        for layer in self.lora_A:
+            x = x + layer(x)
+        return x
+
+
+def test_a_gradient_replaced_at_its_old_address_is_seen():
+    """Oracle: the writer. The tensors whose hashes would give it away are spared, and the address is used again."""
+    model = _Residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradient_ledger(model) as ledger:
+        written = [layer.weight for i, layer in enumerate(model.lora_A) if i not in ledger._structured]
+        for _ in range(6):
+            model(torch.randn(4, 8)).square().mean().backward()
+            for p in written:
+                copy = p.grad.clone()
+                p.grad = None
+                p.grad = copy.flip(0)
+                del copy
+            optimizer.step()
+            optimizer.zero_grad()
+    turned = [r["step"] for r in ledger.rows() if r["kind"] == "tensor" and "turns" in r]
+    assert [turned.count(step) for step in range(1, 7)] == [len(written)] * 6
+
+
+@pytest.mark.parametrize("clip_between", [False, True])
+def test_a_pass_that_changes_no_gradient(clip_between, monkeypatch):
+    """Oracle: the same training with every fingerprint taken."""
+
+    def rows():
+        model = _Residual()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with gradient_ledger(model) as ledger:
+            for _ in range(5):
+                hidden = model(torch.randn(4, 8))
+                hidden.square().mean().backward()
+                if clip_between:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+                model.head(hidden.detach()).square().mean().backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        return ledger.rows()
+
+    lean = rows()
+    monkeypatch.setattr("grit_impl.verify.ledger.FULL_STEPS", 100)
+    assert lean == rows()
+
+
+def test_steps_that_are_not_sampled_turn_nothing_off():
+    """Oracle: nobody wrote anything."""
+    bench = Bench("loop", "adamw", seed=3, steps=6)
+    with gradient_ledger(bench.model, every=3) as ledger:
+        bench.train(Moments())
+    assert ledger._lean
