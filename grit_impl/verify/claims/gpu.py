@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, Outcome, supported_if
+from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, Outcome, items_to_decide, supported_if
 
 STEP_TIME, PEAK_MEMORY = 1.05, 1.02
 """What the plan allows GRIT to cost, against steps that differ in GRIT alone."""
@@ -73,7 +73,16 @@ def step_time(stack: str) -> Callable[[Evidence], Judgement]:
         # One length that costs too much refutes it; one that leaves it open leaves it open.
         outcome = max(outcomes, key=("supported", "inconclusive", "refuted").index)
         text = f"a step with GRIT takes {', '.join(said)} of one without; at most {STEP_TIME:g} x was asked for"
-        return Judgement(outcome, text, tuple(numbers), needed=ENOUGH_RATIOS if outcome == "inconclusive" else None)
+        if outcome != "inconclusive":
+            return Judgement(outcome, text, tuple(numbers))
+        needed = [
+            ENOUGH_RATIOS if (number.n or 0) < ENOUGH_RATIOS else items_to_decide(number, STEP_TIME)
+            for number, one in zip(numbers, outcomes, strict=True)
+            if one == "inconclusive"
+        ]
+        # At the bound no number of ratios decides.
+        most = None if None in needed else max(each for each in needed if each is not None)
+        return Judgement(outcome, text, tuple(numbers), needed=most)
 
     return decide
 

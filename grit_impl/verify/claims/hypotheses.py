@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def hybrid_agrees(evidence: Evidence) -> Judgement:
     if gap.low > EQUIVALENT or gap.high < -EQUIVALENT:
         return Judgement("refuted", text, metrics, beside)
     room = EQUIVALENT - abs(gap.estimate)
-    needed = round((gap.n or 0) * ((gap.high - gap.low) / 2 / room) ** 2) if room > 0 else None
+    needed = math.ceil((gap.n or 0) * ((gap.high - gap.low) / 2 / room) ** 2) if room > 0 else None
     hint = f"; about {needed} {unit} would decide" if needed else ""
     return Judgement("inconclusive", text + hint, metrics, beside, needed)
 

@@ -108,6 +108,13 @@ def test_equivalence_over_seeds() -> None:
     """Oracle: hybrid and pure answer alike with every seed; two seeds that agree by chance are no evidence."""
     judged = find("hypotheses.hybrid-agrees-with-pure").decide(_evidence((4, 6, 5, 7, 3, 5)))
     assert (judged.verdict, judged.metrics[0].estimate, judged.metrics[0].n) == ("supported", 0, 6)
+    evidence = _evidence((4, 6, 5, 7, 3, 5))
+    for offset, each in zip((0, 0, 0, 0, 2, 8), evidence.seeds.values(), strict=True):
+        for item in [str(n) for n in range(offset)]:
+            each.evaluation.rows("hybrid")[item]["scores"] = {"category_right": False}
+    judged = find("hypotheses.hybrid-agrees-with-pure").decide(evidence)
+    assert judged.verdict == "inconclusive"
+    assert judged.needed > 6, "six did not decide"
     judged = find("hypotheses.hybrid-agrees-with-pure").decide(_evidence((4, 6)))
     assert (judged.verdict, judged.needed) == ("inconclusive", 6)
 

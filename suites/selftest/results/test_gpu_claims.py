@@ -31,6 +31,12 @@ def test_step_time(arm, ratios, verdict):
     assert find(f"gpu.{arm}-step-time").judge(_costs(ratios)).verdict == verdict
 
 
+@pytest.mark.parametrize(("ratios", "least"), [([1.01] * 5, 6), ([0.95, 1.04, 1.15] * 4, 13)])
+def test_step_time_names_how_many_ratios_would_decide(ratios, least):
+    """Oracle: five are too few for any interval; of twelve that leave it open, more than twelve are needed."""
+    assert find("gpu.hybrid-step-time").judge(_costs(ratios)).needed >= least
+
+
 @pytest.mark.parametrize(("factor", "verdict"), [(1.019, "supported"), (1.03, "refuted")])
 def test_memory(factor, verdict):
     """Oracle: the ratio of two peaks against the plan's 1.02."""
