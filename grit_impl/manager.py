@@ -210,8 +210,8 @@ class GRITManager:
         the first steps, until `completeness` is known.
 
         Raises:
-            GRITError: GRIT is detached, its adapter is not the active one, or the statistics do not add up to the
-                gradients (a layer was bypassed).
+            GRITError: GRIT is detached, its adapter is not the active one, its update rule has no optimizer, or the
+                statistics do not add up to the gradients (a layer was bypassed).
         """
         self._check_active()
         if self.statistics.collecting:
@@ -253,6 +253,8 @@ class GRITManager:
                     f"GRIT was set up for adapter {layer.adapter!r}, which is no longer active in {layer.path}: switch "
                     "back before the optimizer steps, or build a GRITManager for the adapter that is trained now"
                 )
+        if self.rule is not None:
+            self.rule.require_optimizer()
 
     def _no_gradients(self) -> bool:
         return all(layer.a.grad is None and layer.b.grad is None for layer in self.layers)

@@ -142,12 +142,20 @@ class UpdateRule(ABC):
             else:
                 setattr(self, name, saved.to(mine.device).clone() if isinstance(mine, Tensor) else saved)
 
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the optimizer that takes the directions."""
+    def require_optimizer(self) -> Optimizer:
+        """The optimizer that takes the directions.
+
+        Raises:
+            GRITError: there is none.
+        """
         if self._optimizer is None:
             raise GRITError(f"update_rule = {self.config.update_rule!r} has no optimizer yet: use GRITOptimizer")
-        return self._optimizer.param_groups
+        return self._optimizer
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        return self.require_optimizer().param_groups
 
     def take_place_of(self, inner: Optimizer) -> SGD:
         """Plain SGD over the same parameter groups (the same objects, so that schedulers still reach them).

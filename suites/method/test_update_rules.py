@@ -317,6 +317,8 @@ def test_what_cannot_be_combined_is_refused(rule: str, llama: Any, training: Any
             GRITOptimizer(inner, GRITManager(model, config))
     with pytest.raises(GRITError, match="misses LoRA parameters"):
         GRITOptimizer(torch.optim.AdamW(parameters[1:]), GRITManager(model, config))
+    with pytest.raises(GRITError, match="use GRITOptimizer"):
+        GRITManager(llama(), config).attach().precondition()
     with pytest.raises(GRITError, match="optim='sgd'"):
         training("hybrid", llama(), config).train()
     with pytest.raises(GRITError, match="on_optimizer_step"):
