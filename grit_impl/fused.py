@@ -218,7 +218,8 @@ class FusedTap:
             else:
                 values = [torch.mm(_rows(x), plan.cast[2 * i].t()) for i, x in zip(group.places, xs, strict=True)]
             for i, layer, value in zip(group.places, group.layers, values, strict=True):
-                gradient = torch.mm(_rows(dys[i]), plan.cast[2 * i + 1])
+                lora_b = plan.cast[2 * i + 1]
+                gradient = torch.mm(_rows(dys[i]).to(lora_b.dtype), lora_b)
                 if scales[i] != 1:
                     gradient *= scales[i]
                 self._statistics.add(layer, value, gradient, context)

@@ -182,7 +182,10 @@ class LiveEvidence(Evidence):
         inputs = fingerprint(
             {"base": self.options.base_model, "source": source_fingerprint("cost"), "versions": versions()}
         )
-        found = json.loads(target.read_text()) if target.is_file() else None
+        try:
+            found = json.loads(target.read_text()) if target.is_file() else None
+        except ValueError as error:
+            raise GRITError(f"{target} is damaged ({error}): remove it") from error
         if self.options.reuse_runs and found is None:
             self.missing = {**self.missing, key: f"no {target}, and --reuse-runs measures nothing"}
             return

@@ -94,6 +94,8 @@ def memory(stack: str) -> Callable[[Evidence], Judgement]:
         numbers, said = [], []
         for cell in evidence.costs[stack]["cells"]:
             mine, theirs = cell["grit_peak_bytes"], cell["plain_peak_bytes"]
+            if not theirs:
+                return Judgement("inconclusive", f"no GPU memory was measured on {stack}")
             subject = f"{stack}, {cell['length']} tokens"
             numbers.append(Metric("peak_memory_ratio", mine / theirs, unit="x", subject=subject))
             said.append(f"{mine / 2**30:.2f} GiB for {theirs / 2**30:.2f} ({cell['length']} tokens)")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from grit_impl.errors import GRITError
 from grit_impl.verify.claims import find
 from grit_impl.verify.claims.base import Evidence
+from grit_impl.verify.evidence import LiveEvidence
+from grit_impl.verify.options import Options
 from grit_impl.verify.probe import FILE, Check, Probe
 
 from .conftest import write_run
@@ -41,6 +44,22 @@ def test_step_time_names_how_many_ratios_would_decide(ratios, least):
 def test_memory(factor, verdict):
     """Oracle: the ratio of two peaks against the plan's 1.02."""
     assert find("gpu.hybrid-memory").judge(_costs([1.0] * 6, factor)).verdict == verdict
+
+
+def test_memory_without_a_gpu_is_open():
+    """Oracle: a cost file made on a CPU holds no peak."""
+    evidence = _costs([1.0] * 6)
+    evidence.costs["unsloth"]["cells"][0].update(plain_peak_bytes=0, grit_peak_bytes=0)
+    assert find("gpu.hybrid-memory").judge(evidence).verdict == "inconclusive"
+
+
+def test_a_damaged_cost_file_is_named(tmp_path):
+    """Oracle: one line with the file."""
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost" / "peft.json").write_text('{"cells": [')
+    evidence = LiveEvidence(Options(reports_dir=tmp_path, reuse_runs=True))
+    with pytest.raises(GRITError, match=r"cost/peft\.json is damaged"):
+        evidence.gather(["cost:peft"])
 
 
 @pytest.mark.parametrize(
