@@ -20,7 +20,7 @@ help:
 	@echo "make mutants  how many small errors in what decides do the tests notice (10 minutes)"
 
 verify: $(VENV)/.verify
-	$(BIN)/python -m pytest suites --ignore suites/selftest --ignore suites/method -m "verify and not gpu" $(ARGS)
+	$(BIN)/python -m pytest suites -m "verify and not gpu" $(ARGS)
 
 test: $(VENV)/.tox
 	$(BIN)/tox run -e $(ENV)

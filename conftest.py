@@ -1,4 +1,4 @@
-"""Root of the suites: settings that have to be made before torch and tokenizers are imported."""
+"""Root of suites and tests: settings that have to be made before torch and tokenizers are imported."""
 
 from __future__ import annotations
 

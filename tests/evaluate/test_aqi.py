@@ -15,7 +15,7 @@ from grit_impl import aqi
 from grit_impl.errors import GRITError
 from grit_impl.recipes.datasets import AQI_TRAINING_ITEMS
 
-FIXTURE = Path(__file__).parents[3] / "fixtures" / "aqi_test.jsonl"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "aqi_test.jsonl"
 
 # Table 2 of 40 CFR 58 App. G (2024), typed again, as first and last concentration of every row.
 TABLE = {

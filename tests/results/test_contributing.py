@@ -12,7 +12,7 @@ from grit_impl.recipes import arms, datasets
 from grit_impl.verify import zoo_faults
 from grit_impl.verify.claims import base
 
-TEXT = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 RECIPES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 MOST_LINES = 15
 

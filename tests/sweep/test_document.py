@@ -9,7 +9,7 @@ import pytest
 from grit_impl.sweep.report import BEGIN, END, markdown
 from grit_impl.sweep.store import Store
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = [path for name in ("tiny", "40m") if (path := ROOT / "fixtures" / f"sweep_{name}.db").is_file()]
 
 

@@ -1,6 +1,6 @@
 """`make verify`, killed 50 times at random moments, loses no finished arm and leaves no file that cannot be read.
 
-    python -m pytest suites/selftest/results/test_kills.py -m nightly
+    python -m pytest tests/results/test_kills.py -m nightly
 
 What is killed is the command of `make verify` with its whole process group, by SIGKILL, at seeded random moments of
 three phases: 20 times while arms train and are exported, 15 times while the models are evaluated, 15 times while
@@ -27,7 +27,7 @@ import pytest
 
 from grit_impl.record import RunRecord, sha256_file
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 STEPS = 8
 ARMS = ("baseline", "rerun", "pure", "hybrid", "hybrid_late")
 # Kills, and the seconds after the phase began within which each falls.
@@ -50,8 +50,7 @@ class Verification:
 
     def start(self) -> subprocess.Popen[bytes]:
         """The command of `make verify`, in a process group of its own."""
-        command = [sys.executable, "-m", "pytest", "suites", "--ignore", "suites/selftest", "--ignore", "suites/method"]
-        command += ["-m", "verify and not gpu", "-p", "no:cacheprovider", "-q"]
+        command = [sys.executable, "-m", "pytest", "suites", "-m", "verify and not gpu", "-p", "no:cacheprovider", "-q"]
         command += ["--steps", str(STEPS), "--reports-dir", str(self.reports)]
         environment = {**os.environ, "PYTHONPATH": str(self.project), "OMP_NUM_THREADS": "1"}
         with open(self.project / "log.txt", "ab") as log:

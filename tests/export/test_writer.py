@@ -155,7 +155,7 @@ export_merged(sys.argv[1], None, sys.argv[2], progress=slowly)
 def test_a_killed_export_leaves_no_file_that_loads(lab: SimpleNamespace, tmp_path: Path) -> None:
     """Oracle: the folder after SIGKILL, and llama.cpp's refusal of what lies in it; the next export succeeds."""
     out = tmp_path / "m.gguf"
-    root = str(Path(__file__).resolve().parents[3])
+    root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(lab.untied), str(out)],
         stdout=subprocess.PIPE,

@@ -191,7 +191,7 @@ def test_the_configuration_file_names_the_defaults() -> None:
     """Oracle: `Options`; a threshold that is changed in one place only would be two thresholds."""
     import tomllib
 
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     given = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     named = {name.removeprefix("grit_"): value for name, value in given.items() if name.startswith("grit_")}
     assert {"min_delta_aqi", "min_delta_over_baseline", "max_speed_loss", "min_retention", "seeds"} <= named.keys()

@@ -9,7 +9,7 @@ import pytest
 
 from grit_impl.evaluate.session import EvaluationOptions, evaluate
 
-FIXTURES = Path(__file__).parents[3] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 LABELS = ("base", "baseline", "hybrid", "pure")
 
 

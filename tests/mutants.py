@@ -1,6 +1,6 @@
 """Mutation check of the code that decides: what share of small errors planted in it do its tests notice?
 
-    python suites/selftest/mutants.py --sample 300 --seed 1        (or: make mutants)
+    python tests/mutants.py --sample 300 --seed 1        (or: make mutants)
 
 cosmic-ray lists the mutants of each module (in a copy: the working tree is never touched), a seeded random sample of
 them is run against the module's own fast tests, and survivors are printed as diffs. Mutants of annotations are left
@@ -26,8 +26,8 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkR
 
 from grit_impl.verify.statistics import wilson
 
-ROOT = Path(__file__).parents[2]
-VERIFY, TESTS = Path("grit_impl/verify"), Path("suites/selftest")
+ROOT = Path(__file__).parents[1]
+VERIFY, TESTS = Path("grit_impl/verify"), Path("tests")
 # What decides, and the tests that are answerable for it.
 MODULES = {
     VERIFY / "statistics.py": [
@@ -40,7 +40,7 @@ MODULES = {
     VERIFY / "findings.py": [TESTS / "verify/test_detectors.py"],
     VERIFY / "claims/base.py": [TESTS / "results/test_claims.py"],
 }
-COPIED = ("grit_impl", "suites", "fixtures", "conftest.py", "pyproject.toml")
+COPIED = ("grit_impl", "tests", "fixtures", "conftest.py", "pyproject.toml")
 SECONDS = 20.0
 """A mutant that takes longer loops forever: noticed."""
 

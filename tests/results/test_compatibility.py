@@ -14,7 +14,7 @@ from packaging.version import Version
 from grit_impl.compatibility import OLDEST, check_versions, installed
 from grit_impl.errors import GRITError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SOUND = {"torch": "2.13", "transformers": "5.24", "peft": "0.21.2", "trl": "1.16", "accelerate": "1.15"}
 
 

@@ -1,6 +1,6 @@
 """How much of llama.cpp's throughput is left behind Ollama's API: the same questions, driver and parallelism for both.
 
-By hand, with more repeats: `python suites/selftest/evaluate/test_throughput.py 10`.
+By hand, with more repeats: `python tests/evaluate/test_throughput.py 10`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-FIXTURES = Path(__file__).parents[3] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 IN_FLIGHT, QUESTIONS, REPEATS = 2, 200, 5
 ATTEMPTS = 3
 """llama.cpp's server closes a kept connection after a hundred requests."""

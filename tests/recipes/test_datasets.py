@@ -195,7 +195,7 @@ def tokenizer() -> Any:
     """The embedded tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "fixtures" / "tiny_llama")
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "fixtures" / "tiny_llama")
 
 
 class TestTokenize:

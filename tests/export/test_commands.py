@@ -21,7 +21,7 @@ from grit_impl.evaluate.server import EmbeddedOllama
 from grit_impl.export import commands, export_merged, read_metadata
 from grit_impl.record import RunRecord
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from grit_impl.evaluate import wire
 from grit_impl.evaluate.server import EmbeddedOllama
 from grit_impl.export import export_merged, write_modelfile
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"temperature": 0, "seed": 1, "num_predict": 12, "num_ctx": 512}
 
 

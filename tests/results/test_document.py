@@ -7,7 +7,7 @@ from pathlib import Path
 from grit_impl.verify.claims import catalogue
 from grit_impl.verify.claims.document import document
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def test_catalogue_page_is_current():
