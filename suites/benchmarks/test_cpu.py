@@ -6,18 +6,17 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from grit_impl.autograd import ForwardContext, RankStatistics
 from grit_impl.config import GRITConfig
-from grit_impl.factors import KroneckerFactors
-from grit_impl.recipes.bases import load_base
-from grit_impl.recipes.lora import LoRASettings, add_lora
-from grit_impl.stacks import GradientStacks
 from grit_impl.verify.cost import TARGETS, Bench, exponent, in_turn, ledger_blocks, ratios, spread
+
+# Collecting the suites imports no torch: each function imports what it measures.
+if TYPE_CHECKING:
+    import torch
 
 # An inversion every five steps: a round is five steps, so that each holds one.
 STEPS = 5
@@ -26,12 +25,16 @@ LENGTH = 160
 
 
 def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
+    import torch
+
     return torch.optim.AdamW(parameters, lr=1e-5)
 
 
 @pytest.fixture
 def bench() -> Callable[..., Bench]:
     """(rank, length, checkpointing, optimizer) -> a Bench of the tiny base."""
+    from grit_impl.recipes.bases import load_base
+    from grit_impl.recipes.lora import LoRASettings, add_lora
 
     def build(rank: int = 16, length: int = LENGTH, *, checkpointing: bool = False, optimizer: Any = adamw) -> Bench:
         base, _ = load_base("tiny")
@@ -131,6 +134,8 @@ def test_parts(bench: Any, benchmark: Any, judge: Any) -> None:
 
 def test_against_peft(bench: Any, benchmark: Any, judge: Any) -> None:
     """peft's Riemannian optimizer preconditions from the weights: no statistics, two inverses per layer and step."""
+    import torch
+
     optimizers = pytest.importorskip("peft.optimizers", reason="this peft has no optimizers")
     if not hasattr(optimizers, "create_riemannian_optimizer"):
         pytest.skip("this peft has no Riemannian optimizer")
@@ -150,6 +155,8 @@ def test_against_peft(bench: Any, benchmark: Any, judge: Any) -> None:
 
 def test_against_the_released_loop(bench: Any, benchmark: Any, judge: Any) -> None:
     """The same work layer by layer; told, not judged."""
+    import torch
+
     spec = importlib.util.spec_from_file_location("released", Path(__file__).with_name("released.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -179,6 +186,7 @@ def test_against_the_released_loop(bench: Any, benchmark: Any, judge: Any) -> No
 def test_against_kronfluence(bench: Any, benchmark: Any, judge: Any, tmp_path: Any) -> None:
     """kronfluence has the same S_a and S_g, from lora_B's inputs and lora_A's outputs, and d x d factors besides."""
     pytest.importorskip("kronfluence", reason="kronfluence is not installed")
+    import torch
     from datasets import Dataset
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
@@ -243,9 +251,20 @@ def test_growth(what: str, sizes: tuple[int, ...], limit: float, benchmark: Any,
 
 def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int = 512) -> Callable[[], float]:
     """Seconds of what GRIT adds, on tensors of these sizes."""
+    import torch
+
+    from grit_impl.autograd import ForwardContext, RankStatistics
+    from grit_impl.factors import KroneckerFactors
+    from grit_impl.stacks import GradientStacks
+
+    def with_gradient(*shape: int) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(torch.randn(shape))
+        parameter.grad = torch.randn_like(parameter)
+        return parameter
+
     statistics = RankStatistics(layers, rank, torch.device("cpu"))
     factors = KroneckerFactors([rank] * layers, GRITConfig(), torch.device("cpu"))
-    pairs: Any = [_Pair(rank, width) for _ in range(layers)]
+    pairs: Any = [SimpleNamespace(a=with_gradient(rank, width), b=with_gradient(width, rank)) for _ in range(layers)]
     stacks = GradientStacks(pairs)
     a, g = torch.randn(tokens, rank), torch.randn(tokens, rank)
 
@@ -262,9 +281,3 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
         return time.perf_counter() - began
 
     return run
-
-
-class _Pair:
-    def __init__(self, rank: int, width: int) -> None:
-        self.a, self.b = (torch.nn.Parameter(torch.randn(shape)) for shape in ((rank, width), (width, rank)))
-        self.a.grad, self.b.grad = torch.randn_like(self.a), torch.randn_like(self.b)

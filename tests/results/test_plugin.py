@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,13 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import grit_impl
+from grit_impl.verify.claims import catalogue
 from grit_impl.verify.store import Store
 
 pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parents[2]
+# Packages that take long to import.
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "pandas", "scipy", "matplotlib", "numpy"}
 CONFTEST = """
 import pytest
 from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
@@ -341,18 +347,39 @@ def test_help_names_every_option_and_its_default(project):
 
 def test_import_is_light():
     """Oracle: importing plugin and claims loads none of the heavy packages."""
-    heavy = ("torch", "transformers", "pandas", "scipy", "matplotlib", "numpy")
     imports = "import sys, grit_impl.verify.plugin, grit_impl.verify.claims as claims; claims.catalogue()"
-    code = f"{imports}; print([m for m in {heavy} if m in sys.modules])"
+    code = f"{imports}; print(sorted({HEAVY} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in ("train", "compare", "export", "serve", "evaluate"))])
 def test_help_is_light(command):
     """Oracle: sys.modules after `grit --help`; what made it slow would be one of these."""
-    heavy = {"torch", "transformers", "pandas", "scipy", "matplotlib", "numpy", "datasets", "peft"}
-    code = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({heavy} & set(sys.modules)))); "
+    code = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({HEAVY} & set(sys.modules)))); "
     code += f"from grit_impl.cli import main; sys.argv = {['grit', *command, '--help']}; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Usage:" in done.stdout
     assert done.stdout.endswith("HEAVY []\n")
+
+
+LOOK = """
+import atexit, json, sys
+
+def pytest_collection_finish(session):
+    from grit_impl.verify.plugin import claims_named
+
+    claims = sorted({name for item in session.items for name in claims_named(item)})
+    atexit.register(lambda: print(json.dumps({"modules": sorted(sys.modules), "claims": claims})))
+"""
+
+
+def test_collecting_the_claims_is_light(tmp_path):
+    """Oracle: sys.modules after `pytest --collect-only suites`; of the catalogue, all but other people's trainers."""
+    (tmp_path / "look.py").write_text(LOOK)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "suites", "-p", "look", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert HEAVY & set(seen["modules"]) == set()
+    assert set(catalogue()) - set(seen["claims"]) == {"gradients.trainer-effective"}
