@@ -321,32 +321,40 @@ class GRITManager:
         """
         s = self.factors.covariances()
         damped = s + self.factors.damping(s)[..., None, None] * self.factors.eye
+        # One copy to the host for all layers: each one waits for the device.
         traces = s.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
-        spectra, damped_host, status = torch.linalg.eigvalsh(s).cpu(), damped.cpu(), self.factors.status.cpu()
-        seen, dropped, applied = self.factors.seen.cpu(), self.factors.dropped.cpu(), self.applied.cpu()
-        rows = []
-        for i, layer in enumerate(self.layers):
-            row: dict[str, Any] = {
+        effective = effective_rank(torch.linalg.eigvalsh(s)).cpu()
+        damped, inverse, status = damped.cpu().double(), self.factors.inverse.cpu().double(), self.factors.status.cpu()
+        counts = torch.stack([self.factors.seen, self.factors.dropped, *self.applied]).T.tolist()
+        rows = [
+            {
                 "name": f"{layer.path}:{layer.adapter}",
-                "samples": float(seen[i]),
+                "samples": seen,
                 "rank": self.reprojection.ranks[i],
-                "dropped_steps": float(dropped[i]),
-                "applied_a": float(applied[0, i]),
-                "applied_b": float(applied[1, i]),
+                "dropped_steps": dropped,
+                "applied_a": applied_a,
+                "applied_b": applied_b,
             }
+            for i, (layer, (seen, dropped, applied_a, applied_b)) in enumerate(zip(self.layers, counts, strict=True))
+        ]
+        for rank in {layer.rank for layer in self.layers}:
+            mine = [i for i, layer in enumerate(self.layers) if layer.rank == rank]
+            eye = torch.eye(rank, dtype=torch.float64)
             for side, key in ((0, "a"), (1, "g")):
-                values = torch.linalg.eigvalsh(damped_host[side, i, : layer.rank, : layer.rank].double())
-                row[f"trace_{key}"] = float(traces[side, i])
-                row[f"condition_{key}"] = float(values[-1] / values[0]) if values[0] > 0 else float("inf")
-                inverse = self.factors.inverse[side, i, : layer.rank, : layer.rank].cpu().double()
-                mean = inverse.diagonal().mean()
-                eye = torch.eye(layer.rank, dtype=torch.float64)
-                row[f"identity_distance_{key}"] = float((inverse / mean - eye).norm() / eye.norm())
-                row[f"effective_rank_{key}"] = float(effective_rank(spectra[side, i]))
-                row[f"status_{key}"] = STATUS[int(status[side, i])]
+                values = torch.linalg.eigvalsh(damped[side, mine, :rank, :rank])
+                kept = inverse[side, mine, :rank, :rank]
+                mean = kept.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+                distances = torch.linalg.matrix_norm(kept / mean - eye) / eye.norm()
+                conditions = torch.where(values[:, 0] > 0, values[:, -1] / values[:, 0], torch.inf)
+                for i, condition, distance in zip(mine, conditions.tolist(), distances.tolist(), strict=True):
+                    rows[i][f"trace_{key}"] = float(traces[side, i])
+                    rows[i][f"condition_{key}"] = condition
+                    rows[i][f"identity_distance_{key}"] = distance
+                    rows[i][f"effective_rank_{key}"] = float(effective[side, i])
+                    rows[i][f"status_{key}"] = STATUS[int(status[side, i])]
+        for row in rows:
             both = {row["status_a"], row["status_g"]}
             row["status"] = "ready" if both == {"ready"} else next(x for x in STATUS[1:] if x in both)
-            rows.append(row)
         total = max(1, self.step) * 2 * len(self.layers)
         return {
             "step": self.step,

@@ -15,6 +15,10 @@ from typing import Any, TextIO
 
 from grit_impl.errors import GRITError
 
+# One encoder for all rows: json.dumps would make one for each. Level 4 takes 60% of the time of 6, for a tenth more bytes.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+LEVEL = 4
+
 
 class RowWriter:
     """Keeps rows in memory, or streams them to a temporary file that replaces `path` when it is closed."""
@@ -35,7 +39,7 @@ class RowWriter:
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
             os.close(handle)
             self._temporary = Path(name)
-            self._file = gzip.open(name, "wt", compresslevel=6)  # noqa: SIM115 (open for the length of the run)
+            self._file = gzip.open(name, "wt", compresslevel=LEVEL)  # noqa: SIM115 (open for the length of the run)
         except OSError as error:
             raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -45,7 +49,7 @@ class RowWriter:
             self._rows += rows
             return
         try:
-            self._file.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+            self._file.write("".join([_encode(row) + "\n" for row in rows]))
         except OSError as error:
             raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
 
