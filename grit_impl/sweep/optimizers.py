@@ -27,7 +27,8 @@ def build_optimizer(
         model: The PEFT model.
         method: `adamw`, `rslora` (AdamW; the scaling is the model's), `loraplus` (Hayou et al. 2024, peft),
             `riemannian` (Zhang & Pilanci 2024, peft), or `grit`.
-        settings: `lr`, `beta1`, `beta2`; `ratio` of B's learning rate to A's (LoRA+); `reg`, the damping (Riemannian).
+        settings: `lr`, `beta1`, `beta2`; `ratio` of B's learning rate to A's (LoRA+, and GRIT where it is given);
+            `reg`, the damping (Riemannian).
         grit: GRIT's configuration.
         max_grad_norm: GRIT's clipping.
 
@@ -39,25 +40,19 @@ def build_optimizer(
         "betas": (settings.get("beta1", 0.9), settings.get("beta2", 0.999)),
         "weight_decay": WEIGHT_DECAY,
     }
-    if method == "loraplus":
-        from peft.optimizers import create_loraplus_optimizer
-
-        return (
-            create_loraplus_optimizer(
-                model,
-                torch.optim.AdamW,
-                loraplus_lr_ratio=settings["ratio"],
-                loraplus_weight_decay=options.pop("weight_decay"),
-                **options,
-            ),
-            None,
-        )
     if method == "riemannian":
         from peft.optimizers import create_riemannian_optimizer
 
         return create_riemannian_optimizer(model, torch.optim.AdamW, reg=settings["reg"], **options), None
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    inner = torch.optim.AdamW(parameters, **options)
+    if "ratio" in settings:
+        from peft.optimizers import create_loraplus_optimizer
+
+        decay = options.pop("weight_decay")
+        inner = create_loraplus_optimizer(
+            model, torch.optim.AdamW, loraplus_lr_ratio=settings["ratio"], loraplus_weight_decay=decay, **options
+        )
+    else:
+        inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
     if grit is None:
         return inner, None
     from grit_impl.manager import GRITManager

@@ -1,4 +1,4 @@
-"""Data parallel under accelerate: two gloo processes against one process with the same global batches."""
+"""Data parallel under accelerate: two processes (gloo; NCCL on two GPUs) against one with the same global batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAME = 1e-6
 DIFFERENT = 1e-3
 
 
-def run(folder: Path, world: int, fault: str = "") -> list[dict[str, Any]]:
+def run(folder: Path, world: int, fault: str = "", device: str = "cpu") -> list[dict[str, Any]]:
     """What every process saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,11 +30,13 @@ def run(folder: Path, world: int, fault: str = "") -> list[dict[str, Any]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
-        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        # A single process that sees two GPUs would split its batches over them.
+        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else ",".join(map(str, range(world))),
         "PYTHONPATH": os.pathsep.join([str(Path(grit_impl.__file__).parents[1]), *sys.path]),
     }
+    if device == "cpu":
+        common["ACCELERATE_USE_CPU"] = "true"
     files, processes = [], []
     for rank in range(world):
         files.append(folder / f"{fault or 'right'}-{world}-{rank}.pt")
@@ -44,7 +46,7 @@ def run(folder: Path, world: int, fault: str = "") -> list[dict[str, Any]]:
             environment = {
                 k: v for k, v in environment.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
             }
-        command = [sys.executable, str(SCRIPT), str(files[-1]), *([fault] if fault else [])]
+        command = [sys.executable, str(SCRIPT), str(files[-1]), device, *([fault] if fault else [])]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -55,6 +57,24 @@ def run(folder: Path, world: int, fault: str = "") -> list[dict[str, Any]]:
             process.kill()
     assert [process.returncode for process in processes] == [0] * world, outputs
     return [torch.load(file, weights_only=True) for file in files]
+
+
+# A GPU's kernels add up in another order than those for half the batch.
+SAME_ON_GPUS = 1e-5
+
+
+@pytest.mark.gpu
+def test_two_gpus_are_one(tmp_path: Path, relative: Any) -> None:
+    """The same over NCCL: factors, adapters and losses of one GPU with twice the accumulation."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA GPUs: found {torch.cuda.device_count()}")
+    (single,) = run(tmp_path, 1, "sparse", "cuda")
+    first, second = run(tmp_path, 2, "sparse", "cuda")
+    assert torch.equal(first["factors"], second["factors"])
+    assert torch.equal(first["adapters"], second["adapters"])
+    for kind in ("factors", "adapters"):
+        assert relative(first[kind], single[kind]) < SAME_ON_GPUS
+    assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""One training for test_processes.py: `RANK=0 WORLD_SIZE=2 ... python two_processes.py OUT [FAULT | sparse]`."""
+"""One training for test_processes.py: `RANK=0 WORLD_SIZE=2 ... python two_processes.py OUT cpu|cuda [FAULT | sparse]`.
+
+On `cuda` the processes talk through NCCL, one GPU each.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 STEPS = 6
 
 
-def train(out: Path, fault: str = "") -> None:
+def train(out: Path, device: str, fault: str = "") -> None:
     """Train the tiny model with pure GRIT and save factors, adapters and losses of this process to OUT.
 
     `sparse` reads the factors at inversions only, every third step, and lists what was sent.
@@ -67,7 +70,7 @@ def train(out: Path, fault: str = "") -> None:
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         seed=3,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
@@ -84,13 +87,14 @@ def train(out: Path, fault: str = "") -> None:
     grit_manager = trainer.grit_manager
     result: dict[str, Any] = {
         "world": trainer.accelerator.num_processes,
-        "factors": grit_manager.factors.covariances(),
-        "seen": grit_manager.factors.seen,
-        "adapters": torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]),
+        "factors": grit_manager.factors.covariances().cpu(),
+        "seen": grit_manager.factors.seen.cpu(),
+        "adapters": torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).cpu(),
         "completeness": float(grit_manager.completeness.max()) if grit_manager.completeness is not None else None,
     }
     result["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    result["sent"] = [math.prod(e.input_shapes[0]) for e in watched.events() if e.name == "gloo:all_reduce"]
+    sent = [event for event in watched.events() if event.name in ("gloo:all_reduce", "nccl:all_reduce")]
+    result["sent"] = [math.prod(event.input_shapes[0]) for event in sent]
     torch.save(result, out)
 
 
