@@ -24,7 +24,7 @@ from grit_impl.machine import git_commit, versions
 from grit_impl.recipes.arms import Arm, RunSpec, TrainingSettings, find_arm
 from grit_impl.record import RunRecord
 
-Observer = Callable[[Any], contextlib.AbstractContextManager[Any]]
+Observer = Callable[[Any, int], contextlib.AbstractContextManager[Any]]
 
 
 def machine() -> dict[str, Any]:
@@ -54,6 +54,7 @@ class StepLog(TrainerCallback):
         self._row: dict[str, Any] = {}
         self._loss = torch.zeros(())
         self._tokens, self._batch, self._began = 0, 0, 0.0
+        self.saved: Callable[[], None] = lambda: None
 
     def watch(self, trainer: Any) -> None:
         """Wrap the trainer's `training_step` to see each micro-batch and its loss."""
@@ -95,6 +96,10 @@ class StepLog(TrainerCallback):
             self.record.append_step(self._row)
             self._row = {}
 
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """A checkpoint was written: what observes the run keeps what it has seen, too."""
+        self.saved()
+
 
 def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRecord:
     """Train one arm and leave a complete run record.
@@ -102,7 +107,8 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     Args:
         spec: What to train.
         path: The record's folder. Checkpoints of an unfinished run of the same spec are continued from.
-        observer: Called with the model, returns a context that encloses the training (the gradient ledger).
+        observer: Called with the model and the steps made before, returns a context that encloses the training (the
+            gradient ledger), whose value has a `flush()` to be called with every checkpoint.
 
     Returns:
         The record, complete.
@@ -154,7 +160,9 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    with observer(model) if observer else contextlib.nullcontext():
+    with observer(model, done) if observer else contextlib.nullcontext() as observing:
+        if observing is not None:
+            log.saved = observing.flush
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except GRITError as error:

@@ -201,8 +201,8 @@ def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True
         require_probe(path, spec.training, unsloth=unsloth)
     target = RunRecord(path).ledger
 
-    def observer(model: Any) -> Any:
-        return gradient_ledger(model, path=target)
+    def observer(model: Any, done: int) -> Any:
+        return gradient_ledger(model, path=target, resume_from=done)
 
     record = train(spec, path, observer if ledger else None)
     record.update(fingerprint=wanted)

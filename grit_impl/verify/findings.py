@@ -31,8 +31,8 @@ class Facts:
             `group` ("A", "B" or "other"), `layer`, `live` (held by an optimizer, gradient not zero), `bent` (live, and
             the gradient at the optimizer's entry has another direction than the raw one).
         report: The preconditioner's last own report, or None.
-        unseen: Optimizer steps of the run before this ledger began: a resumed run's ledger has only what its last
-            process saw. Its steps are numbered like the run's.
+        unseen: Optimizer steps of the run that are not in this ledger: a run that was killed may have lost what its
+            ledger saw. Steps are numbered like the run's.
     """
 
     run: dict[str, Any]
@@ -81,10 +81,11 @@ def facts(source: Any) -> Facts:
     Raises:
         GRITError: the file is missing or corrupt, or the rows are not a ledger's.
     """
-    unseen = 0
     if isinstance(source, RunRecord):
-        unseen = int(source.run.get("resumed_from") or 0)
-        rows = [{**row, "step": row["step"] + unseen} if "step" in row else row for row in read_rows(source.ledger)]
+        rows = read_rows(source.ledger)
+        if rows[0].get("schema", 1) < 2:  # such a ledger holds what the last process saw, and numbers it from 1
+            before = int(source.run.get("resumed_from") or 0)
+            rows = [{**row, "step": row["step"] + before} if "step" in row else row for row in rows]
     elif isinstance(source, str | os.PathLike):
         rows = read_rows(source)
     elif isinstance(source, list):
@@ -96,6 +97,7 @@ def facts(source: Any) -> Facts:
     tensors = _table([r for r in rows if r["kind"] == "tensor"])
     steps = [r for r in rows if r["kind"] == "step"]
     reports = [r for r in rows if r["kind"] == "factors"]
+    unseen = steps[-1]["step"] - len(steps) if steps else 0
     return Facts(rows[0], steps, _derive(tensors, steps), reports[-1] if reports else None, unseen)
 
 

@@ -38,6 +38,8 @@ from grit_impl.verify.step import Step, same_stamps, stamps
 from grit_impl.verify.timeline import Probe
 from grit_impl.verify.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners, spread
 
+# 2: steps are numbered like the run's, also after it was resumed.
+SCHEMA = 2
 SAMPLE, STRUCTURE, FULL_STEPS = 16, 4, 2
 FACTOR_STEPS = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000}
 
@@ -50,6 +52,7 @@ def gradient_ledger(
     *,
     sample: int = SAMPLE,
     factors: Any = None,
+    resume_from: int = 0,
 ) -> Iterator[GradientLedger]:
     """Record what happens to the gradients of a model's LoRA tensors while the context is open.
 
@@ -60,11 +63,13 @@ def gradient_ledger(
         every: Fingerprint every n-th optimizer step (the first two always); the sample is followed at every step.
         sample: Tensors whose optimizer is shadowed.
         factors: Object with a `factor_report()` (see GRITManager); found at `model._grit_manager` if there is one.
+        resume_from: Optimizer steps that the run has made before. What an interrupted process left at `path`.partial
+            is kept up to there, and steps are numbered from there on; call `flush` whenever a checkpoint is written.
 
     Raises:
         GRITError: the model has no trainable parameter, `every` is below 1, or the file cannot be written.
     """
-    ledger = GradientLedger(model, path, every, sample=sample, factors=factors)
+    ledger = GradientLedger(model, path, every, sample=sample, factors=factors, resume_from=resume_from)
     with ledger:
         yield ledger
 
@@ -74,7 +79,7 @@ class GradientLedger:
 
     Attributes:
         names: The watched tensors.
-        steps: Optimizer steps seen (a step that GradScaler skipped counts).
+        steps: Optimizer steps of the run so far (a step that GradScaler skipped counts).
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class GradientLedger:
         *,
         sample: int = SAMPLE,
         factors: Any = None,
+        resume_from: int = 0,
     ) -> None:
         if every < 1:
             raise GRITError(f"gradient_ledger: every = {every}; it must be at least 1")
@@ -104,7 +110,7 @@ class GradientLedger:
         self._last_raw: dict[int, Any] = {}
         self._lean, self._passes = True, 0
         self._pending: list[Any] = []
-        self.steps = 0
+        self.steps = self._resumed_from = resume_from
         self._frames: list[dict[str, Any]] = []
         self._context = [timeline.LOOP]
         self._hooks = HookWatch(model)
@@ -112,8 +118,8 @@ class GradientLedger:
         self._begin()
 
     def __enter__(self) -> GradientLedger:
-        self._writer.open()
-        self._writer.write([self._header()])
+        if not self._writer.open(self._resumed_from):
+            self._writer.write([self._header()])
         self._handles = [
             register_optimizer_step_pre_hook(self._optimizer_entry),
             register_optimizer_step_post_hook(self._optimizer_exit),
@@ -145,6 +151,18 @@ class GradientLedger:
         """All rows, once the context is closed."""
         return self._writer.rows()
 
+    def flush(self) -> None:
+        """Put what is known of all finished steps on the disk: a run that is resumed from here loses none of them."""
+        if self._now.over:
+            self._close_step()
+        self._drain(0)
+        self._writer.flush()
+
+    @property
+    def _seen(self) -> int:
+        """Optimizer steps that this process has seen."""
+        return self.steps - self._resumed_from
+
     # --- what the interceptions report ---------------------------------------------------------------------------
 
     def backward_begins(self) -> None:
@@ -160,7 +178,7 @@ class GradientLedger:
             self._look("backward")
             self._lean = self._lean and not written
         if not self._now.raw:
-            if self.steps <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
+            if self._seen <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
                 self._hooks.look(self._parameters, lambda: self._now.unhooked)
             if any(p.grad is not None for p in self._parameters):
                 self._look("backward")
@@ -192,7 +210,7 @@ class GradientLedger:
             self._now.raw_norm = None if table is None else table[:, 1]
 
     def _may_skip(self) -> bool:
-        return self._lean and self.steps >= FULL_STEPS
+        return self._lean and self._seen >= FULL_STEPS
 
     def _postpone(self, grads: list[Tensor | None]) -> None:
         """After a backward pass that another will follow, as it did in the last step: fingerprints can wait."""
@@ -290,7 +308,7 @@ class GradientLedger:
             for frame in self._frames:
                 frame["innermost"] = False
         if not self._frames:
-            self._orphans.look(self.steps, ids, self._parameters)
+            self._orphans.look(self._seen, ids, self._parameters)
         self._look(f"step:{name}")
         self._context.append(f"{name}.step")
         frame = {
@@ -364,7 +382,7 @@ class GradientLedger:
         return probe
 
     def _begin(self) -> None:
-        full = self.steps < 2 or self.steps % self.every == 0
+        full = self._seen < 2 or self.steps % self.every == 0
         self._now = Step(full, np.full(len(self.names), -1))
         self._hooks.reset()
 
@@ -426,7 +444,7 @@ class GradientLedger:
             {"name": n, "shape": list(p.shape), "trainable": p.requires_grad, "sampled": i in self._sample}
             for i, (n, p) in enumerate(zip(self.names, self._parameters, strict=True))
         ]
-        return {"kind": "run", "schema": 1, "every": self.every, "tensors": tensors}
+        return {"kind": "run", "schema": SCHEMA, "every": self.every, "tensors": tensors}
 
     def _manager(self) -> Any:
         if self._factors is not None:

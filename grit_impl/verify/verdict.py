@@ -17,7 +17,7 @@ from grit_impl.verify.findings import Facts, facts
 
 HARMLESS = ("effective", "no-modifier")
 MOST_UNSEEN = 0.5
-"""Share of a run's steps that may lie before its ledger (a resumed run's) if it is to speak for the run."""
+"""Share of a run's steps that may be missing from its ledger (a killed run's) if it is to speak for the run."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,13 @@ def _first(f: Facts, detectors: Sequence[Detector]) -> Verdict:
 
 
 def _of_a_part(verdict: Verdict, f: Facts) -> Verdict:
-    """The verdict on a run of which the ledger saw only the end: a fault is a fault, its absence may be chance."""
+    """The verdict on a run of which the ledger saw only a part: a fault is a fault, its absence may be chance."""
     last = f.unseen + len(f.steps)
-    seen = f"steps {f.unseen + 1} to {last} seen; the run was resumed after step {f.unseen}"
+    numbers_seen = [step["step"] for step in f.steps]
+    ends = [n for n, following in zip(numbers_seen, [*numbers_seen[1:], 0], strict=True) if following != n + 1]
+    begins = [n for n, before in zip(numbers_seen, [-1, *numbers_seen], strict=False) if before != n - 1]
+    parts = " and ".join(f"{a} to {b}" for a, b in zip(begins, ends, strict=True))
+    seen = f"steps {parts} seen; the run was resumed after step {begins[-1] - 1}"
     numbers = {**verdict.numbers, "unseen_steps": f.unseen}
     fault = verdict.cause not in (*HARMLESS, *UNDECIDED)
     if fault or f.unseen <= MOST_UNSEEN * last:
