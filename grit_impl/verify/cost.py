@@ -185,6 +185,25 @@ def ratios(over: Sequence[float], under: Sequence[float], block: int = 1) -> lis
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What an exponent was fitted to.
+
+    Attributes:
+        what: What grows: `layers`, `tokens`, ...
+        measure: What was measured at each size.
+        unit: Of the values: `s` or `B`.
+        sizes: (k,), ascending.
+        values: (k, rounds), positive; round j of all sizes was measured in turn.
+    """
+
+    what: str
+    measure: str
+    unit: str
+    sizes: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Figure:
     """One line of the table.
 
@@ -192,11 +211,13 @@ class Figure:
         name: What was measured.
         measured: A ratio, or an exponent.
         target: What it may be at most; None: told, not judged.
+        growth: The points, where it is an exponent.
     """
 
     name: str
     measured: Spread
     target: float | None = None
+    growth: Growth | None = None
 
     @property
     def verdict(self) -> str:
@@ -219,7 +240,8 @@ def exponent(sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> Spre
     mean = statistics.fmean(x)
     slopes = []
     for round_ in zip(*seconds, strict=True):
-        y = [math.log(value) for value in round_]
+        # Relative to the first: of equal values the exponent is 0, not a rounding error.
+        y = [math.log(value / round_[0]) for value in round_]
         rise = sum((a - mean) * (b - statistics.fmean(y)) for a, b in zip(x, y, strict=True))
         slopes.append(rise / sum((a - mean) ** 2 for a in x))
     return spread(slopes)

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from grit_impl.machine import git_commit, versions
-from grit_impl.verify.cost import Figure, Spread, render, write_section
+from grit_impl.verify.cost import Figure, Growth, Spread, render, write_section
+from grit_impl.verify.options import Options
+from grit_impl.verify.performance import Performance, write_performance
+from grit_impl.verify.results import now
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
 FIGURES: list[Figure] = []
@@ -45,12 +48,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kept(grit_options: Options) -> Iterator[None]:
+    """The figures in the reports folder, where the report finds them."""
+    yield
+    if FIGURES:
+        kept = Performance(now(), _machine(), versions(), git_commit(DOCUMENT.parent), FIGURES)
+        write_performance(grit_options.reports_dir, kept)
+
+
 @pytest.fixture
 def judge() -> Callable[..., None]:
     """(name, measured, target) -> a line of the table; fails where the target is missed by more than the spread."""
 
-    def tell(name: str, measured: Spread, target: float | None = None) -> None:
-        figure = Figure(name, measured, target)
+    def tell(name: str, measured: Spread, target: float | None = None, growth: Growth | None = None) -> None:
+        figure = Figure(name, measured, target, growth)
         FIGURES.append(figure)
         assert figure.verdict != "MISSED", f"{name}: {measured}, target at most {target}"
 
@@ -70,8 +82,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for name, version in versions().items()
             if name in ("python", "torch", "transformers", "peft")
         )
-        machine = f"{_processor()}, {os.cpu_count()} cores, one thread; {found}; commit {git_commit(DOCUMENT.parent)}."
+        machine = f"{_machine()}; {found}; commit {git_commit(DOCUMENT.parent)}."
         write_section(DOCUMENT, "cpu", f"{machine} Command: `make bench`.\n\n{table}")
+
+
+def _machine() -> str:
+    return f"{_processor()}, {os.cpu_count()} cores, one thread"
 
 
 def _processor() -> str:

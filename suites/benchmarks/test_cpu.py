@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grit_impl.config import GRITConfig
-from grit_impl.verify.cost import TARGETS, Bench, exponent, in_turn, ledger_blocks, ratios, spread
+from grit_impl.verify.cost import TARGETS, Bench, Growth, exponent, in_turn, ledger_blocks, ratios, spread
 
 # Collecting the suites imports no torch: each function imports what it measures.
 if TYPE_CHECKING:
@@ -246,7 +250,23 @@ def test_growth(what: str, sizes: tuple[int, ...], limit: float, benchmark: Any,
     """What GRIT adds: statistics of one pass, an inversion, all gradients. Nothing grows with width squared."""
     arms = {str(size): added_work(**{what: size}) for size in sizes}
     taken = take_turns(benchmark, arms, 9, 1)
-    judge(f"growth with {what}: exponent over {sizes}", exponent(sizes, [taken[str(s)] for s in sizes]), limit)
+    growth = Growth(what, "what GRIT adds", "s", sizes, tuple(tuple(taken[str(size)]) for size in sizes))
+    judge(f"growth with {what}: exponent over {sizes}", exponent(sizes, growth.values), limit, growth)
+
+
+def test_growth_with_processes(judge: Any, tmp_path: Path) -> None:
+    """Each process hands as many bytes to the inversion's all-reduce whatever their number. The merge's time is told:
+    more processes than cores wait for each other. A single process sends nothing and is left out."""
+    sizes, out = (2, 4, 8), tmp_path / "processes.json"
+    command = [sys.executable, str(Path(__file__).with_name("processes.py")), str(out), *map(str, sizes)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    found = json.loads(out.read_text()).values()
+    most = tuple((max(sum(n for _, n in each["sent"].values()) for each in processes),) for processes in found)
+    sent = Growth("processes", "sent per process and inversion", "B", sizes, most)
+    judge(f"growth with processes: exponent of the bytes sent, over {sizes}", exponent(sizes, most), 0.0, sent)
+    slowest = tuple(tuple(map(max, zip(*(each["merge"] for each in processes), strict=True))) for processes in found)
+    merge = Growth("processes", "merge, slowest process", "s", sizes, slowest)
+    judge(f"growth with processes: exponent of the merge's time, over {sizes}", exponent(sizes, slowest), None, merge)
 
 
 def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int = 512) -> Callable[[], float]:

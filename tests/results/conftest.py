@@ -15,7 +15,9 @@ import pytest
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.record import RunRecord, sha256_file
 from grit_impl.verify.claims import Claim, Evidence, catalogue
+from grit_impl.verify.cost import Figure, Growth, exponent, spread
 from grit_impl.verify.options import Options
+from grit_impl.verify.performance import Performance
 from grit_impl.verify.probe import FILE as PROBE
 from grit_impl.verify.probe import Check, Probe
 
@@ -187,3 +189,19 @@ def make_evidence(tmp_path: Path) -> Any:
         )
 
     return build
+
+
+@pytest.fixture
+def performance() -> Performance:
+    """A step that meets its target, one that misses it, seconds that grow with size^1.5, and bytes that do not."""
+    sizes = (8, 16, 32, 64)
+    seconds = tuple(tuple(1e-3 * size**1.5 * drift for drift in (1, 1.3, 0.8)) for size in sizes)
+    flat = ((28840.0,),) * 4
+    figures = [
+        Figure("step, GRIT over LoRA", spread([1.05] * 6), 1.1),
+        Figure("step, r=64 <b>", spread([1.234] * 6), 1.1),
+        Figure("seconds by rank", exponent(sizes, seconds), 3.0, Growth("rank", "what GRIT adds", "s", sizes, seconds)),
+        Figure("bytes", exponent(sizes, flat), 0.0, Growth("processes", "sent", "B", sizes, flat)),
+    ]
+    versions = {"python": "3.11.7", "torch": "2.13.0"}
+    return Performance("2026-01-02T03:04:05+00:00", "A processor, 2 cores", versions, "abc123", figures)

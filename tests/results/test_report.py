@@ -13,6 +13,7 @@ import pytest
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
 from grit_impl.verify.history import Change, Changes, ItemChange
+from grit_impl.verify.performance import write_performance
 from grit_impl.verify.report import write_report
 from grit_impl.verify.report.content import DASH, cell, headline
 from grit_impl.verify.results import Results
@@ -74,11 +75,12 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def written(make_evidence, claims, tmp_path):
-    """A full report of sound evidence, with changes and the fault zoo's matrix."""
+def written(make_evidence, claims, performance, tmp_path):
+    """A full report of sound evidence, with changes, the fault zoo's matrix and what benchmarks left."""
     evidence = make_evidence()
     folder = tmp_path / "reports"
     (folder / "fault_matrix.json").write_text(json.dumps(FAULTS))
+    write_performance(folder, performance)
     session = Session(
         "2026-01-01T00:00:00+00:00",
         "2026-01-01T00:10:00+00:00",
@@ -131,7 +133,7 @@ def test_page_says_everything(written):
     assert "17 of 18 runs with a fault were named" in text
     assert "Against baseline (session 1)" in text
     assert "4.50 points [0.90, 8.10] (n = 200)" in text
-    assert text.index("gradients") < text.index("Models") < text.index("Figures")
+    assert text.index("gradients") < text.index("Models") < text.index("Figures") < text.index("What it costs")
 
 
 def test_numbers_of_the_table(written):
@@ -217,7 +219,8 @@ def test_failed_write_keeps_the_old_page(written, monkeypatch):
     with pytest.raises(GRITError, match="No space left on device"):
         write_report(folder, session, judged, Evidence())
     assert (folder / "index.html").read_bytes() == before
-    assert {path.name for path in folder.iterdir()} == {"index.html", "grit_evaluation.md", "fault_matrix.json", "runs"}
+    left = {"index.html", "grit_evaluation.md", "fault_matrix.json", "performance.json", "runs"}
+    assert {path.name for path in folder.iterdir()} == left
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,7 @@ def test_in_a_browser(written, tmp_path, width, scheme):
     assert match, dom[-500:]
     found = json.loads(match[1].replace("&quot;", '"'))
     assert found["sideways"] <= 0
-    assert len(found["figures"]) == 6
+    assert len(found["figures"]) == 6 + 2
     assert all(200 < w <= width and h > 100 for w, h in found["figures"])
     assert found["small"] >= 12
     brightness = {name: sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("background", "ink", "text")}

@@ -48,6 +48,8 @@ def test_exponents_of_powers() -> None:
     found = exponent(sizes, seconds)
     assert found.median == pytest.approx(1.5)
     assert found.low == pytest.approx(found.high)
+    # Exactly 0 where nothing grows: a rounding error above it would miss a target of 0.
+    assert exponent([2, 4, 8], [[115360.0]] * 3).low == 0
 
 
 def test_arms_take_turns_and_the_warm_up_does_not_count() -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl.data import FIXTURES
+from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
 from grit_impl.verify.claims.curves import losses
 from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.options import PLAN_MODELS
+from grit_impl.verify.performance import read_performance
 from grit_impl.verify.store import JudgedClaim
 
 DASH = "\N{EN DASH}"
@@ -193,6 +195,20 @@ def metric_rows(metrics: Sequence[Metric]) -> list[dict[str, str]]:
 
 def _plain(value: float | None) -> str:
     return DASH if value is None else f"{value:.6g}"
+
+
+def performance(folder: Path) -> dict[str, Any] | None:
+    """What `make bench` left in the reports: where and when, and its figures; or what is wrong with it; or None."""
+    try:
+        found = read_performance(folder)
+    except GRITError as error:
+        return {"problem": str(error), "facts": "", "figures": []}
+    if found is None:
+        return None
+    kept = [f"{name} {found.versions[name]}" for name in ("python", "torch", "peft") if name in found.versions]
+    when = found.measured.replace("T", " ").replace("+00:00", " UTC")
+    facts = f"{found.machine}; {', '.join(kept)}; commit {found.commit or 'unknown'}, {when}."
+    return {"problem": "", "facts": facts, "figures": found.figures}
 
 
 def evidence_text(value: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
+from grit_impl.verify import cost
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.claims.curves import losses
 from grit_impl.verify.curves import MARGIN, rms
@@ -271,6 +273,33 @@ def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
         axes.set_yticks(range(len(planted)), planted, fontsize=7)
         axes.grid(visible=False)
         return svg(figure, "confusion")
+
+
+def growth(figure: cost.Figure, name: str) -> dict[str, str]:
+    """A growth on logarithmic axes: every round, and the power that was fitted, through the middle of the medians."""
+    points = figure.growth
+    assert points is not None
+    sizes, medians = np.array(points.sizes), np.median(points.values, axis=1)
+    middle, power = np.log(medians).mean() - figure.measured.median * np.log(sizes).mean(), figure.measured.median
+    fitted = np.exp(middle) * sizes**power
+    with _axes(2.6) as (drawing, axes):
+        for size, values in zip(points.sizes, points.values, strict=True):
+            axes.plot([size] * len(values), values, ".", color=colour("pure"), alpha=0.45, markersize=6)
+        axes.plot(sizes, fitted, color=colour("pure"), label=f"exponent {power:.2f}")
+        axes.set(xscale="log", yscale="log", xlabel=points.what, ylabel=points.measure)
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        low, high = min(map(min, points.values)), max(map(max, points.values))
+        # At least a factor of four, so that what is flat looks flat.
+        room = max(1.15, 2 / math.sqrt(high / low))
+        axes.set_ylim(low / room, high * room)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(EngFormatter(points.unit))
+        axes.minorticks_off()
+        axes.legend()
+        text = svg(drawing, name)
+    judged = "told, not judged" if figure.target is None else f"at most {figure.target:g}: {figure.verdict}"
+    title = f"{points.measure[0].upper()}{points.measure[1:]}, by {points.what}"
+    return {"svg": text, "title": title, "caption": f"Exponent {figure.measured}, {judged}."}
 
 
 def figures(evidence: Evidence) -> list[dict[str, str]]:

@@ -74,7 +74,14 @@ def render_html(
                 "caption": _FAULTS.format(**values["faults"]),
             }
         )
-    return _environment().get_template("index.html.j2").render(**values, figures=drawn)
+    cost = content.performance(folder)
+    growths = [each for each in cost["figures"] if each.growth is not None] if cost else []
+    plots = []
+    if growths:
+        from grit_impl.verify.report.figures import growth
+
+        plots = [growth(each, f"growth-{i}") for i, each in enumerate(growths)]
+    return _environment().get_template("index.html.j2").render(**values, figures=drawn, cost=cost, plots=plots)
 
 
 def render_markdown(
