@@ -55,7 +55,7 @@ def test_the_report_shows_targets_and_growth(performance: Performance, tmp_path:
     write_performance(tmp_path, performance)
     section = cost(tmp_path)
     rows = re.findall(r"<tr><th scope.*?</tr>", section, re.DOTALL)
-    cells = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)).strip() for row in rows]
+    cells = [re.sub(r"(\s|&nbsp;)+", " ", re.sub(r"<[^>]*>", " ", row)).strip() for row in rows]
     assert cells == [
         "step, GRIT over LoRA 1.050 [1.050, 1.050] met at most 1.1 6",
         "step, r=64 &lt;b&gt; 1.234 [1.234, 1.234] missed at most 1.1 6",
