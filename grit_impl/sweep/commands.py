@@ -10,9 +10,21 @@ from pathlib import Path
 import click
 
 from grit_impl.errors import GRITError
-from grit_impl.sweep.plan import load_plan
+from grit_impl.sweep.plan import Plan, load_plan
 
 DATABASE = "sweep.db"
+
+
+def _database(path: Path) -> Path:
+    """The results in a sweep's folder, or the file itself.
+
+    Raises:
+        GRITError: there are none.
+    """
+    file = path / DATABASE if path.is_dir() else path
+    if not file.is_file():
+        raise GRITError(f"{file} is not there: run grit sweep run first")
+    return file
 
 
 @click.group()
@@ -32,6 +44,7 @@ def sweep() -> None:
 @click.option("--budget", type=click.FloatRange(min=1), help="Seconds until the sweep ends itself.  [default: none]")
 @click.option("--base", help="Another base model than the plan's: a folder.")
 @click.option("--task", "tasks", multiple=True, help="Only this task of the plan (repeatable).")
+@click.option("--seed", "seeds", type=int, multiple=True, help="After tuning, only this seed (repeatable).")
 @click.option("--retry", is_flag=True, help="Run again what failed.")
 def run(
     plan: str,
@@ -41,12 +54,15 @@ def run(
     budget: float | None,
     base: str | None,
     tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
     retry: bool,
 ) -> None:
     """Run PLAN (a plan of the project by name, or a .toml file), or what is still missing of it.
 
     Every run is a process of its own, and its result is in OUT/sweep.db as soon as it ends. Start the same command
-    again after an interruption. The exit status is 0 when every run is finished, else 3.
+    again after an interruption. The exit status is 0 when every run is finished, else 3. Several machines share a
+    sweep: give each a copy of OUT with the tuning done, other seeds or tasks, and bring the results together with
+    `grit sweep merge`.
     """
     # Before torch is loaded anywhere: a run has one thread.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -66,7 +82,7 @@ def run(
     chosen = load_plan(plan)
     if base is not None:
         chosen = dataclasses.replace(chosen, base=base)
-    selected = chosen.only(tasks) if tasks else chosen
+    selected = chosen.only(tasks, seeds)
     check_device(device)
     with Store(out / DATABASE) as store:
         before = store.meta.get("plan")
@@ -102,6 +118,28 @@ def run(
         raise SystemExit(3)
 
 
+@sweep.command("merge")
+@click.argument("into", type=click.Path(path_type=Path, exists=True))
+@click.argument("others", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+def merge(into: Path, others: tuple[Path, ...]) -> None:
+    """Copy the finished runs of OTHERS that INTO lacks (folders or sweep.db files), all of the same plan.
+
+    A run that both have stays as it is: nothing is replaced by a second try.
+    """
+    from grit_impl.sweep.store import Store
+
+    with Store(_database(into)) as store:
+        for other in map(_database, others):
+            with Store(other) as source:
+                for path, each in ((into, store), (other, source)):
+                    if "plan" not in each.meta:
+                        raise GRITError(f"{path} holds no sweep: run grit sweep run first")
+                if changed := Plan(**json.loads(store.meta["plan"])).changed_since(json.loads(source.meta["plan"])):
+                    raise GRITError(f"{other} holds runs of a plan with another {changed}")
+                added = store.take(source)
+            click.echo(f"{other}: {added} runs added")
+
+
 @sweep.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option(
@@ -116,10 +154,7 @@ def report(folders: tuple[Path, ...], document: Path | None, figures: Path | Non
     from grit_impl.sweep.report import markdown, plots, replace_block
     from grit_impl.sweep.store import Store
 
-    files = [path / DATABASE if path.is_dir() else path for path in folders]
-    for file in files:
-        if not file.is_file():
-            raise GRITError(f"{file} is not there: run grit sweep run first")
+    files = [_database(path) for path in folders]
     stores = [Store(file) for file in files]
     text = markdown(stores)
     if figures is not None:

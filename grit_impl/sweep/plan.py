@@ -139,17 +139,27 @@ class Plan:
                         changes = ablation.changes
                         yield self._job("ablation", task, arm, seed, variant=ablation.name, changes=changes)
 
-    def only(self, tasks: Sequence[str]) -> Plan:
-        """The plan's runs on these tasks.
+    def only(self, tasks: Sequence[str] = (), seeds: Sequence[int] = ()) -> Plan:
+        """The plan's runs on these tasks, and after tuning with these seeds; none given: all of them.
 
         Raises:
-            GRITError: the plan has no such task.
+            GRITError: the plan has no such task or seed.
         """
-        absent = sorted(set(tasks) - set(self.tasks))
-        if absent:
-            raise GRITError(f"plan {self.name} has no task {absent[0]!r}: choose one of {', '.join(self.tasks)}")
-        kept = (dataclasses.replace(a, tasks=tuple(t for t in a.tasks if t in tasks)) for a in self.ablations)
-        return dataclasses.replace(self, tasks=tuple(tasks), ablations=tuple(kept))
+        for kind, asked, known in (("task", tasks, self.tasks), ("evaluation seed", seeds, self.evaluation_seeds)):
+            if absent := [each for each in asked if each not in known]:
+                raise GRITError(
+                    f"plan {self.name} has no {kind} {absent[0]!r}: choose one of {', '.join(map(str, known))}"
+                )
+        tasks, seeds = tuple(tasks) or self.tasks, tuple(seeds) or self.evaluation_seeds
+        kept = (
+            dataclasses.replace(
+                ablation,
+                tasks=tuple(task for task in ablation.tasks if task in tasks),
+                seeds=tuple(seed for seed in ablation.seeds if seed in seeds),
+            )
+            for ablation in self.ablations
+        )
+        return dataclasses.replace(self, tasks=tasks, evaluation_seeds=seeds, ablations=tuple(kept))
 
     def changed_since(self, before: Mapping[str, Any]) -> str:
         """What makes runs of an earlier plan others than this one's, though their keys may agree; empty: nothing.

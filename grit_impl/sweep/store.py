@@ -99,6 +99,20 @@ class Store:
                 tuple(row.values()),
             )
 
+    def take(self, other: Store) -> int:
+        """Copy the finished runs of another file that this one has not finished.
+
+        Returns:
+            How many there were.
+        """
+        columns = [row["name"] for row in self._db.execute("PRAGMA table_info(runs)")]
+        done = {key for key, status in self.statuses().items() if status in FINISHED}
+        found = other._db.execute(f"SELECT {', '.join(columns)} FROM runs WHERE status IN (?, ?)", FINISHED)
+        rows = [tuple(row) for row in found if row["key"] not in done]
+        with self._db:
+            self._db.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", rows)
+        return len(rows)
+
     def statuses(self) -> dict[str, str]:
         """Status of every run by key."""
         return {row["key"]: row["status"] for row in self._db.execute("SELECT key, status FROM runs")}

@@ -79,15 +79,21 @@ def interrupted(tmp_path: Path) -> Path:
     """A ledger whose process ended by an exception in its fourth step, after a checkpoint at the end of the third."""
     bench = Bench("loop", "adamw", seed=3, steps=6)
     path, whiten, steps = tmp_path / "ledger.jsonl.gz", Whitening(bench.lora), iter(range(1, 7))
-    with pytest.raises(KeyboardInterrupt), gradient_ledger(bench.model, path) as ledger:
+    watched = gradient_ledger(bench.model, path)
 
-        def before_step() -> None:
-            if next(steps) == 4:
-                ledger.flush()
-                raise KeyboardInterrupt
-            whiten.apply()
+    def train() -> None:
+        with watched as ledger:
 
-        bench.train(Moments(before_step=before_step))
+            def before_step() -> None:
+                if next(steps) == 4:
+                    ledger.flush()
+                    raise KeyboardInterrupt
+                whiten.apply()
+
+            bench.train(Moments(before_step=before_step))
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
     return path
 
 

@@ -1,0 +1,87 @@
+"""A sweep that several machines share: parts by seed or task, brought together afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from grit_impl.errors import GRITError
+from grit_impl.sweep.commands import sweep
+from grit_impl.sweep.plan import Plan, load_plan
+from grit_impl.sweep.scheduler import Sweep
+from grit_impl.sweep.store import Store
+
+Work = Callable[..., dict[str, Any]]
+
+
+def run(plan: Plan, folder: Path, work: Work, whole: Plan) -> None:
+    """What `grit sweep run --seed` does, with work that costs nothing."""
+    with Store(folder / "sweep.db") as store:
+        assert Sweep(plan, store, jobs=2, device="cpu", work=work).run() == 0
+        store.set_meta(plan=dataclasses.asdict(whole))
+
+
+def rows(folder: Path) -> dict[str, Any]:
+    """Losses by key."""
+    with Store(folder / "sweep.db") as store:
+        return {row["key"]: row["loss"] for row in store.runs()}
+
+
+def test_parts_make_the_whole(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Oracle: the sweep that one machine made. Tuned once, the seeds on two machines, one of them on both."""
+    plan = load_plan(plan_file)
+    run(plan, tmp_path / "whole", fake_work, plan)
+    run(dataclasses.replace(plan, evaluation_seeds=(), ablations=()), tmp_path / "a", fake_work, plan)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    run(plan.only(seeds=[10, 11]), tmp_path / "a", fake_work, plan)
+    run(plan.only(seeds=[11, 12]), tmp_path / "b", fake_work, plan)
+    assert rows(tmp_path / "a") != rows(tmp_path / "whole")
+    result = CliRunner().invoke(sweep, ["merge", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert result.exit_code == 0, result.output
+    assert "4 runs added" in result.output
+    assert rows(tmp_path / "a") == rows(tmp_path / "whole")
+
+
+def test_what_is_there_stays_and_failures_are_filled(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Oracle: losses planted in the one, a failure planted in the other."""
+    plan = load_plan(plan_file)
+    run(plan, tmp_path / "a", fake_work, plan)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = sorted(rows(tmp_path / "a"))[:2]
+    with Store(tmp_path / "a" / "sweep.db") as store, store._db:
+        store._db.execute("UPDATE runs SET loss = 77 WHERE key = ?", [first])
+        store._db.execute("UPDATE runs SET status = 'failed', loss = NULL WHERE key = ?", [second])
+    CliRunner().invoke(sweep, ["merge", str(tmp_path / "a"), str(tmp_path / "b")], catch_exceptions=False)
+    assert rows(tmp_path / "a")[first] == 77
+    assert rows(tmp_path / "a")[second] == rows(tmp_path / "b")[second]
+
+
+def test_a_part_of_a_plan_by_name(plan_file: Path) -> None:
+    """Oracle: counting. Seed 12 has no ablation; an unknown seed or task is named with the known ones."""
+    plan = load_plan(plan_file)
+    part = plan.only(["convert"], [12])
+    assert {(job.task, job.seed) for job in part.jobs() if job.phase == "evaluation" and job.method != "none"} == {
+        ("convert", 12)
+    }
+    assert not any(job.phase == "ablation" for job in part.jobs())
+    assert {job.key for job in part.jobs()} < {job.key for job in plan.jobs()}
+    with pytest.raises(GRITError, match="no evaluation seed 13: choose one of 10, 11, 12"):
+        plan.only(seeds=[13])
+
+
+def test_another_plan_is_refused(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Oracle: one clear line, and nothing is written."""
+    plan = load_plan(plan_file)
+    run(plan, tmp_path / "a", fake_work, plan)
+    run(plan, tmp_path / "b", fake_work, dataclasses.replace(plan, common={**plan.common, "steps": 11}))
+    (tmp_path / "c").mkdir()
+    for other, said in (("b", "a plan with another common"), ("c", "is not there")):
+        result = CliRunner().invoke(sweep, ["merge", str(tmp_path / "a"), str(tmp_path / other)])
+        assert isinstance(result.exception, GRITError)
+        assert said in str(result.exception)
