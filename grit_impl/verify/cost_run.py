@@ -24,7 +24,15 @@ SECONDS = 90.0
 SETTLED = 2
 
 
-def measure(model: Any, length: int, *, seconds: float, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(
+    model: Any,
+    length: int,
+    *,
+    seconds: float,
+    rounds: int = ROUNDS,
+    update_rule: str = "precondition",
+    ledger_seconds: float = 0.0,
+) -> dict[str, Any]:
     """Ratios of step times and of peak memory (bytes allocated on the GPU) with GRIT and without.
 
     Args:
@@ -32,15 +40,18 @@ def measure(model: Any, length: int, *, seconds: float, rounds: int = ROUNDS) ->
         length: Tokens per sequence; two sequences, four micro-batches.
         seconds: Budget of the rounds.
         rounds: At most.
+        update_rule: GRIT's. The optimizer that a rule replaces stays in memory, because the plain steps need it.
+        ledger_seconds: Above 0: that long, GRIT steps with the gradient ledger and without it in turn.
     """
     import torch
 
     from grit_impl.config import GRITConfig
-    from grit_impl.verify.cost import Bench, in_turn, ratios
+    from grit_impl.verify.cost import Bench, in_turn, ledger_blocks, ratios
 
     cuda = next(model.parameters()).is_cuda
     # All factors are inverted at every step: an upper bound, and every round alike.
-    bench = Bench(model, _optimizer, length=length, autocast=cuda, config=GRITConfig(kfac_update_freq=1))
+    config = GRITConfig.from_dict({"update_rule": update_rule, "kfac_update_freq": 1})
+    bench = Bench(model, _optimizer, length=length, autocast=cuda, config=config)
     peaks = {}
     for grit in (False, True):
         for _ in range(SETTLED):  # kernels are compiled, and the statistics checked once
@@ -52,13 +63,16 @@ def measure(model: Any, length: int, *, seconds: float, rounds: int = ROUNDS) ->
         peaks[grit] = torch.cuda.max_memory_allocated() if cuda else 0
     arms = {"plain": lambda: bench.step(grit=False), "grit": lambda: bench.step(grit=True)}
     times = in_turn(arms, rounds, seconds=seconds, warm_up=0)
+    ledger = ratios(*ledger_blocks(bench, ledger_seconds)) if ledger_seconds else []
     report = bench.manager.factor_report()
     bench.manager.detach()
     return {
         "length": length,
+        "update_rule": update_rule,
         "plain_seconds": statistics.median(times["plain"]),
         "grit_seconds": statistics.median(times["grit"]),
         "step_ratios": ratios(times["grit"], times["plain"]),
+        "ledger_ratios": ledger,
         "plain_peak_bytes": peaks[False],
         "grit_peak_bytes": peaks[True],
         "layers": len(bench.manager.layers),
@@ -107,13 +121,23 @@ def main() -> int:
     parser.add_argument("target", type=Path, help="JSON file to write")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens per sequence")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the rounds of each length")
+    parser.add_argument("--update-rule", default="precondition", help="GRIT's (default precondition)")
+    parser.add_argument("--ledger-seconds", type=float, default=0.0, help="for steps with the ledger (default: none)")
     parser.add_argument("--inputs", default="", help="fingerprint to keep in the file")
     options = parser.parse_args()
     try:
         model = load(options.folder, options.stack)
         cells = []
         for length in options.lengths:
-            cells.append(measure(model, length, seconds=options.seconds))
+            cells.append(
+                measure(
+                    model,
+                    length,
+                    seconds=options.seconds,
+                    update_rule=options.update_rule,
+                    ledger_seconds=options.ledger_seconds,
+                )
+            )
             print(json.dumps(cells[-1]), flush=True)
     except GRITError as error:
         print(f"error: {error}", flush=True)
