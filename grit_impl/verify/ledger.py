@@ -107,7 +107,7 @@ class GradientLedger:
         self._shadows = Shadows({i: self._parameters[i] for i in self._sample})
         self._sketch = Sketcher(max(p.numel() for p in self._parameters))
         self._writer = RowWriter(path)
-        self._last_raw: dict[int, Any] = {}
+        self._last_raw: dict[int, Tensor] = {}
         self._lean, self._passes = True, 0
         self._pending: list[Any] = []
         self.steps = self._resumed_from = resume_from
@@ -407,6 +407,8 @@ class GradientLedger:
             **self._hooks.facts(),
         }
         now.facts = {k: v for k, v in facts.items() if v is not None}
+        now.previous = self._last_raw
+        self._last_raw = {**self._last_raw, **now.raw_samples()}
         now.fetch(cuda=self._parameters[0].is_cuda)
         self._pending.append(now)
         if self.steps in FACTOR_STEPS and (report := self._factor_report()):
@@ -425,7 +427,7 @@ class GradientLedger:
     def _rows(self, step: Step) -> list[dict[str, Any]]:
         data = step.data(len(self.names), self._sample)
         self._lean = self._lean and not step.mistaken
-        return timeline.rows(data, self.names, self._last_raw)
+        return timeline.rows(data, self.names)
 
     # --- the model -----------------------------------------------------------------------------------------------
 

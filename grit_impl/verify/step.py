@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grit_impl.verify.structure import Grams, gram
 from grit_impl.verify.timeline import AUTOGRAD, Probe, StepData, empty_table
 
 Stamp = tuple["weakref.ref[Tensor]", int]
@@ -30,6 +31,8 @@ class Step:
         lean: Some fingerprints were not taken, because of versions that agreed.
         lost: Something was written where none were taken: the step counts as not sampled.
         mistaken: Versions agreed where hashes differ.
+        previous: The previous step's unmodified gradients of the tensors whose structure is looked at.
+        grams: Inner products of theirs (see structure.py), with the probes that they belong to.
     """
 
     full: bool
@@ -60,6 +63,8 @@ class Step:
     number: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     fetched: Any = None
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    grams: dict[int, tuple[Any, dict[int, int]]] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -70,13 +75,32 @@ class Step:
         """Begin to copy to the host, without waiting."""
         for probe in self.probes:
             probe.table = _to_host(probe.table)
-            probe.samples = {i: _to_host(g) for i, g in probe.samples.items()}
+        self._multiply()
         self.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in self.moved]
         self.shadows = [_to_host(r) for r in self.shadows]
         self.checks = [(_to_host(a), _to_host(b)) for a, b in self.checks]
         if cuda:
             self.fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.fetched.record()
+
+    def raw_samples(self) -> dict[int, Tensor]:
+        """The unmodified gradients of the tensors whose structure is looked at."""
+        if not self.raw:
+            return {}
+        probe = self.probes[self.raw[-1]]
+        return (probe.like or probe).samples
+
+    def _multiply(self) -> None:
+        """Inner products of what was sampled, on the device."""
+        for i in sorted({i for probe in self.probes for i in probe.samples}):
+            there = [j for j, probe in enumerate(self.probes) if i in probe.samples]
+            gradients = [self.probes[j].samples[i] for j in there]
+            if i in self.previous and self.previous[i].shape == gradients[0].shape:
+                gradients.append(self.previous[i])
+                there.append(-1)
+            self.grams[i] = (_to_host(gram(gradients)), {j: place for place, j in enumerate(there)})
+        for probe in self.probes:
+            probe.samples = {}
 
     def data(self, n: int, sample: list[int]) -> StepData:
         """On the host, for `timeline.rows`; waits for the copies.
@@ -103,7 +127,23 @@ class Step:
         if self.leftover and probes:
             self.facts["leftover"] = int((probes[0].norm > 0).sum())
         moved = (before, after) if self.moved else None
-        return StepData(self.number, probes, self.raw, self.entry, moved, shadow, self.facts)
+        grams = {i: Grams(blocks.numpy()) for i, (blocks, _) in self.grams.items()}
+        return StepData(
+            self.number, probes, self.raw, self.entry, moved, shadow, self.facts, grams, self._places() if grams else {}
+        )
+
+    def _places(self) -> dict[int, dict[int, int]]:
+        """By tensor, the place of each probe's gradient; a probe without one of its own shares another's."""
+        own = {}
+        for j, probe in enumerate(self.probes):
+            while probe.like is not None:
+                probe = probe.like
+            own[j] = next(k for k, other in enumerate(self.probes) if other is probe)
+        return {
+            i: {-1: places[-1]} | known if -1 in places else known
+            for i, (_, places) in self.grams.items()
+            for known in [{j: places[k] for j, k in own.items() if k in places}]
+        }
 
     def _read_probes(self, n: int) -> None:
         for probe, after in itertools.pairwise(self.probes):
@@ -112,10 +152,9 @@ class Step:
         for probe in self.probes:
             if probe.like is None:
                 probe.table = probe.table.numpy() if probe.table is not None else empty_table(n)
-                probe.samples = {i: g.float().numpy() for i, g in probe.samples.items()}
         for probe in reversed(self.probes):  # the later ones first: a postponed one may be like another
             if probe.like is not None:
-                probe.table, probe.samples = probe.like.table, probe.like.samples
+                probe.table = probe.like.table
 
 
 def stamps(grads: list[Tensor | None]) -> list[Stamp | None]:

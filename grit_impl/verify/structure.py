@@ -2,16 +2,27 @@
 
 LoRA preconditioners act in rank space: dA <- P dA, or dB <- dB P. Given both gradients, P follows by least squares;
 the residual says whether there is such a P, and the same P applied to the result says whether it was applied twice.
+
+All of it follows from inner products along the long side, X Y' (r x r), of the gradients at a few moments. They are
+taken where the gradients are; the gradients themselves never travel, and nothing of their length is decomposed: a
+singular value decomposition on the host of 16 x 14336 numbers cost more than the training step (see `Grams`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Matrix = NDArray[np.float64]
+SINGULAR = 1e-10
+"""Smallest over largest eigenvalue of X X' from which X determines P: singular values in a ratio of 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,7 @@ class RankOperator:
 
     Attributes:
         matrix: (r, r).
-        residual: |P raw - written| / |written|; 0: written is exactly a left multiple of raw.
+        residual: |P raw - written| / |written|; 0: written is exactly a left multiple of raw. Known to 1e-7.
     """
 
     matrix: Matrix
@@ -38,30 +49,54 @@ class RankOperator:
         c = np.trace(self.matrix) / r
         return float(np.linalg.norm(self.matrix - c * np.eye(r)) / max(float(np.linalg.norm(self.matrix)), 1e-300))
 
-    def explains(self, before: Matrix, after: Matrix) -> float:
-        """Residual of after = c P before, with the best scalar c."""
-        return scaling_residual(self.matrix @ before, after)
+
+def gram(gradients: Sequence[Tensor]) -> Tensor:
+    """(K, r, K, r), float64, on the gradients' device: block [j, :, k, :] is X_j X_k'.
+
+    Args:
+        gradients: K of one shape, A's (r, d_in) or B's (d_out, r): the shorter side is the rank.
+    """
+    import torch
+
+    x = torch.stack(list(gradients)).double()
+    if x.shape[1] > x.shape[2]:
+        x = x.mT
+    flat = x.reshape(-1, x.shape[2])
+    return (flat @ flat.mT).view(*x.shape[:2], *x.shape[:2])
 
 
-def scaling_residual(before: Matrix, after: Matrix) -> float:
-    """Residual of after = c before, with the best scalar c."""
-    square = float((before**2).sum())
-    c = float((before * after).sum()) / square if square > 0 else 0.0
-    return float(np.linalg.norm(after - c * before) / max(float(np.linalg.norm(after)), 1e-300))
+@dataclass(frozen=True)
+class Grams:
+    """Inner products of one tensor's gradients at K moments.
 
+    Attributes:
+        blocks: (K, r, K, r), see `gram`.
+    """
 
-def fit(raw: Matrix, written: Matrix) -> RankOperator | None:
-    """Least squares for P; None where raw does not determine it (zero, non-finite, or short of rank)."""
-    if not (np.isfinite(raw).all() and np.isfinite(written).all()) or raw.shape[0] > raw.shape[1]:
-        return None
-    u, s, vt = np.linalg.svd(raw, full_matrices=False)
-    if s[0] <= 0 or s[-1] < 1e-5 * s[0] or not written.any():
-        return None
-    matrix = (written @ vt.T / s) @ u.T
-    residual = np.linalg.norm(matrix @ raw - written) / np.linalg.norm(written)
-    return RankOperator(matrix, float(residual))
+    blocks: Matrix
 
+    def _block(self, j: int, k: int) -> Matrix:
+        return self.blocks[j, :, k, :]
 
-def rank_first(gradient: Matrix) -> Matrix:
-    """(r, d) from A's gradient (r, d_in) or B's (d_out, r): the shorter axis is the rank."""
-    return gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+    def fit(self, raw: int, written: int) -> RankOperator | None:
+        """Least squares for P; None where raw does not determine it (zero, non-finite, or short of rank)."""
+        square, cross, energy = self._block(raw, raw), self._block(written, raw), self._energy(written)
+        if not (np.isfinite(square).all() and np.isfinite(cross).all() and np.isfinite(energy)) or energy <= 0:
+            return None
+        values, vectors = np.linalg.eigh(square)
+        if values[-1] <= 0 or values[0] < SINGULAR * values[-1]:
+            return None
+        matrix = (cross @ vectors / values) @ vectors.T
+        # |P X - W|^2 = |W|^2 - <P, W X'>, since P is the least-squares solution.
+        return RankOperator(matrix, float(np.sqrt(max(0.0, 1 - float((matrix * cross).sum()) / energy))))
+
+    def scaling_residual(self, before: int, after: int, operator: Matrix | None = None) -> float:
+        """|after - c P before| / |after| with the best scalar c; P is the identity if not given."""
+        p: Any = np.eye(self.blocks.shape[1]) if operator is None else operator
+        inner = float((p * self._block(after, before)).sum())
+        square, energy = float((p @ self._block(before, before) * p).sum()), self._energy(after)
+        explained = inner * inner / square if square > 0 else 0.0
+        return float(np.sqrt(max(0.0, 1 - explained / energy))) if energy > 0 else 0.0
+
+    def _energy(self, j: int) -> float:
+        return float(np.trace(self._block(j, j)))

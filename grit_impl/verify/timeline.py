@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grit_impl.verify.structure import Matrix, fit, rank_first, scaling_residual
+from grit_impl.verify.structure import Grams
 
 # A fingerprint (sketches.py makes them; reading them needs no torch).
 SKETCH = 16  # components per tensor; 1 - cos is known to 35%, and thresholds on it are powers of ten
@@ -48,7 +48,7 @@ class Probe:
         moment: What comes next, e.g. `backward`, `step:AdamW`.
         table: Fingerprints (N, 2 + K), rows of missing gradients NaN; on the device until the step is closed.
         missing: (N,) the gradient was None.
-        samples: Gradients of the tensors whose structure is looked at.
+        samples: Gradients of the tensors whose structure is looked at; until the step is closed.
         like: The probe whose table this one shares, because no gradient's version had changed; None: it has its own.
     """
 
@@ -121,6 +121,9 @@ class StepData:
         entry: (N,) probe at the entry of the innermost optimizer that holds the tensor; -1: none.
         moved: Fingerprints of the parameters at the optimizer's entry and after it.
         shadow: Position of a sampled tensor -> what `Shadows.after` returns.
+        grams: Position of a tensor whose structure is looked at -> inner products of its gradients.
+        places: The same -> where in them the gradient of probe j is (absent: it was None), and that of the previous
+            step, unmodified, under the key -1.
         facts: What else goes into the step's row.
     """
 
@@ -131,15 +134,16 @@ class StepData:
     moved: tuple[Table, Table] | None
     shadow: dict[int, list[float]]
     facts: dict[str, Any]
+    grams: dict[int, Grams] = field(default_factory=dict)
+    places: dict[int, dict[int, int]] = field(default_factory=dict)
 
 
-def rows(step: StepData, names: list[str], last_raw: dict[int, Matrix]) -> list[dict[str, Any]]:
+def rows(step: StepData, names: list[str]) -> list[dict[str, Any]]:
     """The rows of one step: one of kind `step`, then one of kind `tensor` per tensor with something to tell.
 
     Args:
         step: The step.
         names: The tensors' names.
-        last_raw: Unmodified gradients of the previous step, by position; updated in place.
     """
     head: dict[str, Any] = {"kind": "step", "step": step.number, **step.facts}
     if not step.probes or not step.raw:
@@ -152,7 +156,7 @@ def rows(step: StepData, names: list[str], last_raw: dict[int, Matrix]) -> list[
     _name_uniform_scalings(step, codes)
     head["order"] = _order(step)
     head["events"] = _events(step, codes)
-    return [head, *_tensors(step, codes, names, last_raw)]
+    return [head, *_tensors(step, codes, names)]
 
 
 def _name_uniform_scalings(step: StepData, codes: list[NDArray[np.int64]]) -> None:
@@ -201,11 +205,8 @@ def _events(step: StepData, codes: list[NDArray[np.int64]]) -> list[dict[str, An
     return events
 
 
-def _tensors(
-    step: StepData, codes: list[NDArray[np.int64]], names: list[str], last_raw: dict[int, Matrix]
-) -> list[dict[str, Any]]:
+def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -> list[dict[str, Any]]:
     raw = step.raw[-1]
-    table = step.probes[raw]
     # Lists: one number at a time is read from them, which costs an array ten times as much.
     own = {id(p.table): j for j, p in enumerate(step.probes)}
     read = {key: (step.probes[j].hash.tolist(), step.probes[j].norm.tolist()) for key, j in own.items()}
@@ -275,36 +276,28 @@ def _tensors(
             row["update"] = short(updates[i])
             row["hash_before"], row["hash_after"] = _hex(moved[0][i]), _hex(moved[1][i])
         row |= _shadow(step.shadow.get(i, []))
-        if i in table.samples:
-            row |= _structure(step, i, raw, end, turned, last_raw)
+        if turned and i in step.grams:
+            row |= _structure(step.grams[i], step.places[i], raw, end, turned)
         out.append(row)
     return out
 
 
-def _structure(
-    step: StepData, i: int, raw: int, end: int, turned: list[int], last_raw: dict[int, Matrix]
-) -> dict[str, Any]:
-    def look(j: int) -> Matrix | None:
-        value = step.probes[j].samples.get(i)
-        return None if value is None else rank_first(np.asarray(value, dtype=np.float64))
-
-    before, previous, row = look(raw), last_raw.get(i), {}
-    assert before is not None
-    last_raw[i] = before
-    if not turned:
+def _structure(grams: Grams, places: dict[int, int], raw: int, end: int, turned: list[int]) -> dict[str, Any]:
+    before, first, last, previous = (places.get(j) for j in (raw, turned[0], end, -1))
+    if before is None:
         return {}
-    first, last = look(turned[0]), look(end)
-    operator = fit(before, first) if first is not None else None
-    if operator is not None:
+    row: dict[str, float] = {}
+    operator = None if first is None else grams.fit(before, first)
+    if first is not None and operator is not None:
         row = {"fit": operator.residual, "condition": operator.condition, "identity": operator.identity_distance}
-        second = look(turned[1]) if len(turned) > 1 else None
-        if second is not None and first is not None:
+        second = places.get(turned[1]) if len(turned) > 1 else None
+        if second is not None:
             # Against the residual of a mere scaling: near 0, the second change is the first one again.
-            row["twice"] = operator.explains(first, second) / max(scaling_residual(first, second), 1e-12)
-    if last is not None and previous is not None and previous.shape == last.shape:
-        stale = fit(previous, last)
-        if stale is not None:
-            row["stale"] = stale.residual
+            scaled = grams.scaling_residual(first, second)
+            row["twice"] = grams.scaling_residual(first, second, operator.matrix) / max(scaled, 1e-12)
+    stale = None if last is None or previous is None else grams.fit(previous, last)
+    if stale is not None:
+        row["stale"] = stale.residual
     return {k: short(v) for k, v in row.items()}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from grit_impl.verify.shadow import Shadows
 from grit_impl.verify.sketches import Sketcher, hashes
-from grit_impl.verify.structure import fit
+from grit_impl.verify.structure import Grams, gram
 from grit_impl.verify.timeline import turn
 
 
@@ -72,17 +72,61 @@ def test_scaling_is_no_turn():
     assert turn(a.numpy(), b.numpy()).max() < 2e-5
 
 
-def test_rank_operator_is_recovered():
+# Residuals come from inner products in float64: the square root of what cancels there.
+EXACT = 1e-7
+
+
+def grams(*gradients):
+    """Inner products of gradients given as arrays."""
+    return Grams(gram([torch.as_tensor(g) for g in gradients]).numpy())
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_rank_operator_is_recovered(side):
     """Oracle: the matrix that made the gradient; a second, different change is not explained by it."""
     rng = np.random.default_rng(0)
     p, g = rng.normal(size=(4, 4)), rng.normal(size=(4, 30))
-    operator = fit(g, p @ g)
+    noisy, other = p @ g + 0.3 * rng.normal(size=g.shape), rng.normal(size=g.shape)
+    made = [g, p @ g, 3 * p @ p @ g, noisy, other]
+    found = grams(*(made if side == "A" else [np.ascontiguousarray(x.T) for x in made]))
+    operator = found.fit(0, 1)
     np.testing.assert_allclose(operator.matrix, p, atol=1e-10)
-    assert operator.residual < 1e-10
-    assert operator.explains(p @ g, 3 * p @ p @ g) < 1e-10
-    assert operator.explains(p @ g, p @ g + 0.3 * rng.normal(size=g.shape)) > 0.1
-    assert fit(g, rng.normal(size=g.shape)).residual > 0.5
-    assert fit(4 * np.eye(4), 4 * np.eye(4)).identity_distance < 1e-12
+    assert operator.residual < EXACT
+    assert found.scaling_residual(1, 2, operator.matrix) < EXACT
+    assert found.scaling_residual(1, 3, operator.matrix) > 0.1
+    assert found.fit(0, 4).residual > 0.5
+    assert grams(4 * np.eye(4), 4 * np.eye(4)).fit(0, 1).identity_distance < 1e-12
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_inner_products_give_the_least_squares_solution(condition):
+    """Oracle: numpy's least squares on the gradients themselves, and residuals of the plain definition."""
+    rng = np.random.default_rng(1)
+    spread = np.diag(np.geomspace(1, 1 / condition, 16))
+    raw = spread @ rng.normal(size=(16, 700))
+    written = rng.normal(size=(16, 16)) @ raw + 0.1 * rng.normal(size=raw.shape)
+    matrix = np.linalg.lstsq(raw.T, written.T, rcond=None)[0].T
+    found = grams(raw, written)
+    operator = found.fit(0, 1)
+    np.testing.assert_allclose(operator.matrix, matrix, rtol=1e-6, atol=1e-6 * np.abs(matrix).max())
+    expected = np.linalg.norm(matrix @ raw - written) / np.linalg.norm(written)
+    assert operator.residual == pytest.approx(expected, rel=1e-6)
+    c = (raw * written).sum() / (raw**2).sum()
+    scaled = np.linalg.norm(written - c * raw) / np.linalg.norm(written)
+    assert found.scaling_residual(0, 1) == pytest.approx(scaled, rel=1e-6)
+
+
+def test_no_operator_where_the_gradient_does_not_determine_it():
+    """Oracle: zero, short of rank, not finite; nothing written."""
+    rng = np.random.default_rng(2)
+    g = rng.normal(size=(4, 30))
+    short, infinite = g.copy(), g.copy()
+    short[3] = short[2]
+    infinite[1, 1] = np.inf
+    found = grams(g, short, infinite, 0 * g)
+    assert found.fit(0, 1) is not None
+    for raw, written in ((1, 0), (2, 0), (0, 2), (3, 0), (0, 3)):
+        assert found.fit(raw, written) is None, (raw, written)
 
 
 OPTIMIZERS = {
