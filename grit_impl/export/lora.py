@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,12 +55,22 @@ class LoraPair:
         return int(self.a.shape[0])
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The base's float32 weight (out, in) with the adapter in it."""
-        merged = weight + self.scaling * (self.b @ self.a)
-        if self.magnitude is not None:
-            # DoRA, eq. 5 of arXiv 2402.09353: columns of unit norm times a learned magnitude.
-            merged *= (self.magnitude / merged.norm(dim=1)).unsqueeze(1)
-        return merged
+        """The base's weight (out, in) with the adapter in it, in float32."""
+        return next(self.merged_pieces([weight]))
+
+    def merged_pieces(self, weight: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The same for a weight that comes a few rows at a time."""
+        # One product for the whole matrix, as PEFT takes it: the bits depend on how it is cut. The sum is taken in it.
+        change, done = self.b @ self.a, 0
+        change *= self.scaling
+        for piece in weight:
+            rows = slice(done, done + piece.shape[0])
+            merged = change[rows].add_(piece.float())
+            if self.magnitude is not None:
+                # DoRA, eq. 5 of arXiv 2402.09353: columns of unit norm times a learned magnitude.
+                merged *= (self.magnitude[rows] / merged.norm(dim=1)).unsqueeze(1)
+            done = rows.stop
+            yield merged
 
 
 class Adapter:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +24,6 @@ from grit_impl.errors import GRITError
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.lora import Adapter
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
-from grit_impl.record import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +35,10 @@ FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 FINGERPRINT_KEY = "grit.base_fingerprint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Elements that are in float32 at once: 4 MiB, and quantising takes a few times that.
+# Numbers that are in float32 at once: 4 MiB, and quantising takes a few times that.
 BLOCK = 1 << 20
+# Encoded blocks that may wait to be written.
+WAITING = 4
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,11 +69,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor to write: its GGUF name, its shape, and how to get its value, in any floating point format."""
+    """One tensor to write: its GGUF name, its shape, and its rows, in pieces and in any floating point format."""
 
     name: str
     shape: tuple[int, ...]
-    value: Callable[[], torch.Tensor]
+    pieces: Callable[[], Iterable[torch.Tensor]]
 
 
 def export_merged(
@@ -124,8 +129,8 @@ def export_merged(
         writer.add_string("grit.adapter_sha256", lora.sha256)
     with model.reader() as reader:
         items = list(_merged_items(model, lora, reader, simulate))
-        _stream(writer, items, Path(out), kinds, progress)
-    return _finished(out, "model", dtype, len(items), fingerprint, lora, merge_base, vocabulary)
+        sha256 = _stream(writer, items, Path(out), kinds, progress)
+    return _finished(out, sha256, "model", dtype, len(items), fingerprint, lora, merge_base, vocabulary)
 
 
 def export_adapter(
@@ -168,8 +173,8 @@ def export_adapter(
     writer.add_string(FINGERPRINT_KEY, fingerprint)
     writer.add_string("grit.adapter_sha256", lora.sha256)
     items = list(_adapter_items(model, lora, alpha))
-    _stream(writer, items, Path(out), kinds, progress)
-    return _finished(out, "adapter", dtype, len(items), fingerprint, lora, "stored", vocabulary)
+    sha256 = _stream(writer, items, Path(out), kinds, progress)
+    return _finished(out, sha256, "adapter", dtype, len(items), fingerprint, lora, "stored", vocabulary)
 
 
 def check_same_base(model: Path | str, adapter: Path | str) -> None:
@@ -290,24 +295,28 @@ def _merged_items(model: Checkpoint, lora: Adapter | None, reader: TensorReader,
     pairs = lora.pairs if lora is not None else {}
     replaced = lora.replaced if lora is not None else {}
 
-    def value(name: str, stored: str) -> Callable[[], torch.Tensor]:
-        def load() -> torch.Tensor:
-            module = name.removesuffix(".weight")
-            weight = replaced[name] if name in replaced else reader.floating(stored)
-            if simulate and name not in replaced and name not in (EMBEDDING, HEAD) and weight.ndim == 2:
+    def value(name: str, stored: str) -> Callable[[], Iterable[torch.Tensor]]:
+        module, heads = name.removesuffix(".weight"), rotary_heads(name, model.config)
+
+        def base() -> Iterable[torch.Tensor]:
+            if name in replaced:
+                return [replaced[name]]
+            if simulate and name not in (EMBEDDING, HEAD) and len(model.shape(name)) == 2:
                 from grit_impl.export.four_bit import round_trip
 
-                weight = round_trip(weight.float())
-            if module in pairs:
-                weight = pairs[module].merged(weight.float())
-            heads = rotary_heads(name, model.config)
-            return permute(weight, heads) if heads else weight
+                return [round_trip(reader(stored))]
+            # Rows that change places are needed all at once.
+            return [reader.floating(stored)] if heads else reader.pieces(stored, BLOCK)
 
-        return load
+        def pieces() -> Iterable[torch.Tensor]:
+            weight = pairs[module].merged_pieces(base()) if module in pairs else base()
+            return (permute(piece, heads) for piece in weight) if heads else weight
+
+        return pieces
 
     factors = rope_factors(model.config)
     if factors is not None:
-        yield Item("rope_freqs.weight", tuple(factors.shape), lambda: factors)
+        yield Item("rope_freqs.weight", tuple(factors.shape), lambda: [factors])
     for name in model.names():
         yield Item(gguf_name(name, model.config), model.shape(name), value(name, name))
     changed = {EMBEDDING, HEAD} & {*replaced, *(f"{module}.weight" for module in pairs)}
@@ -324,13 +333,17 @@ def _adapter_items(model: Checkpoint, lora: Adapter, alpha: float) -> Iterator[I
         heads = rotary_heads(f"{module}.", model.config)
         folded = pair.b * (pair.scaling / (alpha / pair.rank))
         b = permute(folded, heads) if heads else folded
-        yield Item(f"{name}.lora_a", tuple(pair.a.shape), lambda a=pair.a: a)  # type: ignore[misc]
-        yield Item(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)  # type: ignore[misc]
+        yield Item(f"{name}.lora_a", tuple(pair.a.shape), lambda a=pair.a: [a])  # type: ignore[misc]
+        yield Item(f"{name}.lora_b", tuple(b.shape), lambda b=b: [b])  # type: ignore[misc]
 
 
 def _stream(
     writer: GGUFWriter, items: list[Item], out: Path, kinds: dict[str, GGMLQuantizationType], progress: Progress | None
-) -> None:
+) -> str:
+    """Write the file, a block of rows at a time, and return its SHA-256.
+
+    A second thread writes and hashes what the first has encoded; both work outside Python's lock.
+    """
     import numpy as np
     from gguf import GGML_QUANT_SIZES
 
@@ -342,6 +355,13 @@ def _stream(
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.float32), math.prod(item.shape) // block * size, kind)
         types.append((kind, math.prod(item.shape) // block * size))
     needed = sum(nbytes for _, nbytes in types)
+    digest, waiting = hashlib.sha256(), deque[Future[None]]()
+
+    def put(data: Any) -> None:
+        assert writer.fout is not None
+        writer.fout[0].write(data)
+        digest.update(data)
+
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -351,10 +371,22 @@ def _stream(
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (item, (kind, size)) in enumerate(zip(items, types, strict=True)):
-            if progress is not None:
-                progress(done, len(items), item.name)
-            writer.write_tensor_data(_encode(item, kind, size))
+        digest.update(partial.read_bytes())
+        place = partial.stat().st_size
+        with ThreadPoolExecutor(1) as pool, _one_torch_thread():
+            for done, (item, (kind, size)) in enumerate(zip(items, types, strict=True)):
+                if progress is not None:
+                    progress(done, len(items), item.name)
+                end = place + -place % writer.data_alignment + size
+                for data in itertools.chain([bytes(-place % writer.data_alignment)], _encoded(item, kind)):
+                    waiting.append(pool.submit(put, data))
+                    place += len(data)
+                    if len(waiting) > WAITING:
+                        waiting.popleft().result()
+                assert place == end, f"{item.name}: {place - end} bytes too many"
+            waiting.append(pool.submit(put, bytes(-place % writer.data_alignment)))
+            for future in waiting:
+                future.result()
         writer.flush()
         assert writer.fout is not None
         os.fsync(writer.fout[0].fileno())
@@ -370,29 +402,40 @@ def _stream(
         partial.unlink(missing_ok=True)
     if progress is not None:
         progress(len(items), len(items), "done")
+    return digest.hexdigest()
 
 
-def _encode(item: Item, kind: GGMLQuantizationType, size: int) -> Any:
-    """The tensor's bytes, (size,), a block of rows at a time: only a block of it is ever in float32 as well."""
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """A block is too small to share out: torch's other threads would spin on the cores that write and hash."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _encoded(item: Item, kind: GGMLQuantizationType) -> Iterator[Any]:
+    """The tensor's bytes, a block of rows at a time: only a block of it is ever in float32."""
     import numpy as np
     import torch
     from gguf import quants
 
-    value = item.value()
-    rows = value.unsqueeze(0) if value.ndim == 1 else value.flatten(0, -2)
-    out, done = np.empty(size, dtype=np.uint8), 0
-    for block in torch.split(rows, max(1, BLOCK // rows.shape[1])):
-        array = block.float().contiguous().numpy()
-        if not np.isfinite(array).all():
-            raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
-        encoded = quants.quantize(array, kind).reshape(-1).view(np.uint8)
-        out[done : done + encoded.size] = encoded
-        done += encoded.size
-    return out
+    for piece in item.pieces():
+        rows = piece.unsqueeze(0) if piece.ndim == 1 else piece.flatten(0, -2)
+        for block in torch.split(rows, max(1, BLOCK // rows.shape[1])):
+            array = block.float().contiguous().numpy()
+            if not np.isfinite(array).all():
+                raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
+            yield quants.quantize(array, kind).reshape(-1).view(np.uint8)
 
 
 def _finished(
     out: Path | str,
+    sha256: str,
     kind: str,
     dtype: str,
     tensors: int,
@@ -406,7 +449,7 @@ def _finished(
         path=path,
         kind=kind,
         dtype=dtype,
-        sha256=sha256_file(path),
+        sha256=sha256,
         size=path.stat().st_size,
         tensors=tensors,
         base_fingerprint=fingerprint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,9 @@ import tiny
 from grit_impl.errors import GRITError
 from grit_impl.export import export_adapter, export_merged, read_metadata
 from grit_impl.export.check import PROMPTS, verify_export
+from grit_impl.export.checkpoint import Checkpoint
 from grit_impl.export.llamacpp import LlamaCpp
+from grit_impl.record import sha256_file
 
 # Enough to tell every planted fault from rounding; the full set runs once per base below.
 FEW = (PROMPTS[0], PROMPTS[5], PROMPTS[11], PROMPTS[18])
@@ -37,6 +40,39 @@ def test_merged_model_is_the_trained_model(lab: SimpleNamespace, tmp_path: Path,
     assert result.adapter_kl is not None
     # The control: without the adapter the same comparison is off by orders of magnitude.
     assert result.adapter_kl > 50 * result.mean_kl
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("base", ["untied", "tied"])
+def test_blocks_leave_no_trace(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, dtype: str
+) -> None:
+    """Oracle: the file written with each matrix in one block; and the file's own SHA-256, which is taken on the way."""
+    folder, lora = getattr(lab, base), getattr(lab, f"{base}_lora")
+    whole = export_merged(folder, lora, tmp_path / "whole.gguf", dtype)
+    # Blocks of 7 rows of 128: no matrix is a multiple.
+    monkeypatch.setattr("grit_impl.export.writer.BLOCK", 7 * 128)
+    cut = export_merged(folder, lora, tmp_path / "cut.gguf", dtype)
+    assert cut.path.read_bytes() == whole.path.read_bytes()
+    assert cut.sha256 == whole.sha256 == sha256_file(whole.path)
+
+
+def test_a_checkpoint_that_is_not_what_its_table_says(lab: SimpleNamespace, tmp_path: Path) -> None:
+    """Truncated under the reader, or a tensor of another size than its shape: refused, and no bytes made up."""
+    base = tmp_path / "base"
+    shutil.copytree(lab.untied, base)
+    model = Checkpoint(base)
+    name = "model.norm.weight"
+    with model.reader() as reader:
+        assert reader.raw(name).shape == (128,)
+        entry = model.entries[name]
+        model.entries[name] = dataclasses.replace(entry, shape=(64,))
+        with pytest.raises(GRITError, match="not its shape"):
+            reader.raw(name)
+        model.entries[name] = entry
+        os.truncate(entry.file, entry.end - 4)
+        with pytest.raises(GRITError, match="shorter"):
+            reader.raw(name)
 
 
 @pytest.mark.slow
