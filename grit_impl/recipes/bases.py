@@ -217,3 +217,10 @@ def _linear4bit(
     )
     layer.weight = weight.to(device)
     return cast("torch.nn.Module", layer)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer that transformers 4 and 5 both load: 5 writes a class name that 4 does not know."""
+    tokenizer.save_pretrained(folder)
+    config = Path(folder, "tokenizer_config.json")
+    config.write_bytes(config.read_bytes().replace(b"TokenizersBackend", b"PreTrainedTokenizerFast"))

@@ -29,7 +29,7 @@ def save_random(spec: str, folder: Path) -> Path:
     from huggingface_hub import save_torch_state_dict
     from transformers import BitsAndBytesConfig
 
-    from grit_impl.recipes.bases import load_base
+    from grit_impl.recipes.bases import load_base, save_tokenizer
 
     model, tokenizer = load_base(spec, four_bit=True, dtype="bfloat16")
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def save_random(spec: str, folder: Path) -> Path:
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     save_torch_state_dict(tensors, folder, max_shard_size="4GB")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from grit_impl.errors import GRITError
-from grit_impl.recipes.bases import SHAPES, TINY, load_base
+from grit_impl.recipes.bases import SHAPES, TINY, load_base, save_tokenizer
 from grit_impl.recipes.lora import PROJECTIONS, LoRASettings, add_lora
 
 
@@ -35,6 +35,17 @@ def test_a_folder_is_the_same_model(tmp_path: Path) -> None:
     assert torch.equal(copy(input_ids=ids).logits, tiny(input_ids=ids).logits)
     half, _ = load_base(folder, device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_saved_tokenizer_names_a_class_that_every_transformers_knows(tmp_path: Path) -> None:
+    """Oracle: `PreTrainedTokenizerFast` is in transformers 4 and 5; the tokens are the same afterwards."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = load_base("tiny", device="cpu")[1]
+    save_tokenizer(tokenizer, tmp_path)
+    assert "TokenizersBackend" not in (tmp_path / "tokenizer_config.json").read_text()
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again("What kind of thing is a frog?").input_ids == tokenizer("What kind of thing is a frog?").input_ids
 
 
 def test_random_weights_make_a_working_llama() -> None:

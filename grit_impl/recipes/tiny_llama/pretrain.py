@@ -237,13 +237,12 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, settings: Settings, out
 
     import torch
 
+    from grit_impl.recipes.bases import save_tokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-    # transformers 5 writes a class name that 4 does not know; both know this one.
-    name = "tokenizer_config.json"
-    files[name] = files[name].replace(b"TokenizersBackend", b"PreTrainedTokenizerFast")
     files["pretraining.json"] = (json.dumps(asdict(settings), indent=2) + "\n").encode()
     (out / MANIFEST).unlink(missing_ok=True)
     for name, data in files.items():
