@@ -136,7 +136,12 @@ class Adapter:
                     raise GRITError(f"cannot export {self.folder}: it stores {name}, which {base.folder} does not have")
                 original = reader(name if name in base.entries else "model.embed_tokens.weight")
                 # PEFT saves the weight under an adapted embedding or head, changed or not.
-                if tensor.shape == original.shape and bool((tensor == original).all()):
+                if tensor.shape != original.shape:
+                    raise GRITError(
+                        f"wrong-base: {name} is {tuple(tensor.shape)} in {self.folder} and {tuple(original.shape)} in "
+                        f"{base.folder}"
+                    )
+                if bool((tensor == original).all()):
                     del self.replaced[name]
 
     def _collect(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -383,7 +383,8 @@ def _stream(
                     place += len(data)
                     if len(waiting) > WAITING:
                         waiting.popleft().result()
-                assert place == end, f"{item.name}: {place - end} bytes too many"
+                if place != end:
+                    raise RuntimeError(f"{item.name} was encoded to {place - end} bytes more than its header says")
             waiting.append(pool.submit(put, bytes(-place % writer.data_alignment)))
             for future in waiting:
                 future.result()

@@ -124,7 +124,8 @@ def run(
 def merge(into: Path, others: tuple[Path, ...]) -> None:
     """Copy the finished runs of OTHERS that INTO lacks (folders or sweep.db files), all of the same plan.
 
-    A run that both have stays as it is: nothing is replaced by a second try.
+    A run that both have stays as it is: nothing is replaced by a second try. Parts that were tuned apart, and chose
+    other settings, are refused.
     """
     from grit_impl.sweep.store import Store
 
@@ -136,7 +137,10 @@ def merge(into: Path, others: tuple[Path, ...]) -> None:
                         raise GRITError(f"{path} holds no sweep: run grit sweep run first")
                 if changed := Plan(**json.loads(store.meta["plan"])).changed_since(json.loads(source.meta["plan"])):
                     raise GRITError(f"{other} holds runs of a plan with another {changed}")
-                added = store.take(source)
+                try:
+                    added = store.take(source)
+                except GRITError as error:
+                    raise GRITError(f"cannot merge {other} into {into}: {error}") from None
             click.echo(f"{other}: {added} runs added")
 
 

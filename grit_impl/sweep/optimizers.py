@@ -44,7 +44,7 @@ def build_optimizer(
         from peft.optimizers import create_riemannian_optimizer
 
         return create_riemannian_optimizer(model, torch.optim.AdamW, reg=settings["reg"], **options), None
-    if "ratio" in settings:
+    if method == "loraplus" or (grit is not None and "ratio" in settings):
         from peft.optimizers import create_loraplus_optimizer
 
         decay = options.pop("weight_decay")

@@ -145,12 +145,13 @@ class Plan:
         Raises:
             GRITError: the plan has no such task or seed.
         """
-        for kind, asked, known in (("task", tasks, self.tasks), ("evaluation seed", seeds, self.evaluation_seeds)):
+        later = dict.fromkeys((*self.evaluation_seeds, *(seed for a in self.ablations for seed in a.seeds)))
+        for kind, asked, known in (("task", tasks, self.tasks), ("seed after tuning", seeds, later)):
             if absent := [each for each in asked if each not in known]:
                 raise GRITError(
                     f"plan {self.name} has no {kind} {absent[0]!r}: choose one of {', '.join(map(str, known))}"
                 )
-        tasks, seeds = tuple(tasks) or self.tasks, tuple(seeds) or self.evaluation_seeds
+        tasks, seeds = tuple(dict.fromkeys(tasks)) or self.tasks, tuple(dict.fromkeys(seeds)) or tuple(later)
         kept = (
             dataclasses.replace(
                 ablation,
@@ -159,7 +160,8 @@ class Plan:
             )
             for ablation in self.ablations
         )
-        return dataclasses.replace(self, tasks=tasks, evaluation_seeds=seeds, ablations=tuple(kept))
+        evaluated = tuple(seed for seed in self.evaluation_seeds if seed in seeds)
+        return dataclasses.replace(self, tasks=tasks, evaluation_seeds=evaluated, ablations=tuple(kept))
 
     def changed_since(self, before: Mapping[str, Any]) -> str:
         """What makes runs of an earlier plan others than this one's, though their keys may agree; empty: nothing.

@@ -104,14 +104,40 @@ class Store:
 
         Returns:
             How many there were.
+
+        Raises:
+            GRITError: they are not of one sweep: an arm was tuned to other settings, or this one's plan lacks a task
+                or an arm. Nothing is written.
         """
         columns = [row["name"] for row in self._db.execute("PRAGMA table_info(runs)")]
         done = {key for key, status in self.statuses().items() if status in FINISHED}
+        self._require_one_sweep(other, done)
         found = other._db.execute(f"SELECT {', '.join(columns)} FROM runs WHERE status IN (?, ?)", FINISHED)
         rows = [tuple(row) for row in found if row["key"] not in done]
         with self._db:
             self._db.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", rows)
         return len(rows)
+
+    def _require_one_sweep(self, other: Store, done: set[str]) -> None:
+        """What an arm's runs after tuning share is not in their keys: the settings of the trial that was chosen."""
+        plan = json.loads(self.meta["plan"])
+        settings: dict[tuple[Any, ...], Any] = {}
+        tuned = set()
+        for row in self.runs():
+            if row["phase"] != "tuning" and row["status"] in FINISHED:
+                settings[tuple(row[name] for name in ("phase", "task", "arm", "variant"))] = row["settings"]
+                tuned.add((row["task"], row["arm"]))
+        for row in other.runs():
+            if row["status"] not in FINISHED or row["key"] in done:
+                continue
+            task, arm = row["task"], row["arm"]
+            if task not in plan["tasks"] or (row["method"] != "none" and arm not in plan["methods"]):
+                raise GRITError(f"its plan has no arm {arm!r} on task {task!r}")
+            group = tuple(row[name] for name in ("phase", "task", "arm", "variant"))
+            if settings.get(group, row["settings"]) != row["settings"]:
+                raise GRITError(f"arm {arm!r} on {task!r} was tuned to other settings")
+            if row["phase"] == "tuning" and (task, arm) in tuned:
+                raise GRITError(f"a tuning trial of arm {arm!r} on {task!r} would come after what was chosen from them")
 
     def statuses(self) -> dict[str, str]:
         """Status of every run by key."""

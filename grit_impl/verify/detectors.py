@@ -269,7 +269,7 @@ def _unrelated(f: Facts) -> Finding | None:
     bent = f.bent
     residual = _median(bent.fit)
     cosine = 1 - _median(bent.turn)
-    if not len(bent) or not abs(cosine) < 0.1 or residual < 0.3:
+    if not len(bent) or not abs(cosine) < 0.1 or not residual >= 0.3:
         return None
     text = f"the written gradients have cosine {cosine:.2f} with the raw ones and are no r x r multiple of them"
     return Finding(text, {"cosine": cosine, "fit": residual})

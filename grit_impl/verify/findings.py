@@ -97,7 +97,8 @@ def facts(source: Any) -> Facts:
     tensors = _table([r for r in rows if r["kind"] == "tensor"])
     steps = [r for r in rows if r["kind"] == "step"]
     reports = [r for r in rows if r["kind"] == "factors"]
-    unseen = steps[-1]["step"] - len(steps) if steps else 0
+    ends = [r["step"] for r in rows if r["kind"] in ("step", "end")]
+    unseen = ends[-1] - len(steps) if ends else 0
     return Facts(rows[0], steps, _derive(tensors, steps), reports[-1] if reports else None, unseen)
 
 

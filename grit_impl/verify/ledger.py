@@ -41,6 +41,8 @@ from grit_impl.verify.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners
 # 2: steps are numbered like the run's, also after it was resumed.
 SCHEMA = 2
 SAMPLE, STRUCTURE, FULL_STEPS = 16, 4, 2
+# Above it a matrix is no LoRA factor, and its inner products would cost more than the step.
+LARGEST_RANK = 512
 FACTOR_STEPS = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000}
 
 
@@ -103,7 +105,10 @@ class GradientLedger:
         self._replaced = 0
         trainable = [i for i, p in enumerate(self._parameters) if p.requires_grad]
         self._sample = spread(trainable, sample)
-        self._structured = spread([i for i in trainable if self._parameters[i].ndim == 2], STRUCTURE)
+        small = (
+            i for i in trainable if self._parameters[i].ndim == 2 and min(self._parameters[i].shape) <= LARGEST_RANK
+        )
+        self._structured = spread(list(small), STRUCTURE)
         self._shadows = Shadows({i: self._parameters[i] for i in self._sample})
         self._sketch = Sketcher(max(p.numel() for p in self._parameters))
         self._writer = RowWriter(path)
@@ -118,6 +123,7 @@ class GradientLedger:
         self._begin()
 
     def __enter__(self) -> GradientLedger:
+        self.steps = self._resumed_from
         if not self._writer.open(self._resumed_from):
             self._writer.write([self._header()])
         self._handles = [
@@ -140,6 +146,7 @@ class GradientLedger:
         self._drain(0)
         if report := self._factor_report():
             self._writer.write([report])
+        self._writer.write([{"kind": "end", "step": self.steps}])
         self._writer.close()
 
     @property
@@ -152,8 +159,11 @@ class GradientLedger:
         return self._writer.rows()
 
     def flush(self) -> None:
-        """Put what is known of all finished steps on the disk: a run that is resumed from here loses none of them."""
-        if self._now.over:
+        """Put what is known of all finished steps on the disk: a run that is resumed from here loses none of them.
+
+        A step whose gradients are still there is not finished: who changes them before they are cleared comes too late.
+        """
+        if self._now.over and all(p.grad is None for p in self._parameters):
             self._close_step()
         self._drain(0)
         self._writer.flush()

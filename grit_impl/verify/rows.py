@@ -1,14 +1,17 @@
 """The ledger's file: JSON objects, one per line, gzipped. `pandas.read_json(path, lines=True)` reads it.
 
 Rows of kind `run` (one, first), `step` (one per optimizer step), `tensor` (one per step and tensor), `factors`
-(the preconditioner's own report, at a few steps). A key that does not apply is left out.
+(the preconditioner's own report, at a few steps), `end` (one, last: the number of the run's last step). A key that
+does not apply is left out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,21 +25,17 @@ LEVEL = 4
 
 
 class RowWriter:
-    """Keeps rows in memory, or streams them to `path`.partial, which replaces `path` when it is closed.
+    """Keeps rows in memory, or streams them to a temporary file that replaces `path` when it is closed.
 
-    What was flushed outlives the process: a run that is killed and resumed keeps what its ledger saw.
+    What was flushed is also called `path`.partial and outlives the process: a run that is killed and resumed keeps what
+    its ledger saw. Several processes with one path do not disturb each other; the last one to close wins.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
         self._rows: list[dict[str, Any]] = []
         self._file: TextIO | None = None
-        self._flushed = False
-
-    @property
-    def _partial(self) -> Path:
-        assert self.path is not None
-        return partial(self.path)
+        self._temporary: Path | None = None
 
     def open(self, resume_from: int = 0) -> bool:
         """Start; a second call starts over.
@@ -50,13 +49,14 @@ class RowWriter:
         self._rows, kept = [], []
         if self.path is None:
             return False
-        try:
+        with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_from:
-                kept = [row for row in salvage(self.path) if row.get("step", 0) <= resume_from]
-            self._file = gzip.open(self._partial, "wt", compresslevel=LEVEL)  # noqa: SIM115 (open for the whole run)
-        except OSError as error:
-            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
+                kept = [row for row in salvage(self.path) if row["kind"] != "end" and row.get("step", 0) <= resume_from]
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.{os.getpid()}.")
+            os.close(handle)
+            self._temporary = Path(name)
+            self._file = gzip.open(name, "wt", compresslevel=LEVEL)  # noqa: SIM115 (open for the length of the run)
         self.write(kept)
         if kept:
             self.flush()
@@ -67,56 +67,93 @@ class RowWriter:
         if self._file is None:
             self._rows += rows
             return
-        try:
+        with self._errors():
             self._file.write("".join([_encode(row) + "\n" for row in rows]))
-        except OSError as error:
-            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def flush(self) -> None:
         """What was written so far can be salvaged, whatever happens to this process."""
-        if self._file is None:
+        if self._file is None or self.path is None or self._temporary is None:
             return
-        try:
+        with self._errors():
             self._file.flush()
-        except OSError as error:
-            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._flushed = True
+            if not _same(self._temporary, partial(self.path)):
+                # Only now does an earlier process's file go: until here it was the only copy.
+                _forget(self.path)
+                link = self._temporary.with_name(f"{self._temporary.name}.link")
+                os.link(self._temporary, link)
+                link.replace(partial(self.path))
 
     def close(self) -> None:
         """Put the file in place."""
-        if self._file is None or self.path is None:
+        if self._file is None or self.path is None or self._temporary is None:
             return
         try:
-            self._file.close()
-            self._partial.replace(self.path)
-        except OSError as error:
-            self._partial.unlink(missing_ok=True)
-            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._file = None
+            with self._errors():
+                self._file.close()
+                self._temporary.chmod(0o644)
+                self._temporary.replace(self.path)
+                if _same(self.path, partial(self.path)):
+                    partial(self.path).unlink()
+        except GRITError:
+            self.discard()
+            raise
+        self._file = self._temporary = None
 
     def discard(self) -> None:
-        """Leave nothing behind, unless it was flushed for a run that may be resumed."""
-        if self._file is None:
-            return
-        self._file.close()
-        if not self._flushed:
-            self._partial.unlink(missing_ok=True)
-        self._file = None
+        """Leave nothing behind but what was flushed for a run that may be resumed."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk says so once more
+                self._file.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+        self._file = self._temporary = None
 
     def rows(self) -> list[dict[str, Any]]:
         """What was written."""
         return self._rows if self.path is None else read_rows(self.path)
 
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
+
 
 def partial(path: Path) -> Path:
-    """Where the rows of a ledger are until it is closed."""
+    """Where the rows of a ledger are that was flushed and not closed."""
     return path.with_name(f"{path.name}.partial")
 
 
-def salvage(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows that an interrupted process left, as far as they are whole; none where it left nothing."""
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _forget(path: Path) -> None:
+    """Remove the temporary file of a process that is gone and left a partial one: the same file by another name."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if _same(left, partial(path)) and not _alive(int(left.name.removeprefix(f".{path.name}.").split(".")[0])):
+            left.unlink()
+
+
+def _alive(process: int) -> bool:
     try:
-        with gzip.open(partial(path), "rt") as handle:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def salvage(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows that an interrupted process left, as far as they are whole; none where it left nothing.
+
+    A process that ends after its ledger was closed, and before its run was complete, leaves the whole ledger.
+    """
+    left = partial(path) if partial(path).exists() else path
+    try:
+        with gzip.open(left, "rt") as handle:
             for line in handle:
                 if not line.endswith("\n"):
                     return

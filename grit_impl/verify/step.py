@@ -92,13 +92,12 @@ class Step:
 
     def _multiply(self) -> None:
         """Inner products of what was sampled, on the device."""
-        for i in sorted({i for probe in self.probes for i in probe.samples}):
-            there = [j for j, probe in enumerate(self.probes) if i in probe.samples]
-            gradients = [self.probes[j].samples[i] for j in there]
-            if i in self.previous and self.previous[i].shape == gradients[0].shape:
-                gradients.append(self.previous[i])
-                there.append(-1)
-            self.grams[i] = (_to_host(gram(gradients)), {j: place for place, j in enumerate(there)})
+        for i, raw in self.raw_samples().items():
+            # What has another shape by then (a rank that was cut) is no multiple of the raw gradient.
+            found = {j: probe.samples[i] for j, probe in enumerate(self.probes) if i in probe.samples}
+            found |= {-1: self.previous[i]} if i in self.previous else {}
+            found = {j: gradient for j, gradient in found.items() if gradient.shape == raw.shape}
+            self.grams[i] = (_to_host(gram(list(found.values()))), {j: place for place, j in enumerate(found)})
         for probe in self.probes:
             probe.samples = {}
 
@@ -134,11 +133,12 @@ class Step:
 
     def _places(self) -> dict[int, dict[int, int]]:
         """By tensor, the place of each probe's gradient; a probe without one of its own shares another's."""
+        numbers = {id(probe): j for j, probe in enumerate(self.probes)}
         own = {}
         for j, probe in enumerate(self.probes):
             while probe.like is not None:
                 probe = probe.like
-            own[j] = next(k for k, other in enumerate(self.probes) if other is probe)
+            own[j] = numbers[id(probe)]
         return {
             i: {-1: places[-1]} | known if -1 in places else known
             for i, (_, places) in self.grams.items()

@@ -6,6 +6,7 @@ the cause. Everything is decided from one run. Only "identical to the baseline" 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,11 +78,12 @@ def _first(f: Facts, detectors: Sequence[Detector]) -> Verdict:
 def _of_a_part(verdict: Verdict, f: Facts) -> Verdict:
     """The verdict on a run of which the ledger saw only a part: a fault is a fault, its absence may be chance."""
     last = f.unseen + len(f.steps)
-    numbers_seen = [step["step"] for step in f.steps]
-    ends = [n for n, following in zip(numbers_seen, [*numbers_seen[1:], 0], strict=True) if following != n + 1]
-    begins = [n for n, before in zip(numbers_seen, [-1, *numbers_seen], strict=False) if before != n - 1]
-    parts = " and ".join(f"{a} to {b}" for a, b in zip(begins, ends, strict=True))
-    seen = f"steps {parts} seen; the run was resumed after step {begins[-1] - 1}"
+    # Steps that follow one another keep their distance from their place in the list.
+    runs = itertools.groupby(enumerate(step["step"] for step in f.steps), lambda pair: pair[1] - pair[0])
+    parts = [[number for _, number in run] for _, run in runs]
+    seen = f"steps {' and '.join(f'{part[0]} to {part[-1]}' for part in parts) or 'none'} seen; the run was resumed"
+    if parts and parts[-1][0] > 1:
+        seen += f" after step {parts[-1][0] - 1}"
     numbers = {**verdict.numbers, "unseen_steps": f.unseen}
     fault = verdict.cause not in (*HARMLESS, *UNDECIDED)
     if fault or f.unseen <= MOST_UNSEEN * last:

@@ -71,8 +71,50 @@ def test_a_part_of_a_plan_by_name(plan_file: Path) -> None:
     }
     assert not any(job.phase == "ablation" for job in part.jobs())
     assert {job.key for job in part.jobs()} < {job.key for job in plan.jobs()}
-    with pytest.raises(GRITError, match="no evaluation seed 13: choose one of 10, 11, 12"):
+    with pytest.raises(GRITError, match="no seed after tuning 13: choose one of 10, 11, 12"):
         plan.only(seeds=[13])
+    assert list(plan.only(seeds=[10, 10]).jobs()) == list(plan.only(seeds=[10]).jobs())
+
+
+def test_ablations_with_seeds_of_their_own_are_run(plan_text: str, tmp_path: Path) -> None:
+    """Oracle: counting. Nothing selected: every job of the plan; their seed alone: two arms."""
+    path = tmp_path / "own.toml"
+    path.write_text(plan_text.replace("seeds = [10, 11]\nchanges", "seeds = [20]\nchanges"))
+    plan = load_plan(path)
+    assert [job.key for job in plan.only().jobs()] == [job.key for job in plan.jobs()]
+    own = [job for job in plan.only(seeds=[20]).jobs() if job.phase == "ablation"]
+    assert {(job.arm, job.seed) for job in own} == {("adamw", 20), ("eigenbasis", 20)}
+
+
+def test_parts_that_were_tuned_apart_are_refused(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Oracle: the settings planted. A part whose arm chose another trial, or whose tuning would still be added to."""
+    plan = load_plan(plan_file)
+    run(plan.only(seeds=[10]), tmp_path / "a", fake_work, plan)
+    run(plan.only(seeds=[11]), tmp_path / "b", fake_work, plan)
+    before = rows(tmp_path / "a")
+    with Store(tmp_path / "b" / "sweep.db") as store, store._db:
+        store._db.execute("UPDATE runs SET settings = '{}' WHERE phase = 'evaluation' AND arm = 'adamw'")
+    result = CliRunner().invoke(sweep, ["merge", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "arm 'adamw' on 'choose' was tuned to other settings" in str(result.exception)
+    assert rows(tmp_path / "a") == before
+    with Store(tmp_path / "a" / "sweep.db") as store, store._db:
+        store._db.execute(
+            "UPDATE runs SET status = 'failed' WHERE phase = 'tuning' AND arm = 'eigenbasis' AND trial = 0"
+        )
+    with Store(tmp_path / "b" / "sweep.db") as store, store._db:
+        store._db.execute("DELETE FROM runs WHERE phase != 'tuning'")
+    result = CliRunner().invoke(sweep, ["merge", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "a tuning trial of arm 'eigenbasis'" in str(result.exception)
+
+
+def test_a_task_that_the_plan_lacks_is_refused(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:
+    """Oracle: a report would never show such runs."""
+    plan = load_plan(plan_file)
+    part = plan.only(["choose"])
+    run(part, tmp_path / "a", fake_work, part)
+    run(plan, tmp_path / "b", fake_work, plan)
+    result = CliRunner().invoke(sweep, ["merge", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "no arm 'adamw' on task 'convert'" in str(result.exception)
 
 
 def test_another_plan_is_refused(plan_file: Path, fake_work: Work, tmp_path: Path) -> None:

@@ -144,3 +144,21 @@ def test_training_seconds_are_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> N
     blocks = STEPS // SETTINGS["every"]
     for phase in ("tuning", "evaluation"):
         assert train(job("adamw", phase=phase), SETTINGS, "cpu")["train_seconds"] == blocks, phase
+
+
+def test_a_ratio_is_for_those_that_have_one() -> None:
+    """Oracle: the learning rates of the parameter groups. LoRA+ without its ratio is an error, not AdamW."""
+    from grit_impl.config import GRITConfig
+    from grit_impl.recipes.bases import load_base
+    from grit_impl.recipes.lora import LoRASettings, add_lora
+    from grit_impl.sweep.optimizers import build_optimizer
+
+    settings = {"lr": 1e-3, "ratio": 4.0}
+    wanted = {"adamw": {1e-3}, "rslora": {1e-3}, "loraplus": {1e-3, 4e-3}, "grit": {1e-3, 4e-3}}
+    for method, rates in wanted.items():
+        model = add_lora(load_base("tiny", device="cpu")[0], LoRASettings(r=4, alpha=4), 0)
+        grit = GRITConfig(update_rule="eigenbasis") if method == "grit" else None
+        optimizer, _ = build_optimizer(model, method, settings, grit, 1.0)
+        assert {group["lr"] for group in optimizer.param_groups if group["params"]} == rates, method
+    with pytest.raises(KeyError, match="ratio"):
+        build_optimizer(model, "loraplus", {"lr": 1e-3}, None, 1.0)

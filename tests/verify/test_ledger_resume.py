@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
 from grit_impl.recipes.arms import RunSpec, TrainingSettings
 from grit_impl.record import RunRecord
 from grit_impl.verify.findings import facts
-from grit_impl.verify.ledger import gradient_ledger
-from grit_impl.verify.rows import partial, read_rows, salvage
+from grit_impl.verify.ledger import GradientLedger, gradient_ledger
+from grit_impl.verify.rows import RowWriter, partial, read_rows, salvage
 from grit_impl.verify.verdict import judge_ledger
 from grit_impl.verify.zoo import Bench, Moments, Whitening
 
@@ -31,6 +35,9 @@ from grit_impl.verify.execute import run_here
 
 path, dies = Path(sys.argv[1]), int(sys.argv[2])
 after = train.StepLog.on_step_end
+if dies < 0:  # when the ledger is closed, and nothing else is
+    import grit_impl.rank
+    grit_impl.rank.save_adapter = lambda *_: os._exit(9)
 
 def on_step_end(self, args, state, control, **kw):
     after(self, args, state, control, **kw)
@@ -50,16 +57,25 @@ def arm(path: Path, dies: int) -> int:
     return subprocess.run([sys.executable, "-c", ARM, str(path), str(dies)], capture_output=True).returncode
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run undisturbed."""
+    path = tmp_path_factory.mktemp("arms") / "whole"
+    assert arm(path, 0) == 0
+    return path
+
+
 @pytest.mark.slow
-def test_a_killed_run_is_judged_on_all_its_steps(tmp_path: Path) -> None:
-    """Oracle: the same run undisturbed. Killed in step 5, resumed from the checkpoint of step 3: the ledger has every
-    step once, with the same gradients and parameters to the bit, and nothing is left beside it."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert arm(whole, 0) == 0
-    assert arm(broken, KILLED) == 9
-    assert partial(RunRecord(broken).ledger).is_file()
+@pytest.mark.parametrize("dies", [KILLED, -1], ids=["in step 5", "after the ledger was closed"])
+def test_a_killed_run_is_judged_on_all_its_steps(whole: Path, tmp_path: Path, dies: int) -> None:
+    """Oracle: the same run undisturbed. Killed in step 5 and resumed from the checkpoint of step 3, or killed between
+    the last step and the end: the ledger has every step once, with the same gradients and parameters to the bit, and
+    nothing is left beside it."""
+    broken = tmp_path / "broken"
+    assert arm(broken, dies) == 9
+    assert partial(RunRecord(broken).ledger).is_file() == (dies > 0)
     assert arm(broken, 0) == 0
-    assert not partial(RunRecord(broken).ledger).exists()
+    assert [p.name for p in broken.iterdir() if "ledger" in p.name] == ["ledger.jsonl.gz"]
     keys = ("step", "name", "raw", "hash_raw", "hash_entry", "turn", "hash_before", "hash_after")
     seen = [
         [tuple(row.get(key) for key in keys) for row in read_rows(RunRecord(path).ledger) if row["kind"] == "tensor"]
@@ -85,7 +101,7 @@ def interrupted(tmp_path: Path) -> Path:
         with watched as ledger:
 
             def before_step() -> None:
-                if next(steps) == 4:
+                if next(steps) == 4:  # the third step's gradients were cleared
                     ledger.flush()
                     raise KeyboardInterrupt
                 whiten.apply()
@@ -132,3 +148,95 @@ def test_nothing_to_salvage(tmp_path: Path) -> None:
         bench.train(Moments(before_step=Whitening(bench.lora).apply))
     assert [step["step"] for step in facts(ledger).steps] == [8, 9]
     assert facts(ledger).unseen == 7
+
+
+def test_steps_lost_at_the_end_are_counted_too(interrupted: Path) -> None:
+    """Oracle: resumed at the last of eight steps, with three in the file: five are missing."""
+    bench = Bench("loop", "adamw", seed=3, steps=1)
+    with gradient_ledger(bench.model, interrupted, resume_from=8) as ledger:
+        pass
+    assert facts(ledger).unseen == 5
+    assert "steps 1 to 3 seen" in judge_ledger(ledger).summary
+
+
+def test_what_was_salvageable_stays_until_it_is_written_again(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the rows before. A disk that is full while they are copied, or at the end, takes none of them."""
+    before = list(salvage(interrupted))
+    bench = Bench("loop", "adamw", seed=3, steps=1)
+    with monkeypatch.context() as full:
+        full.setattr(RowWriter, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"), gradient_ledger(bench.model, interrupted, resume_from=3):
+            pass
+    assert list(salvage(interrupted)) == before
+    writer = RowWriter(interrupted)
+    writer.open(resume_from=3)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(GRITError, match="No space"):
+            writer.close()
+    assert list(salvage(interrupted)) == before
+
+
+def test_two_processes_with_one_path(tmp_path: Path) -> None:
+    """Oracle: both files are whole, whoever flushes and closes first; the last to close is at the path."""
+    path = tmp_path / "ledger.jsonl.gz"
+    one, other = RowWriter(path), RowWriter(path)
+    for number, writer in enumerate((one, other)):
+        writer.open()
+        writer.write([{"kind": "run", "who": number}])
+        writer.flush()
+    one.close()
+    assert read_rows(path) == [{"kind": "run", "who": 0}]
+    other.close()
+    assert read_rows(path) == [{"kind": "run", "who": 1}]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_flush_hides_no_late_change(tmp_path: Path) -> None:
+    """Oracle: the same fault without flushing. Gradients changed after the step and before they are cleared."""
+    causes = []
+    for flushing in (False, True):
+        bench = Bench("loop", "adamw", seed=3, steps=4)
+        ledger = gradient_ledger(bench.model, tmp_path / f"{flushing}.gz")
+        whiten = Whitening(bench.lora)
+        with ledger as open_ledger:
+
+            def late(flushing: bool = flushing, open_ledger: Any = open_ledger, whiten: Any = whiten) -> None:
+                if flushing:
+                    open_ledger.flush()
+                whiten.apply()
+
+            bench.train(Moments(after_step=late))
+        causes.append(judge_ledger(open_ledger).cause)
+    assert causes == ["modified-too-late"] * 2
+
+
+def test_a_gradient_that_changes_its_shape_stops_nothing() -> None:
+    """Oracle: it trains to the end. A rank that is cut after the step leaves gradients of another shape, which are no
+    multiple of the raw ones."""
+    layer = torch.nn.Module()
+    layer.lora_A = torch.nn.Parameter(torch.randn(4, 30))
+    optimizer = torch.optim.AdamW([layer.lora_A], lr=1e-3)
+    with gradient_ledger(layer) as ledger:
+        for _ in range(4):
+            layer.lora_A.square().sum().backward()
+            layer.lora_A.grad.mul_(torch.rand(4, 1))
+            optimizer.step()
+            layer.lora_A.data, layer.lora_A.grad = layer.lora_A.data[:2].clone(), layer.lora_A.grad[:2].clone()
+            optimizer.zero_grad()
+            optimizer.state.clear()
+            layer.lora_A.data = torch.randn(4, 30)
+    assert len(facts(ledger).steps) == 4
+
+
+def test_a_ledger_that_is_opened_twice_starts_over() -> None:
+    """Oracle: the second run's steps are numbered from 1, and none is missing."""
+    bench = Bench("loop", "adamw", seed=3, steps=3)
+    ledger = GradientLedger(bench.model)
+    for _ in range(2):
+        with ledger:
+            bench.train(Moments(before_step=Whitening(bench.lora).apply))
+        assert [step["step"] for step in facts(ledger).steps] == [1, 2, 3]
+        assert facts(ledger).unseen == 0
