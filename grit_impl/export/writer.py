@@ -35,10 +35,10 @@ FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 FINGERPRINT_KEY = "grit.base_fingerprint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Numbers that are in float32 at once: 4 MiB, and quantising takes a few times that.
-BLOCK = 1 << 20
+# Numbers that are in float32 at once: 1 MiB, so that quantising, which takes a few times that, stays in the cache.
+BLOCK = 1 << 18
 # Encoded blocks that may wait to be written.
-WAITING = 4
+WAITING = 16
 
 Progress = Callable[[int, int, str], None]
 
@@ -423,15 +423,36 @@ def _encoded(item: Item, kind: GGMLQuantizationType) -> Iterator[Any]:
     """The tensor's bytes, a block of rows at a time: only a block of it is ever in float32."""
     import numpy as np
     import torch
-    from gguf import quants
 
     for piece in item.pieces():
         rows = piece.unsqueeze(0) if piece.ndim == 1 else piece.flatten(0, -2)
         for block in torch.split(rows, max(1, BLOCK // rows.shape[1])):
-            array = block.float().contiguous().numpy()
-            if not np.isfinite(array).all():
+            full = block.float().contiguous()
+            if not np.isfinite(full.numpy()).all():
                 raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
-            yield quants.quantize(array, kind).reshape(-1).view(np.uint8)
+            yield encode(full, kind.name).flatten().view(torch.uint8).numpy()
+
+
+def encode(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    """Finite float32 numbers (rows, columns) as GGUF's F32, F16, BF16 or Q8_0, bit for bit as `gguf.quants` has them.
+
+    Q8_0 is 32 numbers to a block: their largest magnitude over 127 as float16, then 32 multiples of it as int8. Here it
+    takes a third of the time.
+    """
+    import torch
+
+    if kind != "Q8_0":
+        return rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+    blocks = rows.view(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True).div_(127)
+    # In float32, as the scale is stored in less.
+    multiples = blocks * torch.where(scale == 0, 0.0, 1 / scale)
+    # Halves go away from zero. Adding 0.5 itself would round the number below a half up to 1.
+    multiples += torch.copysign(torch.tensor(0.49999997), multiples)
+    out = torch.empty(len(blocks), 17, dtype=torch.int16)
+    out[:, :1] = scale.half().view(torch.int16)
+    out[:, 1:] = multiples.to(torch.int8).view(torch.int16)
+    return out
 
 
 def _finished(

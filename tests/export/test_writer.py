@@ -22,6 +22,7 @@ from grit_impl.export import export_adapter, export_merged, read_metadata
 from grit_impl.export.check import PROMPTS, verify_export
 from grit_impl.export.checkpoint import Checkpoint
 from grit_impl.export.llamacpp import LlamaCpp
+from grit_impl.export.writer import encode
 from grit_impl.record import sha256_file
 
 # Enough to tell every planted fault from rounding; the full set runs once per base below.
@@ -55,6 +56,24 @@ def test_blocks_leave_no_trace(
     cut = export_merged(folder, lora, tmp_path / "cut.gguf", dtype)
     assert cut.path.read_bytes() == whole.path.read_bytes()
     assert cut.sha256 == whole.sha256 == sha256_file(whole.path)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_numbers_are_encoded_as_gguf_does(kind: str) -> None:
+    """Oracle: `gguf.quants`, on magnitudes from 1e-12 to 1e4, all-zero blocks, and multiples next to a half."""
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType, quants
+
+    random = np.random.default_rng(0)
+    numbers = random.normal(size=(4096, 64)) * 10.0 ** random.integers(-12, 5, size=(4096, 1))
+    halves = np.concatenate([np.arange(-126.5, 127), np.zeros(2)]).astype(np.float32).reshape(8, 32)
+    # The largest is 127, so that the scale is 1 and these are the multiples that are rounded.
+    ties = np.stack([halves, np.nextafter(halves, np.float32(1e9)), np.nextafter(halves, np.float32(-1e9))])
+    ties[:, :, 0] = 127
+    rows = np.concatenate([numbers.astype(np.float32), ties.reshape(-1, 64), np.zeros((2, 64), np.float32)])
+    ours = encode(torch.from_numpy(rows), kind).flatten().view(torch.uint8).numpy()
+    assert ours.tobytes() == quants.quantize(rows, GGMLQuantizationType[kind]).tobytes()
 
 
 def test_a_checkpoint_that_is_not_what_its_table_says(lab: SimpleNamespace, tmp_path: Path) -> None:
