@@ -136,8 +136,10 @@ class GRITConfig:
         return lines
 
 
-# released_*: what the authors' code and its examples set, with absolute damping. seed_*: the experiment that started
-# this project. reprojection_k = 8 of the released defaults is left out: there it cut ranks even with adaptation off.
+# recommended: the rule that docs/grit-vs-lora.md found best; it is the optimizer, so a callback needs optim="sgd".
+# precondition: K-FAC's gradient for whatever optimizer there is. released_*: what the authors' code and its examples
+# set, with absolute damping. seed_*: the experiment that started this project. reprojection_k = 8 of the released
+# defaults is left out: there it cut ranks even with adaptation off.
 _RELEASED: dict[str, Any] = {
     "kfac_update_freq": 50,
     "kfac_damping": 1e-3,
@@ -155,7 +157,8 @@ _RELEASED: dict[str, Any] = {
 }
 _SEED = {**_RELEASED, "grit_cov_update_freq": 1, "enable_rank_adaptation": False, "lambda_reproj": 1e-5}
 PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {},
+    "recommended": {"update_rule": "eigenbasis"},
+    "precondition": {},
     "released_defaults": _RELEASED,
     "seed_aggressive": {
         **_SEED,

@@ -284,7 +284,7 @@ def split_settings(method: str, settings: Mapping[str, Any]) -> tuple[dict[str, 
             raise GRITError(f"{name} = {number!r}: expected {TRAINING[name].__name__}")
     rest = {name: option for name, option in settings.items() if name not in TRAINING and name != "every"}
     if method == "grit":
-        return training, GRITConfig.preset("recommended", **rest)
+        return training, GRITConfig.from_dict(rest)
     if rest:
         raise GRITError(f"method {method} has no option {next(iter(rest))!r}")
     return training, None

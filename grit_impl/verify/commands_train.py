@@ -15,7 +15,10 @@ from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, gr
 @click.command(epilog="Options of GRIT are set with --set, e.g. --set kfac_update_freq=5; --explain lists them.")
 @click.option("--arm", type=click.Choice(list(ARMS)), default="pure", show_default=True, help="Way of training.")
 @click.option(
-    "--preset", type=click.Choice(list(PRESETS)), default="recommended", show_default=True, help="GRIT's options."
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default=None,
+    help="GRIT's options.  [default: recommended; precondition for arms that train with a callback]",
 )
 @click.option("--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="Replace one option of the preset.")
 @click.option("--base-model", default="tiny", show_default=True, help="tiny, a folder, a hub id, or random:llama-1b.")
@@ -48,7 +51,9 @@ def train(**options: Any) -> None:
             click.echo(f"{name:28} {line}")
         return
     arm = find_arm(options["arm"])
-    config = GRITConfig.preset(options["preset"], **dict(_override(text) for text in options["overrides"]))
+    # A callback cannot put another optimizer in the place of the loop's.
+    preset = options["preset"] or ("precondition" if arm.grit == "callback" else "recommended")
+    config = GRITConfig.preset(preset, **dict(_override(text) for text in options["overrides"]))
     from grit_impl.machine import has_gpu
     from grit_impl.verify.execute import finished, run_arms, spec_fingerprint
 

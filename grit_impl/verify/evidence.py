@@ -49,7 +49,8 @@ class LiveEvidence(Evidence):
     """
 
     progress: Progress = no_progress
-    config: GRITConfig = field(default_factory=lambda: GRITConfig.preset("recommended"))
+    # Hybrid and pure share a rule that works beside the optimizer of any training loop.
+    config: GRITConfig = field(default_factory=lambda: GRITConfig.preset("precondition"))
 
     def __post_init__(self) -> None:
         self.records, self.verdicts, self.exports, self.costs, self.seeds = {}, {}, {}, {}, {}

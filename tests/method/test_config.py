@@ -83,7 +83,8 @@ def test_presets() -> None:
     released = GRITConfig.preset("released_defaults")
     wanted = {"kfac_update_freq": 50, "kfac_min_samples": 64, "kfac_damping": 1e-3, "reprojection_freq": 50}
     assert {**released.to_dict(), **wanted, "damping_mode": "absolute"} == released.to_dict()
-    assert GRITConfig.preset("recommended") == GRITConfig()
+    assert GRITConfig.preset("precondition") == GRITConfig()
+    assert GRITConfig.preset("recommended") == GRITConfig(update_rule="eigenbasis")
     assert {GRITConfig.preset(name).pairing for name in PRESETS} == {"fisher"}
     assert GRITConfig.preset("seed_pure", pairing="released").pairing == "released"
     with pytest.raises(GRITError, match="choose one of recommended"):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
 
 LAYOUTS = {
@@ -65,3 +70,22 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, named):
     assert named in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run" / "COMPLETE").exists()
+
+
+def test_the_default_preset_fits_the_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the evidence's rule where GRIT is the optimizer, one that leaves the loop's alone in a callback."""
+    from grit_impl.verify import execute
+    from grit_impl.verify.commands_train import train
+
+    seen: dict[str, Any] = {}
+
+    def run_arms(specs: Any, *_: Any, **__: Any) -> None:
+        seen.update({spec.arm: spec.grit for spec in specs})
+        raise GRITError("enough")
+
+    monkeypatch.setattr(execute, "run_arms", run_arms)
+    for arm in ("pure", "hybrid", "baseline"):
+        CliRunner().invoke(train, ["--arm", arm, "--out", str(tmp_path / arm)])
+    assert seen["pure"] == GRITConfig.preset("recommended").to_dict()
+    assert seen["hybrid"] == GRITConfig.preset("precondition").to_dict()
+    assert seen["baseline"] is None

@@ -16,7 +16,7 @@ OVERHEAD = 1.5
 """The seed experiment saw 5.7 times; a batched rank-space GRIT has no reason to exceed this."""
 
 BLOCK = 10
-"""Steps of a block; with the recommended preset each has as many inversions."""
+"""Steps of a block; with the preset of the arms each has as many inversions."""
 
 
 def learned(arm: str) -> Callable[[Evidence], Judgement]:
