@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +42,24 @@ def has_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return False
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that may be used; without it the indices that nvidia-smi lists."""
+    if (asked := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in map(str.strip, asked.split(",")) if name not in ("", "-1")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    # Slices of a GPU (MIG) are listed below it, indented.
+    return [str(i) for i, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+def least_used(gpus: Sequence[str], used: Iterable[str | None]) -> str | None:
+    """The GPU that the fewest processes were given; None where there is no choice."""
+    counts = Counter(used)
+    return min(gpus, key=lambda gpu: counts[gpu]) if len(gpus) > 1 else None
 
 
 def git_commit(folder: Path | None = None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import signal
 import statistics
 import time
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from grit_impl.errors import GRITError
+from grit_impl.machine import least_used, visible_gpus
 from grit_impl.sweep.plan import Job, Plan
 from grit_impl.sweep.store import FINISHED, Store, choose_trial
 
@@ -33,6 +35,7 @@ class _Running:
     settings: dict[str, Any]
     process: Any
     inbox: Connection
+    gpu: str | None
     began: float
 
 
@@ -47,8 +50,12 @@ def default_work(job: Mapping[str, Any], settings: Mapping[str, Any], device: st
     return train(job, settings, device)
 
 
-def _child(work: Work, outbox: Connection, job: dict[str, Any], settings: dict[str, Any], device: str) -> None:
+def _child(
+    work: Work, outbox: Connection, job: dict[str, Any], settings: dict[str, Any], device: str, gpu: str | None
+) -> None:
     """In the run's process: a result, or the error as one."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when torch first touches a GPU, which it has not yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controlling process ends its children itself
     try:
         result = work(job, settings, device)
@@ -83,7 +90,7 @@ class Sweep:
         plan: What to run.
         store: Where results are and go.
         jobs: Processes at a time.
-        device: `cpu` or `cuda`.
+        device: `cpu` or `cuda`; where there are several GPUs, each run gets the one with the fewest.
         budget: Seconds after which everything still running is ended and left for the next pass; None: no limit.
         retry: Run again what failed.
         work: What a run does; the tests put something fast here.
@@ -114,6 +121,7 @@ class Sweep:
         self._untuned = {job.group for job in self.pending if job.phase == "tuning"}
         self._costs: list[float] = []
         self._running: list[_Running] = []
+        self._gpus = visible_gpus() if device == "cuda" else []
         self._context: Any = None
 
     def run(self) -> int:
@@ -164,12 +172,12 @@ class Sweep:
             chosen = self.plan.trials[job.arm][trial]
         settings = self.plan.settings(job, chosen)
         inbox, outbox = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_child, args=(self.work, outbox, dataclasses.asdict(job), settings, self.device), daemon=True
-        )
+        gpu = least_used(self._gpus, (running.gpu for running in self._running))
+        arguments = (self.work, outbox, dataclasses.asdict(job), settings, self.device, gpu)
+        process = self._context.Process(target=_child, args=arguments, daemon=True)
         process.start()
         outbox.close()
-        self._running.append(_Running(job, settings, process, inbox, time.monotonic()))
+        self._running.append(_Running(job, settings, process, inbox, gpu, time.monotonic()))
 
     def _collect(self) -> None:
         """Wait for a result or a death, and write what came."""

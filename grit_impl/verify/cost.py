@@ -7,10 +7,12 @@ distribution-free 95% interval (order statistics, from the binomial distribution
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +159,21 @@ class Bench:
         return time.perf_counter() - began
 
 
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Keep the garbage collector from walking through what exists already, for as long as this lasts.
+
+    A large model and its libraries are a million objects, and a full collection falls into some step by chance. It
+    stays on for what the steps make themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def in_turn(
     arms: dict[str, Callable[[], float]], rounds: int, *, seconds: float = float("inf"), warm_up: int = 2
 ) -> dict[str, list[float]]:
@@ -173,16 +190,17 @@ def in_turn(
     """
     taken: dict[str, list[float]] = {name: [] for name in arms}
     began = time.perf_counter()
-    for round_ in range(-warm_up, rounds):
-        if round_ == 0:
-            began = time.perf_counter()
-        # Every other round backwards: what comes first in a round has no advantage.
-        for name in list(arms)[:: 1 if round_ % 2 else -1]:
-            value = arms[name]()
-            if round_ >= 0:
-                taken[name].append(value)
-        if round_ >= 1 and time.perf_counter() - began > seconds:
-            break
+    with frozen_objects():
+        for round_ in range(-warm_up, rounds):
+            if round_ == 0:
+                began = time.perf_counter()
+            # Every other round backwards: what comes first in a round has no advantage.
+            for name in list(arms)[:: 1 if round_ % 2 else -1]:
+                value = arms[name]()
+                if round_ >= 0:
+                    taken[name].append(value)
+            if round_ >= 1 and time.perf_counter() - began > seconds:
+                break
     return taken
 
 
@@ -293,7 +311,7 @@ def ledger_blocks(bench: Bench, seconds: float, steps: int = 4) -> tuple[list[fl
     with_: list[float] = []
     without: list[float] = []
     began, blocks = time.perf_counter(), 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, frozen_objects():
         while blocks < 1 or (time.perf_counter() - began) * (blocks + 1) / blocks < seconds:
             without += [bench.step(grit=True) for _ in range(steps)]
             with gradient_ledger(bench.model, Path(folder, "ledger.jsonl.gz")):

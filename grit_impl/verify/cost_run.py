@@ -17,7 +17,7 @@ from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
 
 STACKS = ("unsloth", "peft")
-ROUNDS, LENGTHS = 60, (512, 2048)
+ROUNDS, LENGTHS = 1000, (512, 2048)
 """Rounds at most, and tokens per sequence."""
 SECONDS = 90.0
 """For the rounds of each length."""

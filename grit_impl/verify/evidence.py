@@ -181,7 +181,12 @@ class LiveEvidence(Evidence):
             self.missing = {**self.missing, key: "needs a CUDA GPU: found no NVIDIA driver"}
             return
         inputs = fingerprint(
-            {"base": self.options.base_model, "source": source_fingerprint("cost"), "versions": versions()}
+            {
+                "base": self.options.base_model,
+                "seconds": self.options.cost_seconds,
+                "source": source_fingerprint("cost"),
+                "versions": versions(),
+            }
         )
         try:
             found = json.loads(target.read_text()) if target.is_file() else None
@@ -194,8 +199,9 @@ class LiveEvidence(Evidence):
             self.progress(f"measuring the cost on {stack}", 0, 1)
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "grit_impl.verify.cost_run", self._prepare_base(), stack, str(target)]
+            command += ["--seconds", str(self.options.cost_seconds), "--inputs", inputs]
             with open(target.with_suffix(".log"), "wb") as log:
-                status = subprocess.run([*command, "--inputs", inputs], stdout=log, stderr=subprocess.STDOUT).returncode
+                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
             if status:
                 said = target.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["no message"]
                 self.failed = {**self.failed, key: f"{said[-1]} (see {target.with_suffix('.log')})"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl.errors import GRITError, RunFailed
-from grit_impl.machine import has_gpu, versions
+from grit_impl.machine import has_gpu, least_used, versions, visible_gpus
 from grit_impl.recipes.arms import RunSpec, find_arm
 from grit_impl.recipes.bases import TINY
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
@@ -90,7 +90,7 @@ def run_arms(
     Args:
         specs: What to train.
         folder: Where run records are kept, each in a folder of its own.
-        jobs: Arms that train at the same time.
+        jobs: Arms that train at the same time, spread over the GPUs there are.
         progress: Told about optimizer steps.
         name: The name of a run's folder.
         ledger: Record what happens to the gradients.
@@ -109,14 +109,16 @@ def run_arms(
             results[spec.arm] = record
         else:
             waiting.append((spec, path, wanted))
-    running: dict[subprocess.Popen[bytes], tuple[RunSpec, Path]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[RunSpec, Path, str | None]] = {}
+    gpus = visible_gpus() if waiting else []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 spec, path, wanted = waiting.pop(0)
-                running[_start(spec, path, wanted, ledger)] = (spec, path)
+                gpu = least_used(gpus, (used for *_, used in running.values()))
+                running[_start(spec, path, wanted, ledger, gpu)] = (spec, path, gpu)
             time.sleep(_POLL_SECONDS)
-            for process, (spec, path) in list(running.items()):
+            for process, (spec, path, _) in list(running.items()):
                 progress(f"training {spec.arm}", _steps_done(path), spec.training.steps)
                 if (status := process.poll()) is None:
                     continue
@@ -135,7 +137,7 @@ def run_arms(
     return results
 
 
-def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool) -> subprocess.Popen[bytes]:
+def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool, gpu: str | None) -> subprocess.Popen[bytes]:
     """Start one arm. An unfinished run of the same fingerprint is continued, of another one removed.
 
     A finished run of another fingerprint is moved aside: it may have taken hours.
@@ -163,6 +165,7 @@ def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool) -> subprocess.P
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
     }
     command = [sys.executable, "-m", "grit_impl.verify.execute", str(path)]
     with open(path / "log.txt", "wb") as log:

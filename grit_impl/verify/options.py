@@ -25,6 +25,13 @@ def number(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    if (value := number(text)) <= 0:
+        raise ValueError(text)
+    return value
+
+
 def percentage(text: str) -> float:
     """A number between 0 and 100; a trailing % is allowed."""
     value = number(text.removesuffix("%"))
@@ -81,6 +88,7 @@ REPORTS = Path("reports")
 EXPECTED = {
     number: "a number",
     percentage: "a percentage between 0 and 100",
+    positive: "a number above 0",
     count: "a whole number of at least 1",
     whole: "a whole number of at least 0",
     seed: "a whole number between 0 and 4294967295",
@@ -102,7 +110,8 @@ class Options:
     seed: int = _option(3407, "seed of every arm", seed)
     seeds: int = _option(1, "train every arm of the plan with so many seeds, from --seed on; 6 decide", count)
     steps: int = _option(200, "optimizer steps of every arm", count)
-    jobs: int = _option(0, "arms that train at the same time; 0: two, and one on a GPU", whole)
+    jobs: int = _option(0, "arms that train at the same time, spread over the GPUs; 0: two, and one on a GPU", whole)
+    cost_seconds: float = _option(90.0, "on a GPU: seconds of steps with and without GRIT, per length", positive)
     reuse_runs: bool = _option(False, "judge the runs that exist; train, export and evaluate nothing")
     ollama_url: str = _option("", "Ollama to evaluate with; empty: OLLAMA_HOST, else the embedded server", url)
     aqi_metric: str = _option("category", "primary AQI accuracy: category, exact or within5", metric)
