@@ -394,7 +394,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             if bad
         ]
-        verdict = "-" if not judged else "met" if not missed else "MISSED: " + ", ".join(missed)
+        open_ = [
+            name
+            for name, found, target in (("step", step, "gpu step"), ("ledger", ledger, "ledger"))
+            if found is not None and found.high > TARGETS[target]
+        ]
+        verdict = "MISSED: " + ", ".join(missed) if missed else "open: " + ", ".join(open_) if open_ else "met"
+        verdict = verdict if judged else "-"
         lines.append(
             f"| {row['stack']} | {row['shape']} | {row['rank']} | 2 x {row['length']} x 4 | "
             f"{'on' if row['checkpointing'] else 'off'} | {row['plain_seconds']:.3f} s | {step} | "

@@ -49,6 +49,8 @@ HERE = Path(__file__).parent
 def work(job, settings, device):
     orders = json.loads((HERE / "orders").read_text()) if (HERE / "orders").exists() else {}
     name = f"{job['phase']}/{job['task']}/{job['arm']}/{job['seed']}"
+    with open(HERE / "cards", "a") as cards:
+        cards.write(os.environ.get("CUDA_VISIBLE_DEVICES", "none") + "\\n")
     with open(HERE / "log", "a") as log:
         log.write(name + "\\n")
     if orders.get("raise") == name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -43,6 +44,24 @@ def test_everything_runs_once_with_the_tuned_settings(plan_file: Path, fake_work
         assert all(row["seconds"] > 0 for row in store.runs())
         again = Sweep(plan, store, jobs=2, device="cpu", work=fake_work)
         assert (again.run(), again.finished, len(_log(fake_work))) == (0, 26, 26)
+
+
+def test_runs_are_spread_over_the_gpus(
+    plan_file: Path, fake_work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two cards and two runs at a time, each card has a run; the CPU has no card."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    # The real one looks for a GPU that works.
+    monkeypatch.setattr("grit_impl.sweep.scheduler._context", lambda _: multiprocessing.get_context("forkserver"))
+    cards = Path(sys.modules[fake_work.__module__].__file__ or "").parent / "cards"
+    for device in ("cuda", "cpu"):
+        with Store(tmp_path / device / "sweep.db") as store:
+            assert Sweep(load_plan(plan_file), store, jobs=2, device=device, work=fake_work).run() == 0
+        used = cards.read_text().split()
+        cards.unlink()
+        assert {"0", "1"} & set(used) == ({"0", "1"} if device == "cuda" else set())
+        if device == "cuda":  # runs of equal length take turns, or nearly so
+            assert min(used.count("0"), used.count("1")) >= len(used) // 4
 
 
 @pytest.mark.parametrize(("order", "error"), [("raise", "ValueError: asked to fail"), ("die", "exit status 7")])

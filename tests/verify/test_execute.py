@@ -60,6 +60,23 @@ def test_other_settings_move_the_finished_run_aside(arms, tmp_path):
     assert [(path / "COMPLETE").read_text() for path in kept] == [before]
 
 
+@pytest.mark.parametrize(("visible", "shares"), [("0,1", ["0", "0", "1"]), ("3", ["3", "3", "3"])])
+def test_arms_are_spread_over_the_gpus(monkeypatch, tmp_path, visible, shares):
+    """Three arms side by side on two cards: none stays empty; one card is left as the user named it."""
+    real, given = subprocess.Popen, []
+
+    def popen(command, env, **options):
+        given.append(env["CUDA_VISIBLE_DEVICES"])
+        return real([sys.executable, "-c", ARM, command[-1], "fine"], env=env, **options)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(execute, "spec_fingerprint", lambda spec: spec.arm)
+    monkeypatch.setattr(execute.subprocess, "Popen", popen)
+    specs = [RunSpec(arm) for arm in ("baseline", "hybrid", "pure")]
+    assert len(run_arms(specs, tmp_path, jobs=3, progress=lambda *_: None)) == 3
+    assert sorted(given) == shares
+
+
 def test_saving_interval_changes_nothing(arms):
     """Oracle: how often a run is saved is no part of what it learns."""
     often = RunSpec("pure", training=execute_training(save_every=50))
