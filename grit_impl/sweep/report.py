@@ -122,7 +122,7 @@ def _cost(r: _Results) -> str:
     failed = sum(row["status"] == "failed" for row in r.all)
     diverged = sum(row["status"] == "diverged" for row in r.all)
     each = "; ".join(f"{phase} {counts[phase]} runs, {seconds[phase]:.0f} s" for phase in counts)
-    device = "process-seconds with one thread" if r.all[0]["device"] == "cpu" else "process-seconds on one shared GPU"
+    device = "process-seconds with one thread" if r.all[0]["device"] == "cpu" else "process-seconds on shared GPUs"
     trials = len(next(iter(r.plan["trials"].values())))
     return (
         f"Cost: {each} ({device}). {trials} tuning trials per arm and task on seed(s) "
