@@ -205,6 +205,7 @@ def plots(stores: Sequence[Store], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -231,10 +232,16 @@ def plots(stores: Sequence[Store], folder: Path) -> list[Path]:
                         low, high = np.exp([[b.low, b.high] for b in bands]).T
                         panel.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
                 panel.set(title=task, xlabel=axis, yscale="log")
+                # 0.6, not 6 x 10^-1.
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+                panel.yaxis.set_major_formatter("{x:g}")
+                panel.yaxis.set_minor_formatter(NullFormatter())
             panels[0][0].set_ylabel("held-out loss, nats per token")
             panels[0][-1].legend(fontsize=6, frameon=False)
             path = folder / f"{r.name}-loss-{axis}.svg"
-            figure.savefig(path, metadata={"Date": None})
+            # Named by what they show: the same results give the same file.
+            with plt.rc_context({"svg.hashsalt": path.name}):
+                figure.savefig(path, metadata={"Date": None})
             plt.close(figure)
             written.append(path)
     return written

@@ -156,6 +156,9 @@ def test_the_report_fills_its_block_and_nothing_else(
             "tiny-loss-steps.svg",
             "tiny-loss-seconds.svg",
         ]
+        # The same results make the same files, so that a new figure in the repository is a new result.
+        for path, again in zip(plots([store], tmp_path / "figures"), plots([store], tmp_path / "again"), strict=True):
+            assert path.read_bytes() == again.read_bytes()
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
