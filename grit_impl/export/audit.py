@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
+from grit_impl.export.architecture import gguf_name, permute, rope_factors, rope_settings, rotary_heads
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.findings import Finding
 from grit_impl.export.lora import Adapter
 from grit_impl.export.metadata import read_metadata
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
-from grit_impl.export.writer import (
-    EMBEDDING,
-    FINGERPRINT_KEY,
-    gguf_name,
-    permute,
-    rope_factors,
-    rope_settings,
-    rotary_heads,
-)
+from grit_impl.export.writer import EMBEDDING, FINGERPRINT_KEY
 
 if TYPE_CHECKING:
     import torch

@@ -31,15 +31,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from grit_impl.errors import GRITError
 from grit_impl.verify import timeline
 from grit_impl.verify.patches import Interception
-from grit_impl.verify.rows import RowWriter
+from grit_impl.verify.rows import RowWriter, factor_row, run_row
 from grit_impl.verify.shadow import GHOST, Shadows
 from grit_impl.verify.sketches import Sketcher
 from grit_impl.verify.step import Step, same_stamps, stamps
 from grit_impl.verify.timeline import Probe
 from grit_impl.verify.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners, spread
 
-# 2: steps are numbered like the run's, also after it was resumed.
-SCHEMA = 2
 SAMPLE, STRUCTURE, FULL_STEPS = 16, 4, 2
 # Above it a matrix is no LoRA factor, and its inner products would cost more than the step.
 LARGEST_RANK = 512
@@ -125,7 +123,7 @@ class GradientLedger:
     def __enter__(self) -> GradientLedger:
         self.steps = self._resumed_from
         if not self._writer.open(self._resumed_from):
-            self._writer.write([self._header()])
+            self._writer.write([run_row(self.names, self._parameters, self._sample, self.every)])
         self._handles = [
             register_optimizer_step_pre_hook(self._optimizer_entry),
             register_optimizer_step_post_hook(self._optimizer_exit),
@@ -144,7 +142,7 @@ class GradientLedger:
         if self._now.over:
             self._close_step()
         self._drain(0)
-        if report := self._factor_report():
+        if report := factor_row(self.model, self._factors, self.steps):
             self._writer.write([report])
         self._writer.write([{"kind": "end", "step": self.steps}])
         self._writer.close()
@@ -421,7 +419,7 @@ class GradientLedger:
         self._last_raw = {**self._last_raw, **now.raw_samples()}
         now.fetch(cuda=self._parameters[0].is_cuda)
         self._pending.append(now)
-        if self.steps in FACTOR_STEPS and (report := self._factor_report()):
+        if self.steps in FACTOR_STEPS and (report := factor_row(self.model, self._factors, self.steps)):
             self._pending.append(report)
         self._begin()
         self._drain(1)
@@ -450,29 +448,3 @@ class GradientLedger:
         current = [self._parameter(name) for name in self.names]
         self._replaced += sum(a is not b for a, b in zip(self._parameters, current, strict=True))
         self._parameters = current
-
-    def _header(self) -> dict[str, Any]:
-        tensors = [
-            {"name": n, "shape": list(p.shape), "trainable": p.requires_grad, "sampled": i in self._sample}
-            for i, (n, p) in enumerate(zip(self.names, self._parameters, strict=True))
-        ]
-        return {"kind": "run", "schema": SCHEMA, "every": self.every, "tensors": tensors}
-
-    def _manager(self) -> Any:
-        if self._factors is not None:
-            return self._factors
-        owners = (self.model, getattr(self.model, "base_model", None), getattr(self.model, "model", None))
-        return next((m for o in owners if (m := getattr(o, "_grit_manager", None)) is not None), None)
-
-    def _factor_report(self) -> dict[str, Any] | None:
-        manager = self._manager()
-        if manager is None:
-            return None
-        report = manager.factor_report()
-        keys = ["name", "status", "samples", "trace_a", "trace_g", "condition_a", "condition_g"]
-        keys += ["identity_distance_a", "identity_distance_g"]
-        layers = [
-            {k: timeline.short(v) if isinstance(v, float) else v for k in keys if (v := row.get(k)) is not None}
-            for row in report.get("layers", [])
-        ]
-        return {"kind": "factors", "step": self.steps, "statuses": report.get("statuses", {}), "layers": layers}
