@@ -212,6 +212,8 @@ def serve(modelfile: Path) -> tuple[subprocess.Popen[str], str]:
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell that runs the tests in the background lets them ignore ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     match = re.search(r"http://\S+", process.stdout.readline())
