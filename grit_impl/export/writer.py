@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.export.architecture import (
-    gguf_name,
-    permute,
-    rope_factors,
-    rotary_heads,
-    write_architecture,
-)
+from grit_impl.export.architecture import gguf_name, permute, rope_factors, rotary_heads, write_architecture
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.lora import Adapter
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,23 @@ def test_the_table_replaces_its_section_only(tmp_path) -> None:
     assert "old" not in text
     with pytest.raises(GRITError, match=r"performance\.md has no section <!-- gpu -->"):
         write_section(document, "gpu", table)
+
+
+def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
+    """Below the target, around it, above it: three verdicts. A tiny shape is told and not judged."""
+    path = Path(__file__).resolve().parents[2] / "suites/benchmarks/gpu_step.py"
+    found = importlib.util.spec_from_file_location("gpu_step", path)
+    assert found is not None
+    assert found.loader is not None
+    gpu_step = importlib.util.module_from_spec(found)
+    found.loader.exec_module(gpu_step)
+    row = {
+        "stack": "peft", "shape": "8b", "rank": 16, "length": 512, "checkpointing": True, "gpu": "some",
+        "plain_seconds": 1.0, "memory_ratio": 1.0, "invert_ms": 2.0, "invert_device_ms": 0.1,
+    }  # fmt: skip
+    verdicts = (([1.01] * 6, "met"), ([0.9, 1.2], "open: step"), ([1.2] * 6, "MISSED: step"))
+    for ratios_, verdict in verdicts:
+        assert gpu_step.table([{**row, "ratios": ratios_}]).endswith(f"| {verdict} |")
+    ledger = gpu_step.table([{**row, "ratios": [1.01] * 6, "ledger_ratios": [0.9, 1.3]}])
+    assert ledger.endswith("| open: ledger |")
+    assert gpu_step.table([{**row, "shape": "1b", "ratios": [1.2] * 6}]).endswith("| - |")
