@@ -74,7 +74,8 @@ class KroneckerFactors:
 
         Where there are several processes, they count from the next `merge` on.
         """
-        finite = statistics.sums.isfinite().all(-1).all(-1).all(0)
+        # By Cauchy-Schwarz no entry of a sum of outer products is larger than the largest on its diagonal.
+        finite = statistics.sums.diagonal(dim1=-2, dim2=-1).isfinite().all(-1).all(0)
         tokens = torch.where(finite, statistics.tokens, 0)
         numerators = torch.where(finite[:, None, None], statistics.sums, 0)
         decayed = 2 * self.eye.numel() * len(self.tokens) + len(self.tokens)

@@ -85,92 +85,30 @@ class _StandIn:
         return getattr(self._ctx, name)
 
 
-class FusedTap:
-    """Reads a = A x and g = s B' dL/dy in the backward of the fused functions.
+class FusedAdapters:
+    """Which layers the fused functions' tensors belong to, and copies of the adapters in the precision of the inputs.
+
+    What was found out is kept while the adapters stay where they are: hooks may come and go.
 
     Args:
         layers: The manager's layers, in order.
-        statistics: Where the sums go.
-        loss: Knows the tokens of the current forward pass.
-        module: `unsloth.kernels.fast_lora`.
     """
 
-    def __init__(
-        self, layers: Sequence[LoRAFactorPair], statistics: RankStatistics, loss: LossTap, module: Any
-    ) -> None:
-        self._layers, self._statistics, self._loss, self._module = layers, statistics, loss, module
-        self._index: dict[int, int] = {}
-        self._buffers: dict[Any, list[Any]] = {}
-        self._plans: dict[int, _Plan] = {}
-        self._originals = {name: getattr(module, name) for name in FUNCTIONS}
-        for name, backward in zip(FUNCTIONS, (self._mlp, self._qkv, self._w), strict=True):
-            original = self._originals[name]
-            setattr(module, name, type(name, (original,), {"backward": staticmethod(backward(original))}))
+    def __init__(self, layers: Sequence[LoRAFactorPair]) -> None:
+        self._layers = layers
+        self._addresses: list[int] = []
+        self.refresh()
 
-    def remove(self) -> None:
-        """Put the original functions back."""
-        for name, original in self._originals.items():
-            setattr(self._module, name, original)
+    def refresh(self) -> None:
+        """Forget everything if an adapter has moved."""
+        addresses = [layer.a.data_ptr() for layer in self._layers]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._index = {address: i for i, address in enumerate(addresses)}
+            self._buffers: dict[Any, list[Any]] = {}
+            self._plans: dict[int, _Plan] = {}
 
-    def _mlp(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, dy: Tensor) -> Any:
-            if not self._wanted():
-                return original.backward(ctx, dy)
-            adapters, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-            x, masks = rest[0], rest[3:]
-            *weights, kernel = ctx.custom_saved_tensors
-            plan = self._cast(adapters, x.dtype)
-            gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
-
-            def element_wise(*arguments: Tensor) -> Any:
-                # The only place where the gradients at the outputs of gate and up exist.
-                h, d_up, d_gate = kernel(*arguments)
-                down_x = self._dropped(h, masks, 2, ctx)
-                self._add(plan, weights[2::3], (gate_x, up_x, down_x), (d_gate, d_up, dy))
-                return h, d_up, d_gate
-
-            return original.backward(
-                _StandIn(ctx, saved_tensors=(*plan.cast, *rest), custom_saved_tensors=(*weights, element_wise)), dy
-            )
-
-        return backward
-
-    def _qkv(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, *dys: Tensor) -> Any:
-            if not self._wanted():
-                return original.backward(ctx, *dys)
-            x, adapters, masks = ctx.saved_tensors[0], ctx.saved_tensors[1:7], ctx.saved_tensors[7:]
-            plan = self._cast(adapters, x.dtype)
-            inputs = [self._dropped(x, masks, i, ctx) for i in range(len(dys))]
-            self._add(plan, ctx.custom_saved_tensors[2::3], inputs, dys)
-            return original.backward(_StandIn(ctx, saved_tensors=(x, *plan.cast, *masks)), *dys)
-
-        return backward
-
-    def _w(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, dy: Tensor) -> Any:
-            if not self._wanted():
-                return original.backward(ctx, dy)
-            adapters, x, masks = ctx.saved_tensors[:2], ctx.saved_tensors[2], ctx.saved_tensors[3:]
-            plan = self._cast(adapters, x.dtype)
-            self._add(plan, ctx.custom_saved_tensors[2::3], (self._dropped(x, masks, 0, ctx),), (dy,))
-            return original.backward(_StandIn(ctx, saved_tensors=(*plan.cast, x, *masks)), dy)
-
-        return backward
-
-    def _wanted(self) -> bool:
-        return self._loss.context is not None and self._statistics.collecting
-
-    def _dropped(self, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
-        """What the LoRA branch saw: x after dropout, where this Unsloth fuses dropout."""
-        mask = masks[i] if i < len(masks) else None
-        if mask is None:
-            return x
-        p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
-        return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def _cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
+    def cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
         """Copy A and B of a function's layers, given in turn, in x's precision.
 
         The original casts each of them on its own; what it is given here it takes as it is. One call fills buffers
@@ -206,24 +144,6 @@ class FusedTap:
             groups.append(_Group(group, [self._find(adapters[2 * i]) for i in group], ranks, lora_a))
         return _Plan(cast, [w for w in cast if w is not None], groups)
 
-    @torch.no_grad()
-    def _add(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
-        """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
-        context = self._loss.context
-        assert context is not None
-        for group in plan.groups:
-            xs = [inputs[i] for i in group.places]
-            if all(x is xs[0] for x in xs):
-                values = torch.mm(_rows(xs[0]), group.lora_a).split(group.ranks, 1)  # type: ignore[no-untyped-call]
-            else:
-                values = [torch.mm(_rows(x), plan.cast[2 * i].t()) for i, x in zip(group.places, xs, strict=True)]
-            for i, layer, value in zip(group.places, group.layers, values, strict=True):
-                lora_b = plan.cast[2 * i + 1]
-                gradient = torch.mm(_rows(dys[i]).to(lora_b.dtype), lora_b)
-                if scales[i] != 1:
-                    gradient *= scales[i]
-                self._statistics.add(layer, value, gradient, context)
-
     def _find(self, a: Tensor | None) -> int:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
         address = 0 if a is None else a.data_ptr()
@@ -233,6 +153,108 @@ class FusedTap:
             return self._index[address]
         except KeyError:
             raise GRITError("a fused LoRA function used a weight that is in none of the model's LoRA layers") from None
+
+
+class FusedTap:
+    """Reads a = A x and g = s B' dL/dy in the backward of the fused functions.
+
+    Args:
+        adapters: Of the manager's layers.
+        statistics: Where the sums go.
+        loss: Knows the tokens of the current forward pass.
+        module: `unsloth.kernels.fast_lora`.
+    """
+
+    def __init__(self, adapters: FusedAdapters, statistics: RankStatistics, loss: LossTap, module: Any) -> None:
+        self._adapters, self._statistics, self._loss, self._module = adapters, statistics, loss, module
+        self._originals = {name: getattr(module, name) for name in FUNCTIONS}
+        for name, backward in zip(FUNCTIONS, (self._mlp, self._qkv, self._w), strict=True):
+            original = self._originals[name]
+            setattr(module, name, type(name, (original,), {"backward": staticmethod(backward(original))}))
+
+    def remove(self) -> None:
+        """Put the original functions back."""
+        for name, original in self._originals.items():
+            setattr(self._module, name, original)
+
+    def _mlp(self, original: Any) -> Callable[..., Any]:
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            if not self._wanted():
+                return original.backward(ctx, dy)
+            saved = ctx.saved_tensors
+            adapters, rest = saved[:6], saved[6:]
+            x, masks = rest[0], rest[3:]
+            *weights, kernel = ctx.custom_saved_tensors
+            plan = self._adapters.cast(adapters, x.dtype)
+            gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
+
+            def element_wise(*arguments: Tensor) -> Any:
+                # The only place where the gradients at the outputs of gate and up exist.
+                h, d_up, d_gate = kernel(*arguments)
+                down_x = self._dropped(h, masks, 2, ctx)
+                self._add(plan, weights[2::3], (gate_x, up_x, down_x), (d_gate, d_up, dy))
+                return h, d_up, d_gate
+
+            return original.backward(
+                _StandIn(ctx, saved_tensors=(*plan.cast, *rest), custom_saved_tensors=(*weights, element_wise)), dy
+            )
+
+        return backward
+
+    def _qkv(self, original: Any) -> Callable[..., Any]:
+        def backward(ctx: Any, *dys: Tensor) -> Any:
+            if not self._wanted():
+                return original.backward(ctx, *dys)
+            saved = ctx.saved_tensors
+            x, adapters, masks = saved[0], saved[1:7], saved[7:]
+            plan = self._adapters.cast(adapters, x.dtype)
+            inputs = [self._dropped(x, masks, i, ctx) for i in range(len(dys))]
+            self._add(plan, ctx.custom_saved_tensors[2::3], inputs, dys)
+            return original.backward(_StandIn(ctx, saved_tensors=(x, *plan.cast, *masks)), *dys)
+
+        return backward
+
+    def _w(self, original: Any) -> Callable[..., Any]:
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            if not self._wanted():
+                return original.backward(ctx, dy)
+            saved = ctx.saved_tensors
+            adapters, x, masks = saved[:2], saved[2], saved[3:]
+            plan = self._adapters.cast(adapters, x.dtype)
+            self._add(plan, ctx.custom_saved_tensors[2::3], (self._dropped(x, masks, 0, ctx),), (dy,))
+            return original.backward(_StandIn(ctx, saved_tensors=(*plan.cast, x, *masks)), dy)
+
+        return backward
+
+    def _wanted(self) -> bool:
+        return self._loss.context is not None and self._statistics.collecting
+
+    def _dropped(self, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
+        """What the LoRA branch saw: x after dropout, where this Unsloth fuses dropout."""
+        mask = masks[i] if i < len(masks) else None
+        if mask is None:
+            return x
+        p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
+        return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
+
+    def _add(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
+        """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
+        context = self._loss.context
+        assert context is not None
+        for group in plan.groups:
+            x = inputs[group.places[0]]
+            if all(inputs[i] is x for i in group.places[1:]):
+                values = torch.mm(_rows(x), group.lora_a).split_with_sizes(group.ranks, 1)
+            else:
+                values = tuple(torch.mm(_rows(inputs[i]), plan.cast[2 * i].t()) for i in group.places)
+            for i, layer, value in zip(group.places, group.layers, values, strict=True):
+                lora_b, dy = plan.cast[2 * i + 1], _rows(dys[i])
+                if dy.dtype != lora_b.dtype:
+                    dy = dy.to(lora_b.dtype)
+                gradient = torch.mm(dy, lora_b)
+                if scales[i] != 1:
+                    gradient *= scales[i]
+                self._statistics.add(layer, value, gradient, context)
 
 
 def _width(a: Tensor | None) -> int:

@@ -19,7 +19,7 @@ from grit_impl.completeness import completeness_errors
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank, world_size
-from grit_impl.fused import FusedTap, fused_functions
+from grit_impl.fused import FusedAdapters, FusedTap, fused_functions
 from grit_impl.rank import Reprojection
 from grit_impl.stacks import GradientStacks
 from grit_impl.update_rules import make_rule
@@ -149,6 +149,7 @@ class GRITManager:
         self._window_open = False
         self._loss_tokens: float | None = None
         self._taps: list[Any] = []
+        self._fused: FusedAdapters | None = None
 
     @property
     def loss_tokens(self) -> float | None:
@@ -181,7 +182,10 @@ class GRITManager:
         fused = fused_functions() if self.capture == "auto" else None
         if fused is None:
             return [modules]
-        return [modules, FusedTap(self.layers, self.statistics, loss, fused)]
+        if self._fused is None:
+            self._fused = FusedAdapters(self.layers)
+        self._fused.refresh()
+        return [modules, FusedTap(self._fused, self.statistics, loss, fused)]
 
     def detach(self) -> None:
         """Remove the hooks; factors and counts stay."""

@@ -17,7 +17,7 @@ def save_random(spec: str, folder: Path) -> Path:
     """Write the folder if it is not there yet, and return it.
 
     Args:
-        spec: `random:llama-1b`, `random:llama-3-8b`.
+        spec: `random:llama-1b`, `random:llama-3-8b`, `random:llama-3-8b-8-layers`.
         folder: Where; complete once it has a `config.json`.
 
     Raises:

@@ -1,12 +1,17 @@
 """What GRIT costs on a GPU: ratios of steps that take turns in one process, peak memory, inversions, waiting.
 
-    python suites/benchmarks/gpu_step.py FOLDER [--deadline 450] [--stacks unsloth,peft] [--shapes 8b,1b]
+    python suites/benchmarks/gpu_step.py FOLDER [--deadline 1500] [--stacks unsloth,peft] [--shapes 8b,8l,1b]
 
-FOLDER receives `random:llama-3-8b` and `random:llama-1b` with NF4 weights, unless they are there. Every stack runs in
-a process of its own (Unsloth patches what it finds imported), one line per cell; a cell that does not fit into its
-time, or into what is left until the deadline (seconds), is named as skipped. The results are lines of JSON in
+FOLDER receives random NF4 weights of each shape, unless they are there: `8b` is `random:llama-3-8b`; `8l` are 8 of its
+32 layers with a small vocabulary, where a round takes a quarter of the time, so that the interval is narrower, and
+nothing but layers dilutes what GRIT adds; `1b` is `random:llama-1b`. Every stack runs in a process of its own (Unsloth
+patches what it finds imported), one line per cell. The time until the deadline (seconds) is shared out: more of it
+means narrower intervals, and what does not fit is named as skipped. The results are lines of JSON in
 $OUT/gpu_cost.jsonl (or in FOLDER), and the table comes last. Without a GPU the same cells run on a tiny random Llama: a
 test of this script, no result.
+
+The step ratio is of seconds on the clock. The device ratio is of the kernels' own time: what a card adds that is never
+idle, however slow or noisy the host is.
 """
 
 from __future__ import annotations
@@ -26,42 +31,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from grit_impl.verify.cost import TARGETS, Bench, in_turn, ledger_blocks, misses, ratios, spread
 
-SPECS = {"8b": "random:llama-3-8b", "1b": "random:llama-1b"}
+SPECS = {"8b": "random:llama-3-8b", "8l": "random:llama-3-8b-8-layers", "1b": "random:llama-1b"}
 KEEP_FOR_TABLE = 10.0
+LEAST_SECONDS = 20.0
+"""A cell is not begun with less; on 8B it may take more."""
 
 
 class Cell(NamedTuple):
-    """One measurement: rank, tokens per sequence, checkpointing, and what is done beyond the step."""
+    """One measurement: rank, tokens per sequence, checkpointing, its share of the time, and if the ledger's too."""
 
     shape: str
     rank: int
     length: int
     checkpointing: bool
-    seconds: float
-    extras: bool = False
+    share: float = 1.0
+    ledger: bool = False
 
 
 # The most important first: what does not fit before the deadline is left out.
 CELLS = {
     "unsloth": (
-        Cell("8b", 16, 512, True, 70, True),
-        Cell("8b", 16, 2048, True, 75, True),
-        Cell("8b", 8, 512, True, 18),
-        Cell("8b", 64, 512, True, 18),
-        Cell("8b", 16, 512, False, 18),
-        Cell("8b", 64, 2048, True, 25),
+        Cell("8b", 16, 2048, True, 3, ledger=True),
+        Cell("8b", 16, 512, True, 1.5),
+        Cell("8b", 64, 512, True),
+        Cell("8b", 16, 512, False),
+        Cell("8b", 8, 512, True),
+        Cell("8b", 64, 2048, True),
+        Cell("8l", 16, 2048, True, 1.5, ledger=True),
+        Cell("8l", 16, 512, True, 1.5, ledger=True),
+        Cell("8l", 64, 2048, True, 0.5),
     ),
     "peft": (
-        Cell("8b", 16, 512, True, 40, True),
-        Cell("8b", 8, 512, True, 22),
-        Cell("8b", 64, 512, True, 22),
-        Cell("8b", 16, 512, False, 20),
-        Cell("1b", 16, 512, True, 10, True),
-        Cell("1b", 8, 512, True, 8),
-        Cell("1b", 64, 512, True, 8),
-        Cell("1b", 16, 512, False, 8),
-        Cell("1b", 16, 2048, True, 12),
-        Cell("8b", 16, 2048, True, 30),
+        Cell("8b", 64, 512, True),
+        Cell("8b", 16, 512, False),
+        Cell("8b", 8, 512, True),
+        Cell("8b", 16, 2048, True),
+        Cell("8b", 16, 512, True, 2, ledger=True),
+        Cell("8l", 16, 2048, True, 1, ledger=True),
+        Cell("8l", 16, 512, True, 1),
+        Cell("1b", 16, 512, True, 0.5),
+        Cell("1b", 8, 512, True, 0.5),
+        Cell("1b", 64, 512, True, 0.5),
+        Cell("1b", 16, 512, False, 0.5),
+        Cell("1b", 16, 2048, True, 0.5),
     ),
 }
 
@@ -70,9 +82,9 @@ def main() -> int:
     """Make the weights, run each stack in a process, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--deadline", type=float, default=450, help="seconds for everything")
-    parser.add_argument("--stacks", default="unsloth,peft")
-    parser.add_argument("--shapes", default="8b,1b")
+    parser.add_argument("--deadline", type=float, default=1500, help="seconds for everything (default 1500)")
+    parser.add_argument("--stacks", default="unsloth,peft", help="of unsloth and peft (default both)")
+    parser.add_argument("--shapes", default="8b,8l,1b", help="of 8b, 8l and 1b (default all)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -129,13 +141,12 @@ def child(options: argparse.Namespace) -> int:
     """All cells of one stack."""
     out = Path(os.environ.get("OUT", str(options.folder))) / "gpu_cost.jsonl"
     stack, model, loaded = options.child, None, ""
-    for cell in CELLS[stack]:
+    cells = [cell for cell in CELLS[stack] if cell.shape in options.shapes.split(",")]
+    for i, cell in enumerate(cells):
         name = f"{stack} {cell.shape} r={cell.rank} tokens=2x{cell.length}x4 checkpointing={cell.checkpointing}"
-        if cell.shape not in options.shapes.split(","):
-            continue
         left = options.ends - time.time()
-        if left < cell.seconds:
-            say(f"SKIPPED {name}: {left:.0f} s left, it may take {cell.seconds:.0f}")
+        if left < LEAST_SECONDS:
+            say(f"SKIPPED {name}: {left:.0f} s left")
             continue
         try:
             if cell.shape != loaded:
@@ -145,7 +156,9 @@ def child(options: argparse.Namespace) -> int:
                 say(f"{stack} {cell.shape}: loaded")
             set_rank(model, cell.rank)
             set_checkpointing(model, cell.checkpointing)
-            row = {"stack": stack, **cell._asdict(), **measure(model, cell, options.ends)}
+            left = options.ends - time.time()
+            seconds = left * cell.share / sum(each.share for each in cells[i:])
+            row = {"stack": stack, **cell._asdict(), **measure(model, cell, seconds)}
         except Exception as error:  # one cell must not cost the others
             traceback.print_exc()
             say(f"FAILED {name}: {type(error).__name__}: {error}")
@@ -217,16 +230,22 @@ def optimizer(parameters: list[Any]) -> Any:
     return AdamW8bit(parameters, lr=1e-5)
 
 
-def measure(model: Any, cell: Cell, ends: float) -> dict[str, Any]:
-    """One cell: memory first (before GRIT has any), then steps in turn, then what else was asked."""
+def measure(model: Any, cell: Cell, seconds: float) -> dict[str, Any]:
+    """One cell: memory first (before GRIT has any), what needs no rounds, then steps in turn for the time that is left.
+
+    Args:
+        model: On its stack, with adapters of the cell's rank.
+        cell: What to measure.
+        seconds: For all of it. Without a GPU: four.
+    """
     import torch
 
     cuda = torch.cuda.is_available()
-    began = time.perf_counter()
+    ends = time.perf_counter() + (seconds if cuda else 4)
     bench = Bench(model, optimizer, length=cell.length if cuda else 16, autocast=cuda)
-    peaks, first = {}, {}
+    peaks = {}
     for grit in (False, True):
-        first[grit] = bench.step(grit=grit)
+        bench.step(grit=grit)
         if grit:  # the second step compares statistics and gradients once
             bench.step(grit=True)
         if cuda:
@@ -234,32 +253,41 @@ def measure(model: Any, cell: Cell, ends: float) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         bench.step(grit=grit)
         peaks[grit] = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    budget = min(cell.seconds if cuda else 4, ends - time.time()) * (0.45 if cell.extras else 0.8) - (
-        time.perf_counter() - began
-    )
+    result: dict[str, Any] = preconditioning(bench)
+    kernels = device_time(bench) if cuda else None
+    left = ends - time.perf_counter()
     arms = {"plain": lambda: bench.step(grit=False), "grit": lambda: bench.step(grit=True)}
-    times = in_turn(arms, rounds=60, seconds=max(2.0, budget), warm_up=0)
-    values = ratios(times["grit"], times["plain"])
-    result: dict[str, Any] = {
+    times = in_turn(arms, rounds=1000, seconds=max(2.0, left * (0.6 if cell.ledger else 1.0)), warm_up=0)
+    if cell.ledger:
+        result |= ledger_cost(bench, ends - time.perf_counter())
+    report = bench.manager.factor_report()
+    bench.manager.detach()
+    bench.inner.zero_grad()
+    return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "torch": torch.__version__,
         "layers": len(bench.manager.layers),
         "plain_seconds": statistics.median(times["plain"]),
         "grit_seconds": statistics.median(times["grit"]),
-        "ratios": [round(v, 5) for v in values],
-        "ratio_of_sums": sum(times["grit"]) / sum(times["plain"]),
+        "ratios": [round(v, 5) for v in ratios(times["grit"], times["plain"])],
+        "kernels_ms": kernels,
+        "device_ratio": None if kernels is None else sum(kernels["grit"]) / sum(kernels["plain"]),
         "plain_peak_gib": peaks[False],
         "grit_peak_gib": peaks[True],
         "memory_ratio": peaks[True] / peaks[False],
+        **result,
+        "ready": report["statuses"].get("ready", 0),
+        "completeness_error": report["completeness_error"],
     }
-    result |= preconditioning(bench)
-    if cell.extras:
-        result |= ledger_cost(bench, min(ends - time.time(), cell.seconds * 0.45 if cuda else 4))
-    report = bench.manager.factor_report()
-    result |= {"ready": report["statuses"].get("ready", 0), "completeness_error": report["completeness_error"]}
-    bench.manager.detach()
-    bench.inner.zero_grad()
-    return result
+
+
+def device_time(bench: Bench) -> dict[str, list[float]]:
+    """Milliseconds of all kernels of a step: two steps of each kind, in turn."""
+    found: dict[str, list[float]] = {"plain": [], "grit": []}
+    for _ in range(2):
+        found["plain"].append(kernel_ms(lambda: bench.step(grit=False)))
+        found["grit"].append(kernel_ms(lambda: bench.step(grit=True)))
+    return found
 
 
 def preconditioning(bench: Bench) -> dict[str, Any]:
@@ -366,7 +394,8 @@ def line(row: dict[str, Any]) -> str:
     """One cell in one line."""
     text = (
         f"{row['plain_seconds']:.3f} s -> {row['grit_seconds']:.3f} s, x {spread(row['ratios'])} "
-        f"(n={len(row['ratios'])}), memory x {row['memory_ratio']:.4f} of {row['plain_peak_gib']:.2f} GiB, "
+        f"(n={len(row['ratios'])}), device x {row['device_ratio'] or float('nan'):.4f}, "
+        f"memory x {row['memory_ratio']:.4f} of {row['plain_peak_gib']:.2f} GiB, "
         f"{row['factors']} inversions {row['invert_ms']:.2f} ms, {row['ready']}/{row['layers']} ready, "
         f"waits {row['waits']}"
     )
@@ -376,14 +405,15 @@ def line(row: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: every target stands beside its measurement."""
     lines = [
-        "| stack | shape | r | tokens | checkpointing | step, plain | step ratio | memory ratio | inversions, ms "
-        "(device) | ledger | targets |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| stack | shape | r | tokens | checkpointing | step, plain | step ratio (n) | device ratio | memory ratio | "
+        "inversions, ms (device) | ledger (n) | targets |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        step, judged = spread(row["ratios"]), row["shape"] == "8b" and row["gpu"]
+        step, judged = spread(row["ratios"]), row["shape"] != "1b" and row["gpu"]
         ledger = spread(row["ledger_ratios"]) if "ledger_ratios" in row else None
         device = "-" if row["invert_device_ms"] is None else f"{row['invert_device_ms']:.2f}"
+        kernels = "-" if row["device_ratio"] is None else f"{row['device_ratio']:.4f}"
         missed = [
             name
             for name, bad in (
@@ -403,8 +433,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         verdict = verdict if judged else "-"
         lines.append(
             f"| {row['stack']} | {row['shape']} | {row['rank']} | 2 x {row['length']} x 4 | "
-            f"{'on' if row['checkpointing'] else 'off'} | {row['plain_seconds']:.3f} s | {step} | "
-            f"{row['memory_ratio']:.4f} | {row['invert_ms']:.2f} ({device}) | {ledger or '-'} | {verdict} |"
+            f"{'on' if row['checkpointing'] else 'off'} | {row['plain_seconds']:.3f} s | {step} ({step.n}) | "
+            f"{kernels} | {row['memory_ratio']:.4f} of {row['plain_peak_gib']:.2f} GiB | "
+            f"{row['invert_ms']:.2f} ({device}) | {f'{ledger} ({ledger.n})' if ledger else '-'} | {verdict} |"
         )
     return "\n".join(lines)
 

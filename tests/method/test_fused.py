@@ -227,6 +227,23 @@ def test_module_hooks_alone_starve(fast_lora):
     checking.detach()
 
 
+def test_adapters_that_changed_places_while_detached(fast_lora):
+    """Oracle: peft's modules, after the weights of two layers have swapped their places in memory."""
+    found = {}
+    for fused in (True, False):
+        model = _model()
+        manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
+        _backward(model, fused)
+        manager.detach()
+        q, o = (layer.a for layer in manager.layers if layer.path.endswith(("q_proj", "o_proj")))
+        q.data, o.data = o.data, q.data
+        manager.attach().begin_window()
+        _backward(model, fused)
+        found[fused] = manager.statistics.sums.clone()
+        manager.detach()
+    assert (found[True] - found[False]).norm() <= SAME * found[False].norm()
+
+
 def test_functions_are_put_back(fast_lora):
     """Oracle: identity of the module's attributes before and after."""
     manager = GRITManager(_model(), GRITConfig()).attach()

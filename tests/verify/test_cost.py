@@ -106,7 +106,8 @@ def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
     found.loader.exec_module(gpu_step)
     row = {
         "stack": "peft", "shape": "8b", "rank": 16, "length": 512, "checkpointing": True, "gpu": "some",
-        "plain_seconds": 1.0, "memory_ratio": 1.0, "invert_ms": 2.0, "invert_device_ms": 0.1,
+        "plain_seconds": 1.0, "device_ratio": 1.02, "memory_ratio": 1.0, "plain_peak_gib": 6.0,
+        "invert_ms": 2.0, "invert_device_ms": 0.1,
     }  # fmt: skip
     verdicts = (([1.01] * 6, "met"), ([0.9, 1.2], "open: step"), ([1.2] * 6, "MISSED: step"))
     for ratios_, verdict in verdicts:
