@@ -97,7 +97,7 @@ def test_the_table_replaces_its_section_only(tmp_path) -> None:
 
 
 def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
-    """Below the target, around it, above it: three verdicts. A tiny shape is told and not judged."""
+    """Below the target, around it, above it: three verdicts. A small shape is told and not judged, or not its memory."""
     path = Path(__file__).resolve().parents[2] / "suites/benchmarks/gpu_step.py"
     found = importlib.util.spec_from_file_location("gpu_step", path)
     assert found is not None
@@ -115,3 +115,6 @@ def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
     ledger = gpu_step.table([{**row, "ratios": [1.01] * 6, "ledger_ratios": [0.9, 1.3]}])
     assert ledger.endswith("| open: ledger |")
     assert gpu_step.table([{**row, "shape": "1b", "ratios": [1.2] * 6}]).endswith("| - |")
+    heavy = {**row, "ratios": [1.01] * 6, "memory_ratio": 1.02}
+    assert gpu_step.table([heavy]).endswith("| MISSED: memory |")
+    assert gpu_step.table([{**heavy, "shape": "8l"}]).endswith("| met |")
