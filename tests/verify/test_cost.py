@@ -97,7 +97,7 @@ def test_the_table_replaces_its_section_only(tmp_path) -> None:
 
 
 def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
-    """Below the target, around it, above it: three verdicts. A small shape is told and not judged, or not its memory."""
+    """Below the target, around it, above it: three verdicts. A small shape is told, or all but its memory judged."""
     path = Path(__file__).resolve().parents[2] / "suites/benchmarks/gpu_step.py"
     found = importlib.util.spec_from_file_location("gpu_step", path)
     assert found is not None
