@@ -6,11 +6,15 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from grit_impl.errors import GRITError
 from grit_impl.sweep.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    from grit_impl.sweep.store import Store
 
 DATABASE = "sweep.db"
 
@@ -43,6 +47,11 @@ def sweep() -> None:
 )
 @click.option("--budget", type=click.FloatRange(min=1), help="Seconds until the sweep ends itself.  [default: none]")
 @click.option("--base", help="Another base model than the plan's: a folder.")
+@click.option(
+    "--tuned-by",
+    type=click.Path(path_type=Path, exists=True),
+    help="Take the tuning runs of this sweep (a folder or sweep.db file), say for other seeds.  [default: tune]",
+)
 @click.option("--task", "tasks", multiple=True, help="Only this task of the plan (repeatable).")
 @click.option("--seed", "seeds", type=int, multiple=True, help="After tuning, only this seed (repeatable).")
 @click.option("--retry", is_flag=True, help="Run again what failed.")
@@ -53,6 +62,7 @@ def run(
     device: str,
     budget: float | None,
     base: str | None,
+    tuned_by: Path | None,
     tasks: tuple[str, ...],
     seeds: tuple[int, ...],
     retry: bool,
@@ -88,6 +98,15 @@ def run(
         before = store.meta.get("plan")
         if before is not None and (changed := chosen.changed_since(json.loads(before))):
             raise GRITError(f"{out} holds runs of a plan with another {changed}: give another --out")
+        store.set_meta(
+            plan=dataclasses.asdict(chosen),
+            versions=versions(),
+            git_commit=git_commit(Path(__file__).parent),
+            machine={"platform": platform.platform(), "cpus": os.cpu_count(), "processor": platform.processor()},
+            jobs=jobs,
+        )
+        if tuned_by is not None:
+            click.echo(f"{tuned_by}: {_take_tuning(store, selected, tuned_by)} tuning runs taken")
         sweeping = Sweep(
             selected,
             store,
@@ -96,13 +115,6 @@ def run(
             budget=budget,
             retry=retry,
             progress=lambda done, total, line: click.echo(f"[{done}/{total}] {line}"),
-        )
-        store.set_meta(
-            plan=dataclasses.asdict(chosen),
-            versions=versions(),
-            git_commit=git_commit(Path(__file__).parent),
-            machine={"platform": platform.platform(), "cpus": os.cpu_count(), "processor": platform.processor()},
-            jobs=jobs,
         )
         try:
             missing = sweeping.run()
@@ -116,6 +128,28 @@ def run(
         click.echo(f"{missing} runs are missing: the same command continues", err=True)
     if missing or failed:
         raise SystemExit(3)
+
+
+def _take_tuning(store: Store, plan: Plan, path: Path) -> int:
+    """Copy the tuning runs of the plan from another sweep.
+
+    Raises:
+        GRITError: its runs are not the plan's, or it has none of them.
+    """
+    from grit_impl.sweep.store import Store
+
+    with Store(_database(path)) as source:
+        if "plan" not in source.meta:
+            raise GRITError(f"{path} holds no sweep: run grit sweep run first")
+        if changed := plan.changed_since(json.loads(source.meta["plan"])):
+            raise GRITError(f"{path} holds runs of a plan with another {changed}")
+        wanted = {job.key for job in plan.jobs() if job.phase == "tuning"}
+        if not wanted & source.statuses().keys():
+            raise GRITError(f"{path} has no tuning run of this plan")
+        try:
+            return store.take(source, wanted)
+        except GRITError as error:
+            raise GRITError(f"cannot take the tuning of {path}: {error}") from None
 
 
 @sweep.command("merge")
@@ -149,11 +183,13 @@ def merge(into: Path, others: tuple[Path, ...]) -> None:
 @click.option(
     "--document", type=click.Path(path_type=Path, dir_okay=False), help="Markdown file whose block to fill in."
 )
+@click.option("--block", default="sweep", show_default=True, help="Name of that block.")
 @click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="Folder for the plots (SVG).")
-def report(folders: tuple[Path, ...], document: Path | None, figures: Path | None) -> None:
+def report(folders: tuple[Path, ...], document: Path | None, block: str, figures: Path | None) -> None:
     """Tables with intervals and verdicts, from the sweep.db of each of FOLDERS (or files), as Markdown.
 
-    With --document, the block between `<!-- sweep:begin -->` and `<!-- sweep:end -->` is replaced.
+    With --document, the block between `<!-- sweep:begin -->` and `<!-- sweep:end -->` is replaced, or that of another
+    name (--block).
     """
     from grit_impl.sweep.report import markdown, plots, replace_block
     from grit_impl.sweep.store import Store
@@ -167,5 +203,5 @@ def report(folders: tuple[Path, ...], document: Path | None, figures: Path | Non
     if document is None:
         click.echo(text)
     else:
-        replace_block(document, text)
+        replace_block(document, text, block)
         click.echo(f"wrote {document}", err=True)

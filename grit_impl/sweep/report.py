@@ -17,7 +17,6 @@ from grit_impl.sweep.plan import BASE_ARM
 from grit_impl.sweep.store import Store
 from grit_impl.verify.statistics import Interval, t_interval
 
-BEGIN, END = "<!-- sweep:begin -->", "<!-- sweep:end -->"
 Rows = list[dict[str, Any]]
 
 
@@ -182,8 +181,13 @@ def _ablations(r: _Results) -> str:
     return _table(header, rows)
 
 
-def replace_block(document: Path, text: str) -> None:
-    """Put `text` between the two marks of a Markdown file.
+def marks(block: str = "sweep") -> tuple[str, str]:
+    """What a block of a Markdown file stands between."""
+    return f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+
+
+def replace_block(document: Path, text: str, block: str = "sweep") -> None:
+    """Put `text` between the two marks of a block in a Markdown file.
 
     Raises:
         GRITError: the file cannot be read, or lacks the marks.
@@ -192,10 +196,11 @@ def replace_block(document: Path, text: str) -> None:
         content = document.read_text(encoding="utf-8")
     except OSError as error:
         raise GRITError(f"cannot read {document}: {error.strerror or error}") from error
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise GRITError(f"{document} needs exactly one {BEGIN} and one {END}")
-    head, rest = content.split(BEGIN)
-    write_atomic(document, f"{head}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
+    begin, end = marks(block)
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise GRITError(f"{document} needs exactly one {begin} and one {end}")
+    head, rest = content.split(begin)
+    write_atomic(document, f"{head}{begin}\n\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def plots(stores: Sequence[Store], folder: Path) -> list[Path]:

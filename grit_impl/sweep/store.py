@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -99,8 +99,12 @@ class Store:
                 tuple(row.values()),
             )
 
-    def take(self, other: Store) -> int:
+    def take(self, other: Store, wanted: Collection[str] | None = None) -> int:
         """Copy the finished runs of another file that this one has not finished.
+
+        Args:
+            other: The other file.
+            wanted: Keys of the runs to copy. Default: all.
 
         Returns:
             How many there were.
@@ -111,14 +115,16 @@ class Store:
         """
         columns = [row["name"] for row in self._db.execute("PRAGMA table_info(runs)")]
         done = {key for key, status in self.statuses().items() if status in FINISHED}
-        self._require_one_sweep(other, done)
-        found = other._db.execute(f"SELECT {', '.join(columns)} FROM runs WHERE status IN (?, ?)", FINISHED)
-        rows = [tuple(row) for row in found if row["key"] not in done]
+        theirs = {key for key, status in other.statuses().items() if status in FINISHED}
+        new = (theirs if wanted is None else theirs & set(wanted)) - done
+        self._require_one_sweep(other, new)
+        found = other._db.execute(f"SELECT {', '.join(columns)} FROM runs")
+        rows = [tuple(row) for row in found if row["key"] in new]
         with self._db:
             self._db.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", rows)
         return len(rows)
 
-    def _require_one_sweep(self, other: Store, done: set[str]) -> None:
+    def _require_one_sweep(self, other: Store, new: set[str]) -> None:
         """What an arm's runs after tuning share is not in their keys: the settings of the trial that was chosen."""
         plan = json.loads(self.meta["plan"])
         settings: dict[tuple[Any, ...], Any] = {}
@@ -128,7 +134,7 @@ class Store:
                 settings[tuple(row[name] for name in ("phase", "task", "arm", "variant"))] = row["settings"]
                 tuned.add((row["task"], row["arm"]))
         for row in other.runs():
-            if row["status"] not in FINISHED or row["key"] in done:
+            if row["key"] not in new:
                 continue
             task, arm = row["task"], row["arm"]
             if task not in plan["tasks"] or (row["method"] != "none" and arm not in plan["methods"]):

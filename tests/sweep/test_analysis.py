@@ -14,7 +14,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from grit_impl.errors import GRITError
 from grit_impl.sweep.analysis import SMALLEST_EFFECT, Comparison, candidate, compare, family, percent, verdicts
 from grit_impl.sweep.plan import load_plan
-from grit_impl.sweep.report import BEGIN, END, markdown, plots, replace_block
+from grit_impl.sweep.report import markdown, marks, plots, replace_block
 from grit_impl.sweep.scheduler import Sweep
 from grit_impl.sweep.store import Store
 
@@ -143,7 +143,8 @@ def test_the_report_fills_its_block_and_nothing_else(
 ) -> None:
     """Twice is the same as once; figures are there; a document without the marks is refused."""
     document = tmp_path / "doc.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    begin, end = marks()
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     with Store(tmp_path / "sweep.db") as store:
         from dataclasses import asdict
 
