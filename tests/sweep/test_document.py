@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grit_impl.sweep.report import BEGIN, END, markdown
+from grit_impl.sweep.report import markdown, marks
 from grit_impl.sweep.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,5 +16,14 @@ RESULTS = [path for name in ("tiny", "40m") if (path := ROOT / "fixtures" / f"sw
 @pytest.mark.skipif(not RESULTS, reason="needs fixtures/sweep_tiny.db; found none")
 def test_the_results_section_is_the_report_of_the_results() -> None:
     """Section 7 is generated: nobody edits it, and a change of the analysis shows."""
-    block = (ROOT / "docs/grit-vs-lora.md").read_text().split(BEGIN)[1].split(END)[0]
-    assert block.strip() == markdown([Store(path) for path in RESULTS]).strip()
+    assert _block("sweep") == markdown([Store(path) for path in RESULTS]).strip()
+
+
+def test_the_replication_is_the_report_of_its_results() -> None:
+    """Section 10, the same way."""
+    assert _block("replication") == markdown([Store(ROOT / "fixtures/sweep_tiny_replication.db")]).strip()
+
+
+def _block(name: str) -> str:
+    begin, end = marks(name)
+    return (ROOT / "docs/grit-vs-lora.md").read_text().split(begin)[1].split(end)[0].strip()
