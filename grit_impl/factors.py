@@ -74,7 +74,8 @@ class KroneckerFactors:
 
         Where there are several processes, they count from the next `merge` on.
         """
-        # By Cauchy-Schwarz no entry of a sum of outer products is larger than the largest on its diagonal.
+        # By Cauchy-Schwarz no entry of a sum of outer products is larger than the largest on its diagonal (but for
+        # rounding at the largest float).
         finite = statistics.sums.diagonal(dim1=-2, dim2=-1).isfinite().all(-1).all(0)
         tokens = torch.where(finite, statistics.tokens, 0)
         numerators = torch.where(finite[:, None, None], statistics.sums, 0)

@@ -106,18 +106,19 @@ class FusedAdapters:
             self._addresses = addresses
             self._index = {address: i for i, address in enumerate(addresses)}
             self._buffers: dict[Any, list[Any]] = {}
-            self._plans: dict[int, _Plan] = {}
+            self._plans: dict[Any, _Plan] = {}
 
     def cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
         """Copy A and B of a function's layers, given in turn, in x's precision.
 
         The original casts each of them on its own; what it is given here it takes as it is. One call fills buffers
-        that blocks of one shape share: the host's time, not the device's, is what this costs.
+        that blocks of one shape share: the host's time, not the device's, is what this costs. For a backward pass
+        without `create_graph`, where gradients are off; Unsloth's functions have no other.
         """
         there = [w for w in adapters if w is not None]
-        key = there[0].data_ptr() if there else 0
+        key = (dtype, *[0 if a is None else a.data_ptr() for a in adapters[::2]])
         plan = self._plans.get(key)
-        if plan is None or (there and plan.copies[0].dtype != dtype):
+        if plan is None:
             plan = self._plans[key] = self._plan(adapters, dtype)
         if there:
             torch._foreach_copy_(plan.copies, there)

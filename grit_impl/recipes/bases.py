@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
-    # A quarter of the layers and hardly a vocabulary: the layers' cost, in a quarter of the time.
+    # A quarter of the layers and hardly a vocabulary: a step takes a quarter of the time.
     "llama-3-8b-8-layers": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

@@ -98,6 +98,8 @@ def run(
         before = store.meta.get("plan")
         if before is not None and (changed := chosen.changed_since(json.loads(before))):
             raise GRITError(f"{out} holds runs of a plan with another {changed}: give another --out")
+        if tuned_by is not None:
+            click.echo(f"{tuned_by}: {take_tuning(store, selected, tuned_by)} tuning runs taken")
         store.set_meta(
             plan=dataclasses.asdict(chosen),
             versions=versions(),
@@ -105,8 +107,6 @@ def run(
             machine={"platform": platform.platform(), "cpus": os.cpu_count(), "processor": platform.processor()},
             jobs=jobs,
         )
-        if tuned_by is not None:
-            click.echo(f"{tuned_by}: {_take_tuning(store, selected, tuned_by)} tuning runs taken")
         sweeping = Sweep(
             selected,
             store,
@@ -130,8 +130,11 @@ def run(
         raise SystemExit(3)
 
 
-def _take_tuning(store: Store, plan: Plan, path: Path) -> int:
-    """Copy the tuning runs of the plan from another sweep.
+def take_tuning(store: Store, plan: Plan, path: Path) -> int:
+    """Copy the tuning runs of the plan from another sweep, and keep the commit that made them.
+
+    Returns:
+        How many were new.
 
     Raises:
         GRITError: its runs are not the plan's, or it has none of them.
@@ -147,9 +150,12 @@ def _take_tuning(store: Store, plan: Plan, path: Path) -> int:
         if not wanted & source.statuses().keys():
             raise GRITError(f"{path} has no tuning run of this plan")
         try:
-            return store.take(source, wanted)
+            taken = store.take(source, wanted)
         except GRITError as error:
             raise GRITError(f"cannot take the tuning of {path}: {error}") from None
+        if taken:
+            store.set_meta(tuned_by=source.meta.get("git_commit", "unknown"))
+        return taken
 
 
 @sweep.command("merge")

@@ -127,6 +127,7 @@ def _cost(r: _Results) -> str:
         f"Cost: {each} ({device}). {trials} tuning trials per arm and task on seed(s) "
         f"{', '.join(map(str, r.plan['tuning_seeds']))}. {diverged} runs diverged, {failed} failed. "
         f"Commit {r.meta.get('git_commit')}, torch {json.loads(r.meta['versions']).get('torch')}."
+        + (f" The tuning runs are another sweep's, of commit {r.meta['tuned_by']}." if "tuned_by" in r.meta else "")
     )
 
 

@@ -104,7 +104,7 @@ class Store:
 
         Args:
             other: The other file.
-            wanted: Keys of the runs to copy. Default: all.
+            wanted: Keys of the runs to copy, of a plan that the caller has looked at. Default: all.
 
         Returns:
             How many there were.
@@ -117,16 +117,15 @@ class Store:
         done = {key for key, status in self.statuses().items() if status in FINISHED}
         theirs = {key for key, status in other.statuses().items() if status in FINISHED}
         new = (theirs if wanted is None else theirs & set(wanted)) - done
-        self._require_one_sweep(other, new)
+        self._require_one_sweep(other, new, None if wanted is not None else json.loads(self.meta["plan"]))
         found = other._db.execute(f"SELECT {', '.join(columns)} FROM runs")
         rows = [tuple(row) for row in found if row["key"] in new]
         with self._db:
             self._db.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", rows)
         return len(rows)
 
-    def _require_one_sweep(self, other: Store, new: set[str]) -> None:
+    def _require_one_sweep(self, other: Store, new: set[str], plan: dict[str, Any] | None) -> None:
         """What an arm's runs after tuning share is not in their keys: the settings of the trial that was chosen."""
-        plan = json.loads(self.meta["plan"])
         settings: dict[tuple[Any, ...], Any] = {}
         tuned = set()
         for row in self.runs():
@@ -137,7 +136,7 @@ class Store:
             if row["key"] not in new:
                 continue
             task, arm = row["task"], row["arm"]
-            if task not in plan["tasks"] or (row["method"] != "none" and arm not in plan["methods"]):
+            if plan and (task not in plan["tasks"] or (row["method"] != "none" and arm not in plan["methods"])):
                 raise GRITError(f"its plan has no arm {arm!r} on task {task!r}")
             group = tuple(row[name] for name in ("phase", "task", "arm", "variant"))
             if settings.get(group, row["settings"]) != row["settings"]:

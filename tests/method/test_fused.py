@@ -13,7 +13,7 @@ from torch import nn
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.fused import FUNCTIONS, MODULE, FusedTap
+from grit_impl.fused import FUNCTIONS, MODULE, FusedAdapters, FusedTap
 from grit_impl.manager import GRITManager
 
 WIDTH, HIDDEN, RANK = 12, 20, 3
@@ -242,6 +242,20 @@ def test_adapters_that_changed_places_while_detached(fast_lora):
         found[fused] = manager.statistics.sums.clone()
         manager.detach()
     assert (found[True] - found[False]).norm() <= SAME * found[False].norm()
+
+
+def test_each_set_of_adapters_has_a_plan_of_its_own():
+    """Oracle: the layers that were given. The same q with k, then with v: nobody may take the second for the first."""
+    layers = GRITManager(_model(), GRITConfig()).layers[:3]
+    adapters, none = FusedAdapters(layers), (None, None)
+    q, k, v = ((layer.a, layer.b) for layer in layers)
+    for given, expected in (((*q, *k, *none), [0, 1]), ((*q, *none, *v), [0, 2]), ((*q, *k, *v), [0, 1, 2])):
+        with torch.no_grad():
+            plan = adapters.cast(given, torch.float64)
+        assert [layer for group in plan.groups for layer in group.layers] == expected
+        assert [copy is None for copy in plan.cast] == [w is None for w in given]
+    assert len(adapters.cast((None,) * 6, torch.float64).cast) == 6
+    assert len(adapters.cast((None,) * 2, torch.float64).cast) == 2
 
 
 def test_functions_are_put_back(fast_lora):

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from grit_impl.errors import GRITError
-from grit_impl.sweep.commands import _take_tuning, sweep
+from grit_impl.sweep.commands import sweep, take_tuning
 from grit_impl.sweep.plan import Plan, load_plan
 from grit_impl.sweep.scheduler import Sweep
 from grit_impl.sweep.store import Store
@@ -135,9 +135,9 @@ def test_a_replication_takes_the_tuning_of_another_sweep(plan_file: Path, fake_w
     run(plan, tmp_path / "first", fake_work, plan)
     again = dataclasses.replace(plan, evaluation_seeds=(20, 21), ablations=())
     with Store(tmp_path / "again" / "sweep.db") as store, Store(tmp_path / "first" / "sweep.db") as first:
-        store.set_meta(plan=dataclasses.asdict(again))
-        assert _take_tuning(store, again, tmp_path / "first") == 8
-        assert _take_tuning(store, again, tmp_path / "first") == 0
+        first.set_meta(git_commit="abc")
+        assert take_tuning(store, again, tmp_path / "first") == 8
+        assert take_tuning(store, again, tmp_path / "first") == 0
         assert {row["phase"] for row in store.runs()} == {"tuning"}
         assert Sweep(again, store, jobs=2, device="cpu", work=fake_work).run() == 0
         assert {row["seed"] for row in store.runs(phase="evaluation", method="grit")} == {20, 21}
@@ -147,10 +147,11 @@ def test_a_replication_takes_the_tuning_of_another_sweep(plan_file: Path, fake_w
                 for each in (first, store)
             )
             assert ours == chosen
+        assert store.meta["tuned_by"] == "abc"
     other = dataclasses.replace(plan, common={**plan.common, "steps": 11})
     with Store(tmp_path / "other.db") as store:
-        store.set_meta(plan=dataclasses.asdict(other))
         with pytest.raises(GRITError, match="runs of a plan with another common"):
-            _take_tuning(store, other, tmp_path / "first")
+            take_tuning(store, other, tmp_path / "first")
         with pytest.raises(GRITError, match="has no tuning run of this plan"):
-            _take_tuning(store, dataclasses.replace(plan, tasks=("extract",)), tmp_path / "first")
+            take_tuning(store, dataclasses.replace(plan, tasks=("extract",)), tmp_path / "first")
+        assert not {"plan", "tuned_by"} & store.meta.keys()  # what was refused leaves nothing behind

@@ -109,7 +109,13 @@ def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
         "plain_seconds": 1.0, "device_ratio": 1.02, "memory_ratio": 1.0, "plain_peak_gib": 6.0,
         "invert_ms": 2.0, "invert_device_ms": 0.1,
     }  # fmt: skip
-    verdicts = (([1.01] * 6, "met"), ([0.9, 1.2], "open: step"), ([1.2] * 6, "MISSED: step"))
+    verdicts = (
+        ([1.01] * 6, "met"),
+        ([0.9] * 3 + [1.2] * 3, "open: step"),
+        ([1.2] * 6, "MISSED: step"),
+        ([1.2] * 5, "open: step"),
+        ([1.01] * 5, "open: step"),
+    )
     for ratios_, verdict in verdicts:
         assert gpu_step.table([{**row, "ratios": ratios_}]).endswith(f"| {verdict} |")
     ledger = gpu_step.table([{**row, "ratios": [1.01] * 6, "ledger_ratios": [0.9, 1.3]}])
