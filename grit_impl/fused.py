@@ -149,7 +149,7 @@ class FusedAdapters:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
         address = 0 if a is None else a.data_ptr()
         if address not in self._index:
-            self._index = {layer.a.data_ptr(): i for i, layer in enumerate(self._layers)}
+            self.refresh()
         try:
             return self._index[address]
         except KeyError:

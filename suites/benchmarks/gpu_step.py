@@ -29,14 +29,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from grit_impl.verify.cost import TARGETS, Bench, in_turn, ledger_blocks, misses, ratios, spread
+from gpu_table import line, table
+
+from grit_impl.verify.cost import Bench, in_turn, ledger_blocks, ratios
 
 SPECS = {"8b": "random:llama-3-8b", "8l": "random:llama-3-8b-8-layers", "1b": "random:llama-1b"}
 KEEP_FOR_TABLE = 10.0
 LEAST_SECONDS = {"8b": 60.0, "8l": 20.0, "1b": 20.0}
 """By shape: a cell is not begun with less, or with less than twice that where the ledger is measured too."""
-ENOUGH = 6
-"""Fewer ratios have no 95% interval, and decide nothing."""
 
 
 class Cell(NamedTuple):
@@ -400,57 +400,6 @@ def ledger_cost(bench: Bench, seconds: float) -> dict[str, Any]:
         "ledger_ratios": [round(v, 5) for v in ratios(with_, without, block=8)],
         "ledger_seconds": statistics.median(with_),
     }
-
-
-def line(row: dict[str, Any]) -> str:
-    """One cell in one line."""
-    text = (
-        f"{row['plain_seconds']:.3f} s -> {row['grit_seconds']:.3f} s, x {spread(row['ratios'])} "
-        f"(n={len(row['ratios'])}), device x {row['device_ratio'] or float('nan'):.4f}, "
-        f"memory x {row['memory_ratio']:.4f} of {row['plain_peak_gib']:.2f} GiB, "
-        f"{row['factors']} inversions {row['invert_ms']:.2f} ms, {row['ready']}/{row['layers']} ready, "
-        f"waits {row['waits']}"
-    )
-    return text + (f", ledger x {spread(row['ledger_ratios'])}" if "ledger_ratios" in row else "")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: every target stands beside its measurement."""
-    lines = [
-        "| stack | shape | r | tokens | checkpointing | step, plain | step ratio (n) | device ratio | memory ratio | "
-        "inversions, ms (device) | ledger (n) | targets |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        step, judged = spread(row["ratios"]), row["shape"] != "1b" and row["gpu"]
-        ledger = spread(row["ledger_ratios"]) if "ledger_ratios" in row else None
-        device = "-" if row["invert_device_ms"] is None else f"{row['invert_device_ms']:.2f}"
-        kernels = "-" if row["device_ratio"] is None else f"{row['device_ratio']:.4f}"
-        missed = [
-            name
-            for name, bad in (
-                ("step", step.n >= ENOUGH and misses(step, TARGETS["gpu step"])),
-                # The buffers of the statistics do not shrink with the layers: in a small model they weigh more.
-                ("memory", row["shape"] == "8b" and row["memory_ratio"] > TARGETS["gpu memory"]),
-                ("inversions", (row["invert_device_ms"] or row["invert_ms"]) > TARGETS["inversion of 448 factors, ms"]),
-                ("ledger", ledger is not None and ledger.n >= ENOUGH and misses(ledger, TARGETS["ledger"])),
-            )
-            if bad
-        ]
-        open_ = [
-            name
-            for name, found, target in (("step", step, "gpu step"), ("ledger", ledger, "ledger"))
-            if found is not None and (found.n < ENOUGH or found.high > TARGETS[target])
-        ]
-        verdict = "MISSED: " + ", ".join(missed) if missed else "open: " + ", ".join(open_) if open_ else "met"
-        verdict = verdict if judged else "-"
-        lines.append(
-            f"| {row['stack']} | {row['shape']} | {row['rank']} | 2 x {row['length']} x 4 | "
-            f"{'on' if row['checkpointing'] else 'off'} | {row['plain_seconds']:.3f} s | {step} ({step.n}) | "
-            f"{kernels} | {row['memory_ratio']:.4f} of {row['plain_peak_gib']:.2f} GiB | "
-            f"{row['invert_ms']:.2f} ({device}) | {f'{ledger} ({ledger.n})' if ledger else '-'} | {verdict} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,12 @@ def test_the_table_replaces_its_section_only(tmp_path) -> None:
 
 def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
     """Below the target, around it, above it: three verdicts. A small shape is told, or all but its memory judged."""
-    path = Path(__file__).resolve().parents[2] / "suites/benchmarks/gpu_step.py"
-    found = importlib.util.spec_from_file_location("gpu_step", path)
+    path = Path(__file__).resolve().parents[2] / "suites/benchmarks/gpu_table.py"
+    found = importlib.util.spec_from_file_location("gpu_table", path)
     assert found is not None
     assert found.loader is not None
-    gpu_step = importlib.util.module_from_spec(found)
-    found.loader.exec_module(gpu_step)
+    gpu_table = importlib.util.module_from_spec(found)
+    found.loader.exec_module(gpu_table)
     row = {
         "stack": "peft", "shape": "8b", "rank": 16, "length": 512, "checkpointing": True, "gpu": "some",
         "plain_seconds": 1.0, "device_ratio": 1.02, "memory_ratio": 1.0, "plain_peak_gib": 6.0,
@@ -117,10 +117,10 @@ def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
         ([1.01] * 5, "open: step"),
     )
     for ratios_, verdict in verdicts:
-        assert gpu_step.table([{**row, "ratios": ratios_}]).endswith(f"| {verdict} |")
-    ledger = gpu_step.table([{**row, "ratios": [1.01] * 6, "ledger_ratios": [0.9, 1.3]}])
+        assert gpu_table.table([{**row, "ratios": ratios_}]).endswith(f"| {verdict} |")
+    ledger = gpu_table.table([{**row, "ratios": [1.01] * 6, "ledger_ratios": [0.9, 1.3]}])
     assert ledger.endswith("| open: ledger |")
-    assert gpu_step.table([{**row, "shape": "1b", "ratios": [1.2] * 6}]).endswith("| - |")
+    assert gpu_table.table([{**row, "shape": "1b", "ratios": [1.2] * 6}]).endswith("| - |")
     heavy = {**row, "ratios": [1.01] * 6, "memory_ratio": 1.02}
-    assert gpu_step.table([heavy]).endswith("| MISSED: memory |")
-    assert gpu_step.table([{**heavy, "shape": "8l"}]).endswith("| met |")
+    assert gpu_table.table([heavy]).endswith("| MISSED: memory |")
+    assert gpu_table.table([{**heavy, "shape": "8l"}]).endswith("| met |")

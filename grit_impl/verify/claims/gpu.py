@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, Outcome, items_to_decide, supported_if
+from grit_impl.verify.cost import ENOUGH_RATIOS
 
 STEP_TIME, PEAK_MEMORY = 1.05, 1.02
 """What the plan allows GRIT to cost, against steps that differ in GRIT alone."""
-ENOUGH_RATIOS = 6
-"""With fewer the median has no distribution-free 95% interval."""
 
 
 def all_layers(arm: str) -> Callable[[Evidence], Judgement]:
