@@ -11,7 +11,7 @@ back in, so that S_g does not depend on batch size, accumulation or mixed precis
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ class RankStatistics:
         self._buffer = torch.zeros(3 * square + 2 * layers, device=device, dtype=dtype)
         sums, cross, self._tokens, self._energy = torch.split(self._buffer, [2 * square, square, layers, layers])
         self._sums, self._cross = sums.view(2, layers, rank, rank), cross.view(layers, rank, rank)
-        self._noted: list[tuple[int, Tensor, Tensor]] = []
+        self._noted: list[tuple[int, Tensor, Tensor, bool]] = []
         self._bytes = 0
         self._context: ForwardContext | None = None
         self.check_completeness = False
@@ -105,14 +105,16 @@ class RankStatistics:
         self.flush()
         return self._tokens
 
-    def add(self, layer: int, a: Tensor, g: Tensor, context: ForwardContext) -> None:
-        """Add one call of a layer.
+    def add(
+        self, calls: Sequence[tuple[int, Tensor, Tensor]], context: ForwardContext, *, turned: bool = False
+    ) -> None:
+        """Add calls of layers that saw the same tokens.
 
         Args:
-            layer: Index of the layer.
-            a: (..., r) output of lora_A, any dtype; nobody may write to it afterwards.
-            g: (..., r) gradient of the (scaled, averaged) loss at that output; the same.
-            context: The forward pass that the call belongs to.
+            calls: Of each the index of the layer; a, (..., r) output of lora_A, any dtype; and g, (..., r) gradient of
+                the (scaled, averaged) loss at that output. Nobody may write to a and g afterwards.
+            context: The forward pass that the calls belong to.
+            turned: a is (r, tokens).
 
         Raises:
             GRITError: the loss was not seen, or the layer saw other tokens than the model was given.
@@ -122,18 +124,20 @@ class RankStatistics:
                 "GRIT cannot tell how the loss averages over tokens: pass labels to the model's forward so that it "
                 "returns a loss, or set manager.loss_tokens to the number of tokens the loss is averaged over"
             )
-        rank = a.shape[-1]
-        tokens = a.numel() // rank
+        if context is not self._context:
+            self.flush()
+            self._context = context
+        g = calls[0][2]
+        numbers = g.numel()
+        tokens = numbers // g.shape[-1]
         if context.tokens not in (None, tokens):
             raise GRITError(
                 f"a LoRA layer saw {tokens} tokens where the model was given {context.tokens}: GRIT supports "
                 "layers that see every token once (no expert routing, no part of a sequence)"
             )
-        if context is not self._context:
-            self.flush()
-            self._context = context
-        self._noted.append((layer, a, g))
-        self._bytes += 2 * a.numel() * a.element_size()
+        self._noted += [(*call, turned) for call in calls]
+        # As if all had this one's rank: it need not be exact.
+        self._bytes += 2 * len(calls) * numbers * g.element_size()
         if self._bytes > self.CHUNK:
             self.flush()
 
@@ -145,36 +149,38 @@ class RankStatistics:
         if not noted or context is None:
             return
         # Neighbours of one shape: their sums are one slice, so that no index has to travel to the device.
-        runs: list[list[tuple[int, Tensor, Tensor]]] = []
+        runs: list[list[tuple[int, Tensor, Tensor, bool]]] = []
         for call in noted:
             last = runs[-1][-1] if runs else None
-            if last is None or call[0] != last[0] + 1 or call[1].shape != last[1].shape:
+            if last is None or call[0] != last[0] + 1 or call[1].shape != last[1].shape or call[3] != last[3]:
                 runs.append([])
             runs[-1].append(call)
         with torch.autocast(device_type=self._buffer.device.type, enabled=False):
             for run in runs:
                 self._add_run(run, context)
 
-    def _add_run(self, run: list[tuple[int, Tensor, Tensor]], context: ForwardContext) -> None:
-        """Layers i, i + 1, ... of one shape: (n, tokens, r) each."""
+    def _add_run(self, run: list[tuple[int, Tensor, Tensor, bool]], context: ForwardContext) -> None:
+        """Layers i, i + 1, ... of one shape."""
         assert context.tokens_per_unit is not None
-        n, first, rank, dtype = len(run), run[0][0], run[0][1].shape[-1], self._buffer.dtype
-        layers = slice(first, first + n)
-        stack = torch.stack([call[1] for call in run] + [call[2] for call in run])
-        stack = stack.reshape(2, n, run[0][1].numel() // rank, rank).to(dtype)
+        first, rank, dtype = run[0][0], run[0][2].shape[-1], self._buffer.dtype
+        layers = slice(first, first + len(run))
+        a, raw = torch.stack([a for _, a, _, _ in run]).to(dtype), torch.stack([g for _, _, g, _ in run]).to(dtype)
+        a, raw = a.mT if run[0][3] else a.flatten(1, -2), raw.flatten(1, -2)  # (n, tokens, r) each
         if context.mask is None:
-            self._tokens[layers] += stack.shape[2]
+            self._tokens[layers] += raw.shape[1]
         else:
             # Bits are cleared, because what padding computes may be NaN; a third of the time of masked_fill_ on a CPU.
             bits = torch.int64 if dtype == torch.float64 else torch.int32
-            stack.view(bits).bitwise_and_(-context.mask.reshape(-1, 1).to(bits))
+            real = -context.mask.reshape(-1, 1).to(bits)
+            for values in (a, raw):
+                values.view(bits).bitwise_and_(real)
             self._tokens[layers] += context.count
-        a, raw = stack
         if self.check_completeness:
             self._cross[layers, :rank, :rank] += raw.mT @ a
             self._energy[layers] += raw.square().sum((1, 2))
         raw *= context.tokens_per_unit
-        self._sums[:, layers, :rank, :rank] += stack.mT @ stack
+        for sums, values in zip(self._sums, (a, raw), strict=True):
+            sums[layers, :rank, :rank] += values.mT @ values
 
     def reset(self) -> None:
         """Forget the sums."""
@@ -262,7 +268,7 @@ class ModuleTap:
             if context is None or not (statistics.collecting and output.requires_grad):
                 return
             a = output.detach()
-            output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda g: statistics.add([(layer, a, g)], context))  # type: ignore[no-untyped-call]
 
         return forward_hook
 

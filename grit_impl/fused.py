@@ -2,10 +2,10 @@
 
 Unsloth's `LoRA_MLP`, `LoRA_QKV` and `LoRA_W` (unsloth/kernels/fast_lora.py) take the LoRA weights as tensors and never
 call the `lora_A` and `lora_B` modules, so module hooks see nothing. Their backward functions hold everything that the
-statistics need: the input X, the adapters, and dL/dy. `FusedTap` puts subclasses in their place whose backward reads
-these tensors first and then runs the original, so that each token is counted once, where its gradient is, whatever
-gradient checkpointing does to the forward. Read in unsloth 2025.10.9 and 2026.10.9, which look the functions up by
-name at call time; both save A, B (gate, up, down or q, k, v) and X in the order used here.
+statistics need: the input X, the adapters, and dL/dy. `FusedTap` puts subclasses in their place whose backward runs
+the original and reads the products that it takes of these, so that each token is counted once, where its gradient is,
+whatever gradient checkpointing does to the forward. Read in unsloth 2025.10.9 and 2026.10.9, which look the functions
+up by name at call time; both save A, B (gate, up, down or q, k, v) and X in the order used here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from grit_impl.autograd import LossTap, RankStatistics
 from grit_impl.errors import GRITError
+from grit_impl.products import Products
 
 if TYPE_CHECKING:
     from grit_impl.manager import LoRAFactorPair
@@ -64,11 +65,21 @@ class _Group(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is the same at every call of one fused function: where its adapters are copied to, and its groups."""
+    """What is the same at every call of one fused function.
+
+    Attributes:
+        cast: Copies of A and B in turn; None where there is none.
+        copies: Those that there are.
+        groups: Layers with one d_in.
+        layers: (place in the function, index of the layer) each.
+        products: What the function multiplies the copies by.
+    """
 
     cast: list[Any]
     copies: list[Tensor]
     groups: list[_Group]
+    layers: list[tuple[int, int]]
+    products: Products
 
 
 class _StandIn:
@@ -143,7 +154,8 @@ class FusedAdapters:
             first, ranks = cast[2 * group[0]], [cast[2 * i].shape[0] for i in group]
             lora_a = first.as_strided((sum(ranks), first.shape[1]), first.stride()).t()
             groups.append(_Group(group, [self._find(adapters[2 * i]) for i in group], ranks, lora_a))
-        return _Plan(cast, [w for w in cast if w is not None], groups)
+        layers = [pair for group in groups for pair in zip(group.places, group.layers, strict=True)]
+        return _Plan(cast, [w for w in cast if w is not None], groups, layers, Products(cast))
 
     def _find(self, a: Tensor | None) -> int:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
@@ -158,6 +170,9 @@ class FusedAdapters:
 
 class FusedTap:
     """Reads a = A x and g = s B' dL/dy in the backward of the fused functions.
+
+    Both are noted as the function multiplies. Its first call takes them here as well, and shows whether that works;
+    where it does not, and where dropout gives the adapters another x, they go on being taken here.
 
     Args:
         adapters: Of the manager's layers.
@@ -186,19 +201,28 @@ class FusedTap:
             adapters, rest = saved[:6], saved[6:]
             x, masks = rest[0], rest[3:]
             *weights, kernel = ctx.custom_saved_tensors
-            plan = self._adapters.cast(adapters, x.dtype)
-            gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
+            plan, dy = self._adapters.cast(adapters, x.dtype), _contiguous(dy)
+            products, scales = plan.products, weights[2::3]
+            # Gate, up and down: x (A) and dL/dy (B) of each.
+            noting, taking = products.begin(masks, [x.data_ptr(), 0, x.data_ptr(), 0, 0, dy.data_ptr()])
+            if taking:
+                gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
 
             def element_wise(*arguments: Tensor) -> Any:
                 # The only place where the gradients at the outputs of gate and up exist.
                 h, d_up, d_gate = kernel(*arguments)
-                down_x = self._dropped(h, masks, 2, ctx)
-                self._add(plan, weights[2::3], (gate_x, up_x, down_x), (d_gate, d_up, dy))
+                if taking:
+                    down_x = self._dropped(h, masks, 2, ctx)
+                    self._take(plan, scales, (gate_x, up_x, down_x), (d_gate, d_up, dy))
+                products.factors[1:5] = d_gate.data_ptr(), x.data_ptr(), d_up.data_ptr(), h.data_ptr()
                 return h, d_up, d_gate
 
-            return original.backward(
-                _StandIn(ctx, saved_tensors=(*plan.cast, *rest), custom_saved_tensors=(*weights, element_wise)), dy
-            )
+            operands = products.operands if noting else plan.cast
+            stand_in = _StandIn(ctx, saved_tensors=(*operands, *rest), custom_saved_tensors=(*weights, element_wise))
+            result = original.backward(stand_in, dy)
+            if noting:
+                self._add_noted(plan, scales)
+            return result
 
         return backward
 
@@ -208,10 +232,7 @@ class FusedTap:
                 return original.backward(ctx, *dys)
             saved = ctx.saved_tensors
             x, adapters, masks = saved[0], saved[1:7], saved[7:]
-            plan = self._adapters.cast(adapters, x.dtype)
-            inputs = [self._dropped(x, masks, i, ctx) for i in range(len(dys))]
-            self._add(plan, ctx.custom_saved_tensors[2::3], inputs, dys)
-            return original.backward(_StandIn(ctx, saved_tensors=(x, *plan.cast, *masks)), *dys)
+            return self._linear(original, ctx, (x,) * len(dys), adapters, masks, dys, lambda w: (x, *w, *masks))
 
         return backward
 
@@ -220,12 +241,32 @@ class FusedTap:
             if not self._wanted():
                 return original.backward(ctx, dy)
             saved = ctx.saved_tensors
-            adapters, x, masks = saved[:2], saved[2], saved[3:]
-            plan = self._adapters.cast(adapters, x.dtype)
-            self._add(plan, ctx.custom_saved_tensors[2::3], (self._dropped(x, masks, 0, ctx),), (dy,))
-            return original.backward(_StandIn(ctx, saved_tensors=(*plan.cast, x, *masks)), dy)
+            adapters, x, masks = saved[:2], _contiguous(saved[2]), saved[3:]
+            return self._linear(original, ctx, (x,), adapters, masks, (dy,), lambda w: (*w, x, *masks))
 
         return backward
+
+    def _linear(
+        self,
+        original: Any,
+        ctx: Any,
+        xs: Sequence[Tensor],
+        adapters: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None],
+        dys: Sequence[Tensor],
+        saved: Callable[[Sequence[Any]], tuple[Any, ...]],
+    ) -> Any:
+        """A function whose layers' x and dL/dy are known before it runs; `saved` puts its adapters among the rest."""
+        plan, dys = self._adapters.cast(adapters, xs[0].dtype), [_contiguous(dy) for dy in dys]
+        products, scales = plan.products, ctx.custom_saved_tensors[2::3]
+        noting, taking = products.begin(masks, [w.data_ptr() for pair in zip(xs, dys, strict=True) for w in pair])
+        if taking:
+            self._take(plan, scales, [self._dropped(x, masks, i, ctx) for i, x in enumerate(xs)], dys)
+        stand_in = _StandIn(ctx, saved_tensors=saved(products.operands if noting else plan.cast))
+        result = original.backward(stand_in, *dys)
+        if noting:
+            self._add_noted(plan, scales)
+        return result
 
     def _wanted(self) -> bool:
         return self._loss.context is not None and self._statistics.collecting
@@ -238,10 +279,27 @@ class FusedTap:
         p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
         return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
 
-    def _add(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
+    def _add_noted(self, plan: _Plan, scales: Sequence[Any]) -> None:
+        """Use the products that the function has taken; after its first call, see whether all were noted."""
+        products, context = plan.products, self._loss.context
+        assert context is not None
+        tried, found = products.complete is not None, products.end()
+        if not tried:
+            return
+        if not products.complete:
+            raise GRITError("a fused LoRA function took other products in this backward than before: please report it")
+        for i, _ in plan.layers:
+            if scales[i] != 1:  # the function is done with them
+                found[2 * i + 1] *= scales[i]
+        self._statistics.add(
+            [(layer, found[2 * i], found[2 * i + 1]) for i, layer in plan.layers], context, turned=True
+        )
+
+    def _take(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
         """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
         context = self._loss.context
         assert context is not None
+        calls = []
         for group in plan.groups:
             x = inputs[group.places[0]]
             if all(inputs[i] is x for i in group.places[1:]):
@@ -255,7 +313,8 @@ class FusedTap:
                 gradient = torch.mm(dy, lora_b)
                 if scales[i] != 1:
                     gradient *= scales[i]
-                self._statistics.add(layer, value, gradient, context)
+                calls.append((layer, value, gradient))
+        self._statistics.add(calls, context)
 
 
 def _width(a: Tensor | None) -> int:
@@ -265,3 +324,11 @@ def _width(a: Tensor | None) -> int:
 def _rows(x: Tensor) -> Tensor:
     """(..., d) as (n, d)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """x where its rows are one matrix, else the copy that the function would make, so that it multiplies by ours."""
+    if x.is_contiguous():
+        return x
+    rows = _rows(x)
+    return x if rows.data_ptr() == x.data_ptr() else rows.view(x.shape)

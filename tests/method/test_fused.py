@@ -15,6 +15,7 @@ from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.fused import FUNCTIONS, MODULE, FusedAdapters, FusedTap
 from grit_impl.manager import GRITManager
+from grit_impl.products import Products
 
 WIDTH, HIDDEN, RANK = 12, 20, 3
 # Both paths run in float64 and add in other orders.
@@ -26,7 +27,17 @@ def _linear(x, w, a, b, s):
 
 
 def _grads(x, dy, w, a, b, s):
-    """Gradients of _linear for x, a and b."""
+    """Gradients of _linear for x, a and b, by the products that Unsloth takes."""
+    at, bt = a.to(x.dtype).t(), b.to(x.dtype).t()
+    da, db = torch.empty_like(at), torch.empty_like(bt)
+    inner = dy @ bt.t()
+    da.addmm_(x.t(), inner, alpha=s, beta=0)
+    db.addmm_(at.t() @ x.t(), dy, alpha=s, beta=0)
+    return (dy @ w).addmm_(inner, at.t(), alpha=s), da.t(), db.t()
+
+
+def _grads_otherwise(x, dy, w, a, b, s):
+    """The same by other products: of s dL/dy, and of x on the left."""
     inner = s * dy @ b
     return dy @ w + inner @ a, inner.t() @ x, s * dy.t() @ (x @ a.t())
 
@@ -201,13 +212,139 @@ def _sums(fused, fast_lora):
     return found, gradients, manager
 
 
-def test_fused_statistics_equal_the_modules(fast_lora):
-    """Oracle: the same weights and batches through peft's modules; all seven projections, padding left out."""
+@pytest.mark.parametrize("noted", [True, False], ids=["products noted", "products taken again"])
+def test_fused_statistics_equal_the_modules(fast_lora, monkeypatch, noted):
+    """Oracle: the same weights and batches through peft's modules; all seven projections, padding left out.
+
+    Whether the functions multiply as GRIT can note it, or in a way that makes it multiply for itself.
+    """
+    if not noted:
+        monkeypatch.setattr(sys.modules[__name__], "_grads", _grads_otherwise)
     fused, fused_gradients, manager = _sums(True, fast_lora)
     modules, module_gradients, _ = _sums(False, fast_lora)
     for ours, truth in zip((*fused, *fused_gradients), (*modules, *module_gradients), strict=True):
         assert (ours - truth).norm() <= SAME * truth.norm()
     assert float(manager.completeness.max()) < 1e-6
+    assert {plan.products.complete for plan in manager._fused._plans.values()} == {noted}
+
+
+def test_products_are_taken_once(fast_lora, monkeypatch):
+    """Oracle: a counter. In its first call each function shows what it multiplies; from then on nothing is repeated."""
+    model, taken = _model(), []
+    original = FusedTap._take
+    monkeypatch.setattr(FusedTap, "_take", lambda self, *rest: (taken.append(1), original(self, *rest)))
+    manager = GRITManager(model, GRITConfig()).attach()
+    _backward(model, fused=True, micro_batches=3)
+    assert len(taken) == len(FUNCTIONS)
+    manager.detach()
+
+
+def test_gradients_keep_every_bit(fast_lora):
+    """Oracle: the functions without GRIT: the operands change no gradient, in the first call or later ones."""
+    found = []
+    for attached in (False, True):
+        model = _model()
+        if attached:
+            GRITManager(model, GRITConfig()).attach()
+        _backward(model, fused=True, micro_batches=3)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *found))
+
+
+def test_gradients_in_another_layout_are_noted(fast_lora, monkeypatch):
+    """Oracle: peft's modules. Where a function would copy its dL/dy, GRIT copies it first."""
+    monkeypatch.setattr(Block, "forward", _transposing(Block.forward))
+    fused, _, manager = _sums(True, fast_lora)
+    modules, *_ = _sums(False, fast_lora)
+    for ours, truth in zip(fused, modules, strict=True):
+        assert (ours - truth).norm() <= SAME * truth.norm()
+    assert all(plan.products.complete for plan in manager._fused._plans.values())
+
+
+def _transposing(forward):
+    """The gradient at the functions' outputs comes from a transposed tensor."""
+
+    class Turn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def turned(self, **inputs):
+        module = sys.modules[MODULE]
+        applies = {name: getattr(module, name).apply for name in FUNCTIONS}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, apply in applies.items():
+
+                def turning(*arguments, apply=apply):
+                    out = apply(*arguments)
+                    return tuple(map(Turn.apply, out)) if isinstance(out, tuple) else Turn.apply(out)
+
+                patch.setattr(getattr(module, name), "apply", turning)
+            return forward(self, **inputs)
+
+    return turned
+
+
+def test_a_function_that_changes_its_mind(fast_lora, monkeypatch):
+    """Oracle: x is overwritten by then, so that products which are missing cannot be made up for: an error."""
+    model = _model()
+    manager = GRITManager(model, GRITConfig()).attach()
+    _backward(model, fused=True, micro_batches=1)
+    monkeypatch.setattr(sys.modules[__name__], "_grads", _grads_otherwise)
+    with pytest.raises(GRITError, match="took other products"):
+        _backward(model, fused=True, micro_batches=1)
+    manager.detach()
+
+
+def test_dropout_makes_x_inside_the_function():
+    """Oracle: by hand: x is not what A is multiplied by then, so that nothing can be noted, whatever was before."""
+    products = Products([torch.zeros(3, 5), torch.zeros(4, 3)])
+    for complete, without in ((None, (True, True)), (True, (True, False)), (False, (False, True))):
+        products.complete = complete
+        assert products.begin((None,), [1, 2]) == without
+        assert products.begin((torch.ones(2, 5),), [1, 2]) == (False, True)
+
+
+def test_an_operand_is_its_adapter():
+    """Oracle: the plain tensor. Only the expected product is noted."""
+    a, b, x, dy = torch.randn(3, 5), torch.randn(4, 3), torch.randn(2, 5), torch.randn(2, 4)
+    products = Products([a, b])
+    products.begin((), [x.data_ptr(), dy.data_ptr()])
+    for plain, operand in zip((a, b), products.operands, strict=True):
+        for do in (
+            torch.empty_like,
+            torch.Tensor.numel,
+            lambda w: w.shape,
+            lambda w: w.t() @ torch.ones(w.shape[0], 2),
+            lambda w: w @ torch.ones(w.shape[1], 2),
+            lambda w: torch.ones(2, w.shape[0]) @ w,
+            lambda w: torch.zeros(2, w.shape[1]).addmm_(torch.ones(2, w.shape[0]), w, alpha=2.0),
+            lambda w: torch.cat([w, w]),
+            lambda w: torch.nn.functional.linear(torch.ones(2, w.shape[1]), w),
+            lambda w: 2 * w + w,
+            lambda w: w.to(torch.float64),
+            lambda w: w.to(torch.float32).t().t(),
+            lambda w: w.t().to(torch.float32).contiguous(),
+            lambda w: w.mT,
+        ):
+            ours, truth = do(operand), do(plain)
+            if do is torch.empty_like:
+                ours, truth = ours.shape, truth.shape
+            assert torch.equal(ours, truth) if isinstance(truth, torch.Tensor) else ours == truth
+    assert products.found == [None, None]
+    operand_a, operand_b = products.operands
+    assert torch.equal(operand_a.t().t() @ x.t(), a @ x.t())
+    assert torch.equal(torch.matmul(dy, operand_b.t().t()), dy @ b)
+    assert torch.equal(products.found[0], a @ x.t())
+    assert torch.equal(products.found[1], dy @ b)
+    # There is nothing more to note: from here on the function has the adapters themselves.
+    assert operand_a.t().t() is a
+    assert products.end()[1] is not None
+    assert products.complete
 
 
 def test_module_hooks_alone_starve(fast_lora):
@@ -295,6 +432,7 @@ def test_activations_are_freed_without_the_garbage_collector(fast_lora):
 
 def test_layers_with_inputs_of_their_own(fast_lora, monkeypatch):
     """Oracle: where dropout gives every layer another x, products are taken one by one, and the sums are the same."""
+    monkeypatch.setattr(sys.modules[__name__], "_grads", _grads_otherwise)
     together, *_ = _sums(True, fast_lora)
     monkeypatch.setattr(FusedTap, "_dropped", lambda self, x, masks, i, ctx: x.clone())
     apart, *_ = _sums(True, fast_lora)
