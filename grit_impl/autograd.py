@@ -11,8 +11,9 @@ back in, so that S_g does not depend on batch size, accumulation or mixed precis
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ class ForwardContext:
         tokens_per_unit: 0-dim tensor; what a gradient is multiplied by to become the gradient of one token's
             loss. None until the backward pass has reached the loss.
         count: 0-dim tensor, the number of real tokens by the mask. Summed once, not once per layer.
+        pending: Indices of the layers whose gradient was asked for in the forward pass itself.
     """
 
     mask: Tensor | None
     tokens: int | None = None
     tokens_per_unit: Tensor | None = None
     count: Tensor | int = field(init=False)
+    pending: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.count = 0 if self.mask is None else self.mask.sum()
@@ -70,7 +73,7 @@ class RankStatistics:
         sums, cross, self._tokens, self._energy = torch.split(self._buffer, [2 * square, square, layers, layers])
         self._sums, self._cross = sums.view(2, layers, rank, rank), cross.view(layers, rank, rank)
         self._noted: list[tuple[int, Tensor, Tensor, bool]] = []
-        self._bytes = 0
+        self._room = 0
         self._context: ForwardContext | None = None
         self.check_completeness = False
         self.collecting = True
@@ -105,47 +108,47 @@ class RankStatistics:
         self.flush()
         return self._tokens
 
-    def add(
-        self, calls: Sequence[tuple[int, Tensor, Tensor]], context: ForwardContext, *, turned: bool = False
-    ) -> None:
-        """Add calls of layers that saw the same tokens.
+    def add(self, layer: int, a: Tensor, g: Tensor, context: ForwardContext, *, turned: bool = False) -> None:
+        """Add one call of a layer.
 
         Args:
-            calls: Of each the index of the layer; a, (..., r) output of lora_A, any dtype; and g, (..., r) gradient of
-                the (scaled, averaged) loss at that output. Nobody may write to a and g afterwards.
-            context: The forward pass that the calls belong to.
+            layer: Index of the layer.
+            a: (..., r) output of lora_A, any dtype; nobody may write to it afterwards.
+            g: (..., r) gradient of the (scaled, averaged) loss at that output; the same.
+            context: The forward pass that the call belongs to.
             turned: a is (r, tokens).
 
         Raises:
             GRITError: the loss was not seen, or the layer saw other tokens than the model was given.
         """
+        if context is not self._context:
+            self._begin(context)
+        numbers, rank = g.numel(), g.shape[-1]
+        if context.tokens is not None and numbers != context.tokens * rank:
+            raise GRITError(
+                f"a LoRA layer saw {numbers // rank} tokens where the model was given {context.tokens}: GRIT supports "
+                "layers that see every token once (no expert routing, no part of a sequence)"
+            )
+        if not self._noted:  # as many calls like this one as fit; layers of other ranks need not be exact
+            self._room = self.CHUNK // max(1, 2 * numbers * g.element_size())
+        self._noted.append((layer, a, g, turned))
+        if len(self._noted) > self._room:
+            self.flush()
+
+    def _begin(self, context: ForwardContext) -> None:
         if context.tokens_per_unit is None:
             raise GRITError(
                 "GRIT cannot tell how the loss averages over tokens: pass labels to the model's forward so that it "
                 "returns a loss, or set manager.loss_tokens to the number of tokens the loss is averaged over"
             )
-        if context is not self._context:
-            self.flush()
-            self._context = context
-        g = calls[0][2]
-        numbers = g.numel()
-        tokens = numbers // g.shape[-1]
-        if context.tokens not in (None, tokens):
-            raise GRITError(
-                f"a LoRA layer saw {tokens} tokens where the model was given {context.tokens}: GRIT supports "
-                "layers that see every token once (no expert routing, no part of a sequence)"
-            )
-        self._noted += [(*call, turned) for call in calls]
-        # As if all had this one's rank: it need not be exact.
-        self._bytes += 2 * len(calls) * numbers * g.element_size()
-        if self._bytes > self.CHUNK:
-            self.flush()
+        self.flush()
+        self._context = context
 
     @torch.no_grad()
     def flush(self) -> None:
         """Add what was noted to the sums."""
         noted, context = sorted(self._noted, key=lambda call: call[0]), self._context
-        self._noted, self._bytes = [], 0
+        self._noted = []
         if not noted or context is None:
             return
         # Neighbours of one shape: their sums are one slice, so that no index has to travel to the device.
@@ -184,7 +187,7 @@ class RankStatistics:
 
     def reset(self) -> None:
         """Forget the sums."""
-        self._noted, self._bytes = [], 0
+        self._noted = []
         self._buffer.zero_()
 
 
@@ -207,9 +210,10 @@ class LossTap:
         ]
 
     def remove(self) -> None:
-        """Detach from the model."""
+        """Detach from the model; whoever still asks for the context is told that there is none."""
         for handle in self._handles:
             handle.remove()
+        self.context = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A forward without gradients (evaluation, a reference model) leaves the context to the backward under way.
@@ -244,33 +248,47 @@ class LossTap:
 
 
 class ModuleTap:
-    """Statistics from peft's modules: a hook on each `lora_A`, and one on the gradient of its output.
+    """Statistics from peft's modules: from what `lora_A` returns, and from the gradient of it.
 
     A token is counted when its gradient arrives, hence once: reentrant checkpointing runs the first forward without
-    gradients, non-reentrant back-propagates through one of its two forwards, and DoRA's call of `lora_A` on an
-    identity matrix is detached.
+    gradients, non-reentrant back-propagates through the first of two, and DoRA's call of `lora_A` on an identity matrix
+    is detached.
+
+    The modules' `forward` is replaced, because a forward hook sends every call the long way through nn.Module: on a
+    fast GPU, where the host sets the pace, hooks made a third of what GRIT costs.
     """
 
     def __init__(self, lora_a: list[nn.Module], statistics: RankStatistics, loss: LossTap) -> None:
-        self._statistics, self._loss = statistics, loss
-        self._handles = [module.register_forward_hook(self._hook(i)) for i, module in enumerate(lora_a)]
+        self.statistics, self.loss = statistics, loss
+        self._replaced: list[tuple[nn.Module, Any, Any]] = []
+        for layer, module in enumerate(lora_a):
+            # A partial is copied with the model, where a closure would go on computing with the first one's weights.
+            noting = partial(_noting, module.forward, self, layer)
+            self._replaced.append((module, noting, vars(module).get("forward")))
+            module.forward = noting
 
     def remove(self) -> None:
-        """Detach from the modules."""
-        for handle in self._handles:
-            handle.remove()
+        """Give the modules their own `forward` back; where somebody has wrapped ours, it stays and notes nothing."""
+        for module, noting, before in self._replaced:
+            if vars(module).get("forward") is noting:
+                del module.forward
+                if before is not None:
+                    module.forward = before
+        self._replaced = []
 
-    def _hook(self, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        statistics, loss = self._statistics, self._loss
 
-        def forward_hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            context = loss.context
-            if context is None or not (statistics.collecting and output.requires_grad):
-                return
-            a = output.detach()
-            output.register_hook(lambda g: statistics.add([(layer, a, g)], context))  # type: ignore[no-untyped-call]
-
-        return forward_hook
+def _noting(forward: Callable[..., Tensor], tap: ModuleTap, layer: int, *inputs: Any, **named: Any) -> Tensor:
+    output = forward(*inputs, **named)
+    context, statistics = tap.loss.context, tap.statistics
+    if context is None or not (output.requires_grad and statistics.collecting):
+        return output
+    if torch._C._current_graph_task_id() == -1:
+        context.pending.add(layer)
+    elif layer in context.pending:  # recomputed inside the backward: the gradient will go to the first output
+        return output
+    a = output.detach()
+    output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
+    return output
 
 
 def _field(output: Any, name: str) -> Any:

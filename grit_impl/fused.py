@@ -288,18 +288,15 @@ class FusedTap:
             return
         if not products.complete:
             raise GRITError("a fused LoRA function took other products in this backward than before: please report it")
-        for i, _ in plan.layers:
+        for i, layer in plan.layers:
             if scales[i] != 1:  # the function is done with them
                 found[2 * i + 1] *= scales[i]
-        self._statistics.add(
-            [(layer, found[2 * i], found[2 * i + 1]) for i, layer in plan.layers], context, turned=True
-        )
+            self._statistics.add(layer, found[2 * i], found[2 * i + 1], context, turned=True)
 
     def _take(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
         """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
         context = self._loss.context
         assert context is not None
-        calls = []
         for group in plan.groups:
             x = inputs[group.places[0]]
             if all(inputs[i] is x for i in group.places[1:]):
@@ -313,8 +310,7 @@ class FusedTap:
                 gradient = torch.mm(dy, lora_b)
                 if scales[i] != 1:
                     gradient *= scales[i]
-                calls.append((layer, value, gradient))
-        self._statistics.add(calls, context)
+                self._statistics.add(layer, value, gradient, context)
 
 
 def _width(a: Tensor | None) -> int:

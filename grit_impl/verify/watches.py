@@ -58,7 +58,8 @@ class HookWatch:
         for name, module in self.model.named_modules():
             if "lora_" not in name or name in self._calls or len(self._calls) == MODULES:
                 continue
-            if any(getattr(module, kind) for kind in _MODULE_HOOKS):
+            # A forward of the instance's own is a hook by another name.
+            if any(getattr(module, kind) for kind in _MODULE_HOOKS) or "forward" in vars(module):
                 self._calls[name] = 0
                 self._handles[name] = module.register_forward_pre_hook(self._counter(name))
 

@@ -292,7 +292,7 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
         began = time.perf_counter()
         context = ForwardContext(torch.ones(1, tokens, dtype=torch.bool), tokens, torch.tensor(1.0))
         for i in range(layers):
-            statistics.add([(i, a, g)], context)
+            statistics.add(i, a, g, context)
         with torch.no_grad():
             factors.absorb(statistics)
             factors.invert()

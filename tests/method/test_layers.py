@@ -276,6 +276,60 @@ def test_training_in_evaluation_mode_counts(llama: Any, sequences: Any, collate:
     assert float(manager.factors.seen[0]) == float(batch["attention_mask"].sum())
 
 
+def test_a_copy_of_the_model_is_a_model_of_its_own(llama: Any, sequences: Any, collate: Any) -> None:
+    """Oracle: the copy's own A, here zero: with GRIT attached, it must not compute with the original's."""
+    model, batch = llama(), collate(sequences(4))
+    GRITManager(model).attach()
+    twin = copy.deepcopy(model)
+    for name, parameter in twin.named_parameters():
+        if "lora_A" in name:
+            parameter.data.zero_()
+    with torch.no_grad():
+        found = twin(**batch).loss
+        with model.disable_adapter():
+            truth = model(**batch).loss
+    assert torch.equal(found, truth)
+
+
+def test_a_forward_that_others_wrap_is_left_alone(llama: Any, sequences: Any, collate: Any) -> None:
+    """Wrapped before (accelerate does so): called, and given back. Wrapped after: it stays, and notes nothing more."""
+    model, batch, calls = llama(), collate(sequences(4)), []
+    first, second = (layer.module.lora_A["default"] for layer in GRITManager(model).layers[:2])
+
+    def wrap(module: torch.nn.Module) -> Any:
+        inner = module.forward
+        module.forward = lambda x: (calls.append(module), inner(x))[1]
+        return module.forward
+
+    before = wrap(first)
+    manager = GRITManager(model).attach()
+    after = wrap(second)
+    model(**batch).loss.backward()
+    assert manager.statistics.tokens[:2].all()
+    assert {id(module) for module in calls} == {id(first), id(second)}
+    manager.detach()
+    manager.statistics.reset()
+    assert first.forward is before
+    assert second.forward is after
+    model(**batch).loss.backward()
+    assert not manager.statistics.tokens.any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_are_asked_once(reentrant: bool, llama: Any, sequences: Any, collate: Any) -> None:
+    """Oracle: a counter of gradient hooks: one per layer, though checkpointing calls each twice."""
+    model, batch, asked = llama(), collate(sequences(4)), []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    manager = GRITManager(model).attach()
+    original = torch.Tensor.register_hook
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "register_hook", lambda x, hook: (asked.append(hook), original(x, hook))[1])
+        model(**batch).loss.backward()
+    assert sum("_noting" in hook.__qualname__ for hook in asked) == len(manager.layers)
+    assert (manager.statistics.tokens == float(batch["attention_mask"].sum())).all()
+
+
 def test_detached_hooks_are_gone(llama: Any, sequences: Any, collate: Any) -> None:
     """detach() removes every hook; precondition() then refuses instead of working on nothing."""
     model = llama()
@@ -283,6 +337,6 @@ def test_detached_hooks_are_gone(llama: Any, sequences: Any, collate: Any) -> No
     manager.detach()
     model(**collate(sequences(4))).loss.backward()
     assert not manager.statistics.tokens.any()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     with pytest.raises(GRITError, match="not attached"):
         manager.precondition()

@@ -46,7 +46,7 @@ def collected(data: list[tuple[Tensor, Tensor]], cuts: list[int], mask: Tensor, 
     for start, stop in itertools.pairwise(edges):
         context = ForwardContext(mask[start:stop], stop - start, torch.tensor(unit))
         for i, (a, g) in enumerate(data):
-            statistics.add([(i, a[start:stop], g[start:stop] / unit)], context)
+            statistics.add(i, a[start:stop], g[start:stop] / unit, context)
     return statistics
 
 
