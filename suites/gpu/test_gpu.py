@@ -25,7 +25,7 @@ def test_statistics_are_complete(judge, claim):
 
 
 @pytest.mark.parametrize(
-    "claim", ["gpu.hybrid-step-time", "gpu.pure-step-time", "gpu.hybrid-memory", "gpu.pure-memory"]
+    "claim", [f"gpu.{arm}-{what}" for arm in ("hybrid", "pure") for what in ("step-time", "step-time-short", "memory")]
 )
 def test_cost(judge, claim):
     judge(claim)

@@ -16,7 +16,7 @@ from .conftest import write_run
 
 def _costs(ratios, memory=1.0):
     cell = {"length": 512, "step_ratios": ratios, "plain_peak_bytes": 2**33, "grit_peak_bytes": int(2**33 * memory)}
-    return Evidence(costs={"unsloth": {"cells": [cell]}, "peft": {"cells": [cell, {**cell, "length": 2048}]}})
+    return Evidence(costs={stack: {"cells": [cell, {**cell, "length": 2048}]} for stack in ("unsloth", "peft")})
 
 
 @pytest.mark.parametrize("arm", ["hybrid", "pure"])
@@ -30,8 +30,19 @@ def _costs(ratios, memory=1.0):
     ],
 )
 def test_step_time(arm, ratios, verdict):
-    """Oracle: where the whole interval of the median lies."""
-    assert find(f"gpu.{arm}-step-time").judge(_costs(ratios)).verdict == verdict
+    """Oracle: where the whole interval of the median lies, at either length."""
+    for claim in (f"gpu.{arm}-step-time", f"gpu.{arm}-step-time-short"):
+        assert find(claim).judge(_costs(ratios)).verdict == verdict
+
+
+def test_each_length_is_judged_by_its_own_ratios():
+    """Oracle: by hand: dear on short sequences alone refutes the claim about those; a missing length is open."""
+    evidence = _costs([1.01, 1.02, 1.03] * 4)
+    evidence.costs["peft"]["cells"][0]["step_ratios"] = [1.07, 1.08, 1.10] * 4
+    evidence.costs["unsloth"]["cells"].pop()
+    names = ("pure-step-time", "pure-step-time-short", "hybrid-step-time", "hybrid-step-time-short")
+    verdicts = [find(f"gpu.{name}").judge(evidence).verdict for name in names]
+    assert verdicts == ["supported", "refuted", "inconclusive", "supported"]
 
 
 @pytest.mark.parametrize(("ratios", "least"), [([1.01] * 5, 6), ([0.95, 1.04, 1.15] * 4, 13)])
