@@ -73,7 +73,7 @@ class RankStatistics:
         sums, cross, self._tokens, self._energy = torch.split(self._buffer, [2 * square, square, layers, layers])
         self._sums, self._cross = sums.view(2, layers, rank, rank), cross.view(layers, rank, rank)
         self._noted: list[tuple[int, Tensor, Tensor, bool]] = []
-        self._room = 0
+        self._bytes = 0
         self._context: ForwardContext | None = None
         self.check_completeness = False
         self.collecting = True
@@ -116,7 +116,7 @@ class RankStatistics:
             a: (..., r) output of lora_A, any dtype; nobody may write to it afterwards.
             g: (..., r) gradient of the (scaled, averaged) loss at that output; the same.
             context: The forward pass that the call belongs to.
-            turned: a is (r, tokens).
+            turned: a is (r, tokens) instead, and g (tokens, r).
 
         Raises:
             GRITError: the loss was not seen, or the layer saw other tokens than the model was given.
@@ -129,10 +129,9 @@ class RankStatistics:
                 f"a LoRA layer saw {numbers // rank} tokens where the model was given {context.tokens}: GRIT supports "
                 "layers that see every token once (no expert routing, no part of a sequence)"
             )
-        if not self._noted:  # as many calls like this one as fit; layers of other ranks need not be exact
-            self._room = self.CHUNK // max(1, 2 * numbers * g.element_size())
         self._noted.append((layer, a, g, turned))
-        if len(self._noted) > self._room:
+        self._bytes += 2 * numbers * g.element_size()
+        if self._bytes > self.CHUNK:
             self.flush()
 
     def _begin(self, context: ForwardContext) -> None:
@@ -148,7 +147,7 @@ class RankStatistics:
     def flush(self) -> None:
         """Add what was noted to the sums."""
         noted, context = sorted(self._noted, key=lambda call: call[0]), self._context
-        self._noted = []
+        self._noted, self._bytes = [], 0
         if not noted or context is None:
             return
         # Neighbours of one shape: their sums are one slice, so that no index has to travel to the device.
@@ -168,7 +167,8 @@ class RankStatistics:
         first, rank, dtype = run[0][0], run[0][2].shape[-1], self._buffer.dtype
         layers = slice(first, first + len(run))
         a, raw = torch.stack([a for _, a, _, _ in run]).to(dtype), torch.stack([g for _, _, g, _ in run]).to(dtype)
-        a, raw = a.mT if run[0][3] else a.flatten(1, -2), raw.flatten(1, -2)  # (n, tokens, r) each
+        raw = raw.reshape(len(run), -1, rank)  # (n, tokens, r), as a
+        a = a.mT if run[0][3] else a.reshape(raw.shape)
         if context.mask is None:
             self._tokens[layers] += raw.shape[1]
         else:
@@ -187,7 +187,7 @@ class RankStatistics:
 
     def reset(self) -> None:
         """Forget the sums."""
-        self._noted = []
+        self._noted, self._bytes = [], 0
         self._buffer.zero_()
 
 
@@ -201,6 +201,7 @@ class LossTap:
 
     def __init__(self, model: nn.Module, on_window: Callable[[], None]) -> None:
         self.context: ForwardContext | None = None
+        self.in_forward = False  # of the model, with gradients
         self.loss_tokens: float | None = None
         self._on_window = on_window
         self._names = list(inspect.signature(model.forward).parameters)
@@ -220,6 +221,7 @@ class LossTap:
         if not torch.is_grad_enabled():
             return
         self._on_window()
+        self.in_forward = True
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.context = ForwardContext(_real_tokens(inputs.get("attention_mask")), _tokens(inputs))
         if self.loss_tokens is not None:
@@ -227,7 +229,10 @@ class LossTap:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         context = self.context
-        if not torch.is_grad_enabled() or context is None or self.loss_tokens is not None:
+        if not torch.is_grad_enabled():
+            return
+        self.in_forward = False
+        if context is None or self.loss_tokens is not None:
             return
         log_probs, loss = _field(output, "log_probs"), _field(output, "loss")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
@@ -255,11 +260,16 @@ class ModuleTap:
     is detached.
 
     The modules' `forward` is replaced, because a forward hook sends every call the long way through nn.Module: on a
-    fast GPU, where the host sets the pace, hooks made a third of what GRIT costs.
+    fast GPU, where the host sets the pace, hooks made a third of what GRIT costs. Whoever restores a `forward` that was
+    wrapped before takes ours away with it.
+
+    Attributes:
+        rerun: Layers that were seen without gradients inside a forward with them: under reentrant checkpointing.
     """
 
     def __init__(self, lora_a: list[nn.Module], statistics: RankStatistics, loss: LossTap) -> None:
         self.statistics, self.loss = statistics, loss
+        self.rerun: set[int] = set()
         self._replaced: list[tuple[nn.Module, Any, Any]] = []
         for layer, module in enumerate(lora_a):
             # A partial is copied with the model, where a closure would go on computing with the first one's weights.
@@ -280,12 +290,20 @@ class ModuleTap:
 def _noting(forward: Callable[..., Tensor], tap: ModuleTap, layer: int, *inputs: Any, **named: Any) -> Tensor:
     output = forward(*inputs, **named)
     context, statistics = tap.loss.context, tap.statistics
-    if context is None or not (output.requires_grad and statistics.collecting):
+    if context is None:
         return output
-    if torch._C._current_graph_task_id() == -1:
-        context.pending.add(layer)
-    elif layer in context.pending:  # recomputed inside the backward: the gradient will go to the first output
+    if not output.requires_grad:
+        if tap.loss.in_forward:
+            tap.rerun.add(layer)
         return output
+    if not statistics.collecting:
+        return output
+    if not torch.compiler.is_compiling():  # which knows nothing of the engine
+        if torch._C._current_graph_task_id() == -1:
+            context.pending.add(layer)
+        elif layer in context.pending and layer not in tap.rerun:
+            # Recomputed inside the backward: the gradient will go to the first output.
+            return output
     a = output.detach()
     output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
     return output

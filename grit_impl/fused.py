@@ -72,7 +72,7 @@ class _Plan(NamedTuple):
         copies: Those that there are.
         groups: Layers with one d_in.
         layers: (place in the function, index of the layer) each.
-        products: What the function multiplies the copies by.
+        products: What becomes of the copies in the function.
     """
 
     cast: list[Any]
@@ -103,11 +103,23 @@ class FusedAdapters:
 
     Args:
         layers: The manager's layers, in order.
+
+    Attributes:
+        tried: A function was called for the first time since somebody last looked: its products were taken twice.
     """
 
     def __init__(self, layers: Sequence[LoRAFactorPair]) -> None:
         self._layers = layers
         self._addresses: list[int] = []
+        self.tried = False
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds out anew: operands are tied to the adapters that they stand for.
+        return {"_layers": self._layers, "_addresses": [], "tried": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self.refresh()
 
     def refresh(self) -> None:
@@ -254,15 +266,15 @@ class FusedTap:
         adapters: Sequence[Tensor | None],
         masks: Sequence[Tensor | None],
         dys: Sequence[Tensor],
-        saved: Callable[[Sequence[Any]], tuple[Any, ...]],
+        arranged: Callable[[Sequence[Any]], tuple[Any, ...]],
     ) -> Any:
-        """A function whose layers' x and dL/dy are known before it runs; `saved` puts its adapters among the rest."""
+        """A function whose x and dL/dy are known before it runs; `arranged` puts adapters into what it saved."""
         plan, dys = self._adapters.cast(adapters, xs[0].dtype), [_contiguous(dy) for dy in dys]
         products, scales = plan.products, ctx.custom_saved_tensors[2::3]
         noting, taking = products.begin(masks, [w.data_ptr() for pair in zip(xs, dys, strict=True) for w in pair])
         if taking:
             self._take(plan, scales, [self._dropped(x, masks, i, ctx) for i, x in enumerate(xs)], dys)
-        stand_in = _StandIn(ctx, saved_tensors=saved(products.operands if noting else plan.cast))
+        stand_in = _StandIn(ctx, saved_tensors=arranged(products.operands if noting else plan.cast))
         result = original.backward(stand_in, *dys)
         if noting:
             self._add_noted(plan, scales)
@@ -285,6 +297,7 @@ class FusedTap:
         assert context is not None
         tried, found = products.complete is not None, products.end()
         if not tried:
+            self._adapters.tried = True
             return
         if not products.complete:
             raise GRITError("a fused LoRA function took other products in this backward than before: please report it")

@@ -227,7 +227,11 @@ class GRITManager:
         self._check_active()
         if self.statistics.collecting:
             if self.statistics.check_completeness:
-                self.completeness = completeness_errors(self.statistics, self.layers)
+                errors = completeness_errors(self.statistics, self.layers)
+                # A fused function's first call is counted by products of our own: its noted ones are checked next time.
+                self.completeness = None if self._fused is not None and self._fused.tried else errors
+            if self._fused is not None:
+                self._fused.tried = False
             self.factors.absorb(self.statistics)
         self.statistics.reset()
         self._window_open = False

@@ -46,7 +46,7 @@ class Products:
             factors: As far as they are known; the rest can be set later.
 
         Returns:
-            Whether to give the function the operands, and whether to take the products oneself.
+            (noting, taking): whether to give the function the operands, and whether to take the products oneself.
         """
         self.factors, self.found = factors, self._nothing.copy()
         if self.complete is False:
@@ -58,7 +58,7 @@ class Products:
 
     def end(self) -> list[Any]:
         """What was found, all of it if `complete` says so."""
-        found, self.found = self.found, self._nothing
+        found, self.found = self.found, self._nothing.copy()
         self.complete = all(found[i] is not None for i in self._there)
         return found
 
@@ -78,7 +78,7 @@ class _Turned(Tensor):
 
 
 class Operand(Tensor):
-    """An adapter A (r, d_in) or B (d_out, r); everything but A @ x' and dL/dy @ B is a plain tensor's."""
+    """An adapter A (r, d_in) or B (d_out, r); everything but `A @ x.t()` and `dy @ B` is a plain tensor's."""
 
     _slot: int
     _products: Products

@@ -40,6 +40,8 @@ def spread(indices: list[int], count: int) -> list[int]:
 class HookWatch:
     """Hooks of others: those on gradients are looked through, modules with hooks are counted when called.
 
+    A module whose `forward` was replaced counts as one with hooks, whoever replaced it.
+
     Attributes:
         kind: The kind of gradient hook found.
     """

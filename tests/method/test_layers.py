@@ -330,6 +330,23 @@ def test_recomputed_layers_are_asked_once(reentrant: bool, llama: Any, sequences
     assert (manager.statistics.tokens == float(batch["attention_mask"].sum())).all()
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_a_forward_between_checkpointed_ones(both: bool, llama: Any, sequences: Any, collate: Any) -> None:
+    """A second forward before the first one's backward: every token is counted, or the run is refused."""
+    model, batch = llama(), collate(sequences(4))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    manager = GRITManager(model).attach()
+    first = model(**batch).loss
+    if both:
+        (first + model.eval()(**batch).loss).backward()
+        assert (manager.statistics.tokens == 2 * float(batch["attention_mask"].sum())).all()
+    else:
+        model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        with pytest.raises(GRITError, match="how the loss averages"):
+            first.backward()
+
+
 def test_detached_hooks_are_gone(llama: Any, sequences: Any, collate: Any) -> None:
     """detach() removes every hook; precondition() then refuses instead of working on nothing."""
     model = llama()

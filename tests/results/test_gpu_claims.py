@@ -16,7 +16,7 @@ from .conftest import write_run
 
 def _costs(ratios, memory=1.0):
     cell = {"length": 512, "step_ratios": ratios, "plain_peak_bytes": 2**33, "grit_peak_bytes": int(2**33 * memory)}
-    return Evidence(costs={stack: {"cells": [cell, {**cell, "length": 2048}]} for stack in ("unsloth", "peft")})
+    return Evidence(costs={stack: {"cells": [{**cell}, {**cell, "length": 2048}]} for stack in ("unsloth", "peft")})
 
 
 @pytest.mark.parametrize("arm", ["hybrid", "pure"])
