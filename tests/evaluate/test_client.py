@@ -120,7 +120,8 @@ def test_every_fault_kind_is_noticed(fake_ollama, chaos, stream: bool) -> None:
 
 
 def test_slow_servers_cost_one_timeout(fake_ollama, chaos) -> None:
-    """Oracle: the clock; a server that dribbles bytes resets a read timeout each time, but not the deadline."""
+    """Oracle: the clock; a server that dribbles bytes for twenty seconds resets a read timeout each time, but not the
+    deadline."""
     server = fake_ollama(lambda model, prompt: "right")
     for fault in chaos.slow:
         proxy = chaos(server.url, lambda n, fault=fault: fault if n == 0 else None)
@@ -128,7 +129,7 @@ def test_slow_servers_cost_one_timeout(fake_ollama, chaos) -> None:
         with Endpoint(proxy.url, timeout=0.5, backoff=0.001) as endpoint:
             reply = endpoint.generate("base", "one", GREEDY)
         assert (reply.text, reply.faults) == ("right", ["timeout"]), fault
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
 
 
 def test_refused_requests_are_not_repeated(fake_ollama) -> None:

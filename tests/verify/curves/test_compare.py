@@ -326,7 +326,8 @@ def test_help_teaches() -> None:
 
 
 def test_answers_within_three_seconds_without_torch(tmp_path: Path, logs: ModuleType) -> None:
-    """Oracle: processor time (a busy machine is not the program's fault) and sys.modules of a fresh process."""
+    """Oracle: processor time, the least of three (a busy machine is not the program's fault), and sys.modules of a
+    fresh process."""
     for name, loss in (("a", logs.curve()), ("b", logs.curve() - drift())):
         logs.write_events(tmp_path / name, logs.rows(loss), tensors=False)
     code = (
@@ -334,8 +335,10 @@ def test_answers_within_three_seconds_without_torch(tmp_path: Path, logs: Module
         "compare.main(sys.argv[1:], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'tensorflow', 'matplotlib'} & set(sys.modules)"
     )
-    before = os.times()
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a", tmp_path / "b"], check=True, capture_output=True)
-    after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    assert 0 < spent < 3
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code, tmp_path / "a", tmp_path / "b"], check=True, capture_output=True)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0 < min(spent) < 3
