@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,17 +85,25 @@ def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(
 
 
 def test_the_budget_ends_the_sweep_and_the_next_pass_continues(
-    plan_file: Path, fake_work: Work, tmp_path: Path
+    plan_file: Path, fake_work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was finished stays as it was; only what is missing is run."""
-    _orders(fake_work, sleep=0.3)
+    """What was finished stays as it was; only what is missing is run. The clock moves on by a second with each run that
+    ends, two runs never do in time, and they are ended."""
+    _orders(fake_work, slow=("tuning/convert/adamw/0", 600.0))
     plan = load_plan(plan_file)
-    with Store(tmp_path / "sweep.db") as store:
-        began = time.monotonic()
-        missing = Sweep(plan, store, jobs=1, device="cpu", work=fake_work, budget=2.5).run()
-        assert time.monotonic() - began < 10
+    clock = [0]
+    with Store(tmp_path / "sweep.db") as store, monkeypatch.context() as patch:
+        patch.setattr("grit_impl.sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
+        sweep = Sweep(
+            plan, store, jobs=3, device="cpu", work=fake_work, budget=5.5,
+            progress=lambda done, total, line: clock.__setitem__(0, done),
+        )  # fmt: skip
+        missing = sweep.run()
+        assert _log(fake_work).count("tuning/convert/adamw/0") == 2
+        assert not multiprocessing.active_children()
+        patch.undo()
         before = {row["key"]: row for row in store.runs()}
-        assert 0 < len(before) == 26 - missing < 26
+        assert 6 <= len(before) == 26 - missing <= 8
         _orders(fake_work)
         assert Sweep(plan, store, jobs=2, device="cpu", work=fake_work).run() == 0
         after = {row["key"]: row for row in store.runs()}
