@@ -197,11 +197,14 @@ class LossTap:
     The divisor is read from the arguments (`num_items_in_batch`, or the labels that are not -100) and everything
     that is done to the loss afterwards (accumulation, a loss scale, the number of processes) from the gradient that
     arrives at it. transformers' models return `loss`; TRL 1.16 takes `log_probs` and averages outside.
+
+    Attributes:
+        context: Of the forward pass under way, or of the one whose backward is: a backward that enters what a forward
+            returned brings that forward's context back, whatever has been run since.
     """
 
     def __init__(self, model: nn.Module, on_window: Callable[[], None]) -> None:
         self.context: ForwardContext | None = None
-        self.in_forward = False  # of the model, with gradients
         self.loss_tokens: float | None = None
         self._on_window = on_window
         self._names = list(inspect.signature(model.forward).parameters)
@@ -221,7 +224,6 @@ class LossTap:
         if not torch.is_grad_enabled():
             return
         self._on_window()
-        self.in_forward = True
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.context = ForwardContext(_real_tokens(inputs.get("attention_mask")), _tokens(inputs))
         if self.loss_tokens is not None:
@@ -229,10 +231,17 @@ class LossTap:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         context = self.context
-        if not torch.is_grad_enabled():
+        if context is None or not torch.is_grad_enabled():
             return
-        self.in_forward = False
-        if context is None or self.loss_tokens is not None:
+
+        def enter(grad: Tensor) -> None:
+            if self.context is not None:
+                self.context = context
+
+        for value in _values(output):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(enter)  # type: ignore[no-untyped-call]
+        if self.loss_tokens is not None:
             return
         log_probs, loss = _field(output, "log_probs"), _field(output, "loss")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
@@ -262,14 +271,10 @@ class ModuleTap:
     The modules' `forward` is replaced, because a forward hook sends every call the long way through nn.Module: on a
     fast GPU, where the host sets the pace, hooks made a third of what GRIT costs. Whoever restores a `forward` that was
     wrapped before takes ours away with it.
-
-    Attributes:
-        rerun: Layers that were seen without gradients inside a forward with them: under reentrant checkpointing.
     """
 
     def __init__(self, lora_a: list[nn.Module], statistics: RankStatistics, loss: LossTap) -> None:
         self.statistics, self.loss = statistics, loss
-        self.rerun: set[int] = set()
         self._replaced: list[tuple[nn.Module, Any, Any]] = []
         for layer, module in enumerate(lora_a):
             # A partial is copied with the model, where a closure would go on computing with the first one's weights.
@@ -290,18 +295,12 @@ class ModuleTap:
 def _noting(forward: Callable[..., Tensor], tap: ModuleTap, layer: int, *inputs: Any, **named: Any) -> Tensor:
     output = forward(*inputs, **named)
     context, statistics = tap.loss.context, tap.statistics
-    if context is None:
-        return output
-    if not output.requires_grad:
-        if tap.loss.in_forward:
-            tap.rerun.add(layer)
-        return output
-    if not statistics.collecting:
+    if context is None or not output.requires_grad or not statistics.collecting:
         return output
     if not torch.compiler.is_compiling():  # which knows nothing of the engine
         if torch._C._current_graph_task_id() == -1:
             context.pending.add(layer)
-        elif layer in context.pending and layer not in tap.rerun:
+        elif layer in context.pending:
             # Recomputed inside the backward: the gradient will go to the first output.
             return output
     a = output.detach()
@@ -311,6 +310,13 @@ def _noting(forward: Callable[..., Tensor], tap: ModuleTap, layer: int, *inputs:
 
 def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+
+
+def _values(output: Any) -> list[Any]:
+    """What a model returned, each by itself."""
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 def _tokens(inputs: dict[str, Any]) -> int | None:

@@ -190,15 +190,18 @@ def _model():
     return model
 
 
-def _backward(model, fused, micro_batches=2, factor=1):
+def _loss(model, fused, generator, padding=2):
     model.base_model.model.fused = fused
+    ids = torch.randint(1, 30, (3, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 7 - padding :] = 0
+    return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))["loss"]
+
+
+def _backward(model, fused, micro_batches=2, factor=1):
     generator = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
-        ids = torch.randint(1, 30, (3, 7), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[0, 5:] = 0
-        labels = ids.masked_fill(mask == 0, -100)
-        (model(input_ids=ids, attention_mask=mask, labels=labels)["loss"] * factor / micro_batches).backward()
+        (_loss(model, fused, generator) * factor / micro_batches).backward()
 
 
 def _sums(fused, fast_lora):
@@ -231,6 +234,29 @@ def test_fused_statistics_equal_the_modules(fast_lora, monkeypatch, noted):
         assert (ours - truth).norm() <= SAME * truth.norm()
     assert float(manager.completeness.max()) < 1e-6
     assert {plan.products.complete for plan in manager._fused._plans.values()} == {noted}
+
+
+@pytest.mark.parametrize("order", ["each in turn", "first, second", "second, first", "sum"])
+def test_two_forwards_before_a_backward(fast_lora, order):
+    """Oracle: peft's modules, a batch at a time. Each pass has a padding of its own."""
+    found = []
+    for fused in (False, True):
+        model, generator = _model(), torch.Generator().manual_seed(1)
+        manager = GRITManager(model, GRITConfig()).attach()
+        losses = []
+        for padding in (2, 4):
+            losses.append(_loss(model, fused, generator, padding))
+            if not fused or order == "each in turn":
+                losses[-1].backward()
+        if fused and order == "sum":
+            sum(losses).backward()
+        elif fused and order != "each in turn":
+            for loss in losses if order == "first, second" else losses[::-1]:
+                loss.backward()
+        found.append((manager.statistics.sums.clone(), manager.statistics.tokens.clone()))
+        manager.detach()
+    for truth, ours in zip(*found, strict=True):
+        assert (ours - truth).norm() <= SAME * truth.norm()
 
 
 def test_products_are_taken_once(fast_lora, monkeypatch):

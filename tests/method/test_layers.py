@@ -330,21 +330,49 @@ def test_recomputed_layers_are_asked_once(reentrant: bool, llama: Any, sequences
     assert (manager.statistics.tokens == float(batch["attention_mask"].sum())).all()
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_a_forward_between_checkpointed_ones(both: bool, llama: Any, sequences: Any, collate: Any) -> None:
-    """A second forward before the first one's backward: every token is counted, or the run is refused."""
-    model, batch = llama(), collate(sequences(4))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.enable_input_require_grads()
-    manager = GRITManager(model).attach()
-    first = model(**batch).loss
-    if both:
-        (first + model.eval()(**batch).loss).backward()
-        assert (manager.statistics.tokens == 2 * float(batch["attention_mask"].sum())).all()
-    else:
-        model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        with pytest.raises(GRITError, match="how the loss averages"):
-            first.backward()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_forward_between_checkpointed_ones(
+    labels: bool, training: bool, llama: Any, sequences: Any, collate: Any
+) -> None:
+    """Oracle: the same backward with no other forward before it: its own padding counts, and its own divisor."""
+    found = []
+    for between in (False, True):
+        model, batch, other = llama(), collate(sequences(4)), collate(sequences(3, seed=5))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        manager = GRITManager(model).attach()
+        first = model(**batch).loss
+        if between:
+            model.train(training)(**{name: other[name] for name in other if labels or name != "labels"})
+        first.backward()
+        found.append((manager.statistics.tokens.clone(), manager.statistics.sums.clone()))
+    assert (found[0][0] == float(batch["attention_mask"].sum())).all()
+    for alone, after in zip(*found, strict=True):
+        assert torch.equal(alone, after)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_forwards_and_one_backward(
+    reentrant: bool, llama: Any, sequences: Any, collate: Any, relative: Any
+) -> None:
+    """Oracle: the two batches one after the other. The second one, in evaluation mode, is not checkpointed."""
+    found = []
+    for together in (False, True):
+        model, batches = llama(), [collate(sequences(4)), collate(sequences(3, seed=5))]
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        manager = GRITManager(model).attach()
+        losses = []
+        for batch, mode in zip(batches, (True, False), strict=True):
+            losses.append(model.train(mode)(**batch).loss)
+            if not together:
+                losses[-1].backward()
+        if together:
+            torch.stack(losses).sum().backward()
+        found.append(manager.statistics.sums.clone())
+        assert (manager.statistics.tokens == sum(float(batch["attention_mask"].sum()) for batch in batches)).all()
+    assert relative(*found) < 1e-6
 
 
 def test_detached_hooks_are_gone(llama: Any, sequences: Any, collate: Any) -> None:
