@@ -11,6 +11,8 @@ back in, so that S_g does not depend on batch size, accumulation or mixed precis
 from __future__ import annotations
 
 import inspect
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -234,7 +236,7 @@ class LossTap:
         if context is None or not torch.is_grad_enabled():
             return
 
-        def enter(grad: Tensor) -> None:
+        def enter(grad: Tensor | None) -> None:
             if self.context is not None:
                 self.context = context
 
@@ -246,8 +248,9 @@ class LossTap:
         log_probs, loss = _field(output, "log_probs"), _field(output, "loss")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
             # Each supervised token's log-probability enters the loss with the same weight.
-            def from_log_probs(grad: Tensor) -> None:
-                context.tokens_per_unit = 1.0 / grad.detach().abs().amax().float()
+            def from_log_probs(grad: Tensor | None) -> None:
+                if grad is not None:  # a compiled model's outputs have hooks called that nobody used
+                    context.tokens_per_unit = 1.0 / grad.detach().abs().amax().float()
 
             log_probs.register_hook(from_log_probs)  # type: ignore[no-untyped-call]
         if isinstance(loss, Tensor) and loss.requires_grad:
@@ -255,8 +258,9 @@ class LossTap:
             if divisor is None:
                 return
 
-            def from_loss(grad: Tensor) -> None:
-                context.tokens_per_unit = divisor / grad.detach().float()
+            def from_loss(grad: Tensor | None) -> None:
+                if grad is not None:
+                    context.tokens_per_unit = divisor / grad.detach().float()
 
             loss.register_hook(from_loss)  # type: ignore[no-untyped-call]
 
@@ -275,12 +279,21 @@ class ModuleTap:
 
     def __init__(self, lora_a: list[nn.Module], statistics: RankStatistics, loss: LossTap) -> None:
         self.statistics, self.loss = statistics, loss
+        self._register()
         self._replaced: list[tuple[nn.Module, Any, Any]] = []
         for layer, module in enumerate(lora_a):
             # A partial is copied with the model, where a closure would go on computing with the first one's weights.
             noting = partial(_noting, module.forward, self, layer)
             self._replaced.append((module, noting, vars(module).get("forward")))
             module.forward = noting
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._register()  # a copy is another tap
+
+    def _register(self) -> None:
+        self.number = next(_numbers)
+        _taps[self.number] = self
 
     def remove(self) -> None:
         """Give the modules their own `forward` back; where somebody has wrapped ours, it stays and notes nothing."""
@@ -294,18 +307,56 @@ class ModuleTap:
 
 def _noting(forward: Callable[..., Tensor], tap: ModuleTap, layer: int, *inputs: Any, **named: Any) -> Tensor:
     output = forward(*inputs, **named)
+    if torch.compiler.is_compiling():  # which knows no hooks and no engine, but operators
+        noted: Tensor = _note(output, tap.number, layer)
+        return noted
     context, statistics = tap.loss.context, tap.statistics
     if context is None or not output.requires_grad or not statistics.collecting:
         return output
-    if not torch.compiler.is_compiling():  # which knows nothing of the engine
-        if torch._C._current_graph_task_id() == -1:
-            context.pending.add(layer)
-        elif layer in context.pending:
-            # Recomputed inside the backward: the gradient will go to the first output.
-            return output
+    if torch._C._current_graph_task_id() == -1:
+        context.pending.add(layer)
+    elif layer in context.pending:
+        # Recomputed inside the backward: the gradient will go to the first output.
+        return output
     a = output.detach()
     output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
     return output
+
+
+# Taps by number: an operator's arguments are tensors and numbers.
+_taps: weakref.WeakValueDictionary[int, ModuleTap] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+# Python runs in the operators' backward, which a recorded CUDA graph would leave out.
+_UNRECORDED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+@torch.library.custom_op("grit::note", mutates_args=(), tags=_UNRECORDED)
+def _note(output: Tensor, tap: int, layer: int) -> Tensor:
+    """`output` itself, in a compiled model, where a hook would cut the graph at every layer."""
+    return output.clone()
+
+
+@torch.library.custom_op("grit::noted", mutates_args=(), tags=_UNRECORDED)
+def _noted(g: Tensor, a: Tensor, tap: int, layer: int) -> Tensor:
+    """The gradient of `_note`, which is where a layer's a and g meet."""
+    noting = _taps.get(tap)
+    context = None if noting is None else noting.loss.context
+    if noting is not None and context is not None and noting.statistics.collecting:
+        # Copies: compiled code uses memory again as soon as it has no reader left.
+        noting.statistics.add(layer, a.clone(), g.clone(), context)
+    return g.clone()
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    a, ctx.tap, ctx.layer = inputs
+    ctx.save_for_backward(a)
+
+
+_note.register_fake(lambda output, tap, layer: torch.empty_like(output))
+_noted.register_fake(lambda g, a, tap, layer: torch.empty_like(g))
+_note.register_autograd(
+    lambda ctx, g: (_noted(g, *ctx.saved_tensors, ctx.tap, ctx.layer), None, None), setup_context=_keep
+)
 
 
 def _field(output: Any, name: str) -> Any:
