@@ -9,18 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import ollama
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "export"))
-
 import tiny
 
 from grit_impl.errors import GRITError

@@ -20,9 +20,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "export"))
-
 import tiny
 
 from grit_impl.errors import GRITError

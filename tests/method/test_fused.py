@@ -1,4 +1,4 @@
-"""Statistics from fused LoRA functions, on stand-ins with the layout of Unsloth's: same saved tensors, same order."""
+"""Statistics from fused LoRA functions, on stand-ins of Unsloth's (`fused_functions`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import gc
 import sys
 import types
 
+import fused_functions
 import pytest
 import torch
+from fused_functions import WIDTH, Block
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
@@ -18,165 +19,17 @@ from grit_impl.fused import FUNCTIONS, MODULE, FusedAdapters, FusedTap
 from grit_impl.manager import GRITManager
 from grit_impl.products import Products
 
-WIDTH, HIDDEN, RANK = 12, 20, 3
+RANK = 3
 # Both paths run in float64 and add in other orders.
 SAME = 1e-12
-
-
-def _linear(x, w, a, b, s):
-    return x @ w.t() + s * (x @ a.t()) @ b.t()
-
-
-def _grads(x, dy, w, a, b, s):
-    """Gradients of _linear for x, a and b, by the products that Unsloth takes."""
-    at, bt = a.to(x.dtype).t(), b.to(x.dtype).t()
-    da, db = torch.empty_like(at), torch.empty_like(bt)
-    inner = dy @ bt.t()
-    da.addmm_(x.t(), inner, alpha=s, beta=0)
-    db.addmm_(at.t() @ x.t(), dy, alpha=s, beta=0)
-    return (dy @ w).addmm_(inner, at.t(), alpha=s), da.t(), db.t()
-
-
-def _grads_otherwise(x, dy, w, a, b, s):
-    """The same by other products: of s dL/dy, and of x on the left."""
-    inner = s * dy @ b
-    return dy @ w + inner @ a, inner.t() @ x, s * dy.t() @ (x @ a.t())
-
-
-class LoRA_W(torch.autograd.Function):
-    """y = x W' + s (x A') B', its backward as unsloth/kernels/fast_lora.py lays it out."""
-
-    @staticmethod
-    def forward(ctx, X, W, W_quant, A, B, S):
-        ctx.custom_saved_tensors = (W, W_quant, S)
-        ctx.save_for_backward(A, B, X)
-        return _linear(X, W, A, B, S)
-
-    @staticmethod
-    def backward(ctx, dY):
-        W, _, S = ctx.custom_saved_tensors
-        A, B, X = ctx.saved_tensors
-        flat, outer = X.reshape(-1, X.shape[-1]), dY.reshape(-1, dY.shape[-1])
-        dX, dA, dB = _grads(flat, outer, W, A, B, S)
-        return dX.view_as(X), None, None, dA, dB, None
-
-
-class LoRA_QKV(torch.autograd.Function):
-    """Three projections of one input; like Unsloth's, the backward overwrites X in place."""
-
-    @staticmethod
-    def forward(ctx, X, QW, Qq, QA, QB, QS, KW, Kq, KA, KB, KS, VW, Vq, VA, VB, VS, inplace=True):
-        ctx.custom_saved_tensors = (QW, Qq, QS, KW, Kq, KS, VW, Vq, VS)
-        ctx.save_for_backward(X, QA, QB, KA, KB, VA, VB)
-        return _linear(X, QW, QA, QB, QS), _linear(X, KW, KA, KB, KS), _linear(X, VW, VA, VB, VS)
-
-    @staticmethod
-    def backward(ctx, dQ, dK, dV):
-        QW, _, QS, KW, _, KS, VW, _, VS = ctx.custom_saved_tensors
-        X, QA, QB, KA, KB, VA, VB = ctx.saved_tensors
-        flat = X.reshape(-1, X.shape[-1])
-        found = [
-            _grads(flat, dy.reshape(-1, dy.shape[-1]), w, a, b, s)
-            for dy, w, a, b, s in ((dQ, QW, QA, QB, QS), (dK, KW, KA, KB, KS), (dV, VW, VA, VB, VS))
-        ]
-        dX = sum(f[0] for f in found).view_as(X)
-        with torch.no_grad():
-            X.fill_(float("nan"))
-        (_, qa, qb), (_, ka, kb), (_, va, vb) = found
-        return dX, None, None, qa, qb, None, None, None, ka, kb, None, None, None, va, vb, None, None
-
-
-def _swiglu(e, g):
-    return nn.functional.silu(e) * g
-
-
-def _swiglu_backward(DW, e, g):
-    """(h, gradient at up's output, gradient at gate's output), as Unsloth's kernel returns them."""
-    sigmoid = torch.sigmoid(e)
-    f = e * sigmoid
-    return f * g, DW * f, DW * g * sigmoid * (1 + e * (1 - sigmoid))
-
-
-class LoRA_MLP(torch.autograd.Function):
-    """down(silu(gate(x)) up(x)); the gradients at gate and up exist only inside the kernel that is passed in."""
-
-    @staticmethod
-    def forward(ctx, X, gW, gq, gA, gB, gS, uW, uq, uA, uB, uS, dW, dq, dA, dB, dS, forward_kernel, backward_kernel):
-        e, g = _linear(X, gW, gA, gB, gS), _linear(X, uW, uA, uB, uS)
-        ctx.custom_saved_tensors = (gW, gq, gS, uW, uq, uS, dW, dq, dS, backward_kernel)
-        ctx.save_for_backward(gA, gB, uA, uB, dA, dB, X, e, g)
-        return _linear(forward_kernel(e, g), dW, dA, dB, dS)
-
-    @staticmethod
-    def backward(ctx, dY):
-        gW, _, gS, uW, _, uS, dW, _, dS, kernel = ctx.custom_saved_tensors
-        gA, gB, uA, uB, dA, dB, X, e, g = ctx.saved_tensors
-        X2, dY2 = X.reshape(-1, X.shape[-1]), dY.reshape(-1, dY.shape[-1])
-        DW = dY2 @ dW + dS * (dY2 @ dB) @ dA
-        h, df, de = kernel(DW, e.reshape(-1, e.shape[-1]), g.reshape(-1, g.shape[-1]))
-        _, downA, downB = _grads(h, dY2, dW, dA, dB, dS)
-        x_up, upA, upB = _grads(X2, df, uW, uA, uB, uS)
-        x_gate, gateA, gateB = _grads(X2, de, gW, gA, gB, gS)
-        nones = (None, None)
-        return (
-            (x_up + x_gate).view_as(X),
-            *nones,
-            gateA,
-            gateB,
-            None,
-            *nones,
-            upA,
-            upB,
-            None,
-            *nones,
-            downA,
-            downB,
-        ) + (None,) * 3
-
-
-class Block(nn.Module):
-    """One attention-like and one MLP-like block, through the modules or through the fused functions."""
-
-    def __init__(self):
-        super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(WIDTH, WIDTH, bias=False))
-        self.gate_proj, self.up_proj = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False)
-        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.embed = nn.Embedding(30, WIDTH)
-        self.fused = False
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        x = self.embed(input_ids)
-        if self.fused:
-            module = sys.modules[MODULE]
-            q, k, v = module.LoRA_QKV.apply(
-                x.clone(), *_weights(self.q_proj), *_weights(self.k_proj), *_weights(self.v_proj)
-            )
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        mixed = torch.tanh(q) * k + v
-        if self.fused:
-            out = module.LoRA_W.apply(mixed, *_weights(self.o_proj))
-            names = ("gate_proj", "up_proj", "down_proj")
-            weights = [each for name in names for each in _weights(getattr(self, name))]
-            out = out + module.LoRA_MLP.apply(out, *weights, _swiglu, _swiglu_backward)
-        else:
-            out = self.o_proj(mixed)
-            out = out + self.down_proj(_swiglu(self.gate_proj(out), self.up_proj(out)))
-        real = (labels[:, 1:] != -100).unsqueeze(-1)
-        return {"loss": (out[:, :-1].pow(2).sum(-1, keepdim=True) * real).sum() / real.sum()}
-
-
-def _weights(layer):
-    return layer.base_layer.weight, None, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 2.0
 
 
 @pytest.fixture
 def fast_lora(monkeypatch):
     """A stand-in for Unsloth's module, loaded as Unsloth's would be."""
     module = types.ModuleType(MODULE)
-    module.LoRA_W, module.LoRA_QKV, module.LoRA_MLP = LoRA_W, LoRA_QKV, LoRA_MLP
+    for name in FUNCTIONS:
+        setattr(module, name, getattr(fused_functions, name))
     monkeypatch.setitem(sys.modules, MODULE, module)
     return module
 
@@ -227,7 +80,7 @@ def test_fused_statistics_equal_the_modules(fast_lora, monkeypatch, noted):
     Whether the functions multiply as GRIT can note it, or in a way that makes it multiply for itself.
     """
     if not noted:
-        monkeypatch.setattr(sys.modules[__name__], "_grads", _grads_otherwise)
+        monkeypatch.setattr(fused_functions, "gradients", fused_functions.gradients_otherwise)
     fused, fused_gradients, manager = _sums(True, fast_lora)
     modules, module_gradients, _ = _sums(False, fast_lora)
     for ours, truth in zip((*fused, *fused_gradients), (*modules, *module_gradients), strict=True):
@@ -327,7 +180,7 @@ def test_the_next_call_after_an_error_is_right(fast_lora, monkeypatch):
         raise ValueError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "_swiglu_backward", failing)
+        patch.setattr(fused_functions, "_swiglu_backward", failing)
         with pytest.raises(ValueError, match="out of memory"):
             _backward(model, fused=True, factor=3)
     model.zero_grad()
@@ -381,7 +234,7 @@ def test_a_function_that_changes_its_mind(fast_lora, monkeypatch):
     model = _model()
     manager = GRITManager(model, GRITConfig()).attach()
     _backward(model, fused=True, micro_batches=1)
-    monkeypatch.setattr(sys.modules[__name__], "_grads", _grads_otherwise)
+    monkeypatch.setattr(fused_functions, "gradients", fused_functions.gradients_otherwise)
     with pytest.raises(GRITError, match="took other products"):
         _backward(model, fused=True, micro_batches=1)
     manager.detach()
@@ -396,7 +249,7 @@ def test_module_hooks_alone_starve(fast_lora):
     blind.detach()
     checking = GRITManager(model, GRITConfig()).attach()
     for name in FUNCTIONS:  # as a version of Unsloth would that imports them elsewhere
-        setattr(fast_lora, name, globals()[name])
+        setattr(fast_lora, name, getattr(fused_functions, name))
     model.zero_grad()
     _backward(model, fused=True)
     with pytest.raises(GRITError, match="do not add up"):
@@ -438,9 +291,10 @@ def test_each_set_of_adapters_has_a_plan_of_its_own():
 def test_functions_are_put_back(fast_lora):
     """Oracle: identity of the module's attributes before and after."""
     manager = GRITManager(_model(), GRITConfig()).attach()
-    assert fast_lora.LoRA_W is not LoRA_W
+    originals = [getattr(fused_functions, name) for name in FUNCTIONS]
+    assert fast_lora.LoRA_W not in originals
     manager.detach()
-    assert [getattr(fast_lora, name) for name in FUNCTIONS] == [LoRA_MLP, LoRA_QKV, LoRA_W]
+    assert [getattr(fast_lora, name) for name in FUNCTIONS] == originals
 
 
 def test_unknown_unsloth_is_refused_at_the_start(fast_lora):
@@ -472,7 +326,7 @@ def test_activations_are_freed_without_the_garbage_collector(fast_lora):
 
 def test_layers_with_inputs_of_their_own(fast_lora, monkeypatch):
     """Oracle: where dropout gives every layer another x, products are taken one by one, and the sums are the same."""
-    monkeypatch.setattr(sys.modules[__name__], "_grads", _grads_otherwise)
+    monkeypatch.setattr(fused_functions, "gradients", fused_functions.gradients_otherwise)
     together, *_ = _sums(True, fast_lora)
     monkeypatch.setattr(FusedTap, "_dropped", lambda self, x, masks, i, ctx: x.clone())
     apart, *_ = _sums(True, fast_lora)
