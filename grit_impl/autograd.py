@@ -11,16 +11,15 @@ back in, so that S_g does not depend on batch size, accumulation or mixed precis
 from __future__ import annotations
 
 import inspect
-import itertools
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, is_dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grit_impl import compiled
 from grit_impl.errors import GRITError
 
 
@@ -35,6 +34,8 @@ class ForwardContext:
             loss. None until the backward pass has reached the loss.
         count: 0-dim tensor, the number of real tokens by the mask. Summed once, not once per layer.
         pending: Indices of the layers whose gradient was asked for in the forward pass itself.
+        rerun: Layers that were seen without gradients in it: under reentrant checkpointing.
+        running: The forward pass has not ended.
     """
 
     mask: Tensor | None
@@ -42,6 +43,8 @@ class ForwardContext:
     tokens_per_unit: Tensor | None = None
     count: Tensor | int = field(init=False)
     pending: set[int] = field(init=False, default_factory=set)
+    rerun: set[int] = field(init=False, default_factory=set)
+    running: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self.count = 0 if self.mask is None else self.mask.sum()
@@ -226,7 +229,7 @@ class LossTap:
         if not torch.is_grad_enabled():
             return
         self._on_window()
-        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        inputs = self._by_name(args, kwargs)
         self.context = ForwardContext(_real_tokens(inputs.get("attention_mask")), _tokens(inputs))
         if self.loss_tokens is not None:
             self.context.tokens_per_unit = torch.tensor(float(self.loss_tokens))
@@ -235,13 +238,14 @@ class LossTap:
         context = self.context
         if context is None or not torch.is_grad_enabled():
             return
+        context.running = False
 
         def enter(grad: Tensor | None) -> None:
             if self.context is not None:
                 self.context = context
 
-        for value in _values(output):
-            if isinstance(value, Tensor) and value.requires_grad:
+        for value in _tensors(output):
+            if value.grad_fn is not None:  # a parameter would keep the hook
                 value.register_hook(enter)  # type: ignore[no-untyped-call]
         if self.loss_tokens is not None:
             return
@@ -254,7 +258,7 @@ class LossTap:
 
             log_probs.register_hook(from_log_probs)  # type: ignore[no-untyped-call]
         if isinstance(loss, Tensor) and loss.requires_grad:
-            divisor = _loss_divisor({**dict(zip(self._names, args, strict=False)), **kwargs})
+            divisor = _loss_divisor(self._by_name(args, kwargs))
             if divisor is None:
                 return
 
@@ -263,6 +267,10 @@ class LossTap:
                     context.tokens_per_unit = divisor / grad.detach().float()
 
             loss.register_hook(from_loss)  # type: ignore[no-untyped-call]
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        # Dynamo of torch 2.8 and 2.9 fails at a zip that is told `strict=False`.
+        return {**dict(zip(self._names, args)), **kwargs}  # noqa: B905
 
 
 class ModuleTap:
@@ -278,96 +286,92 @@ class ModuleTap:
     """
 
     def __init__(self, lora_a: list[nn.Module], statistics: RankStatistics, loss: LossTap) -> None:
-        self.statistics, self.loss = statistics, loss
+        self.statistics, self.loss, self._modules = statistics, loss, list(lora_a)
+        # What compiled code is told of a layer, as a tensor.
+        self._places = [torch.tensor([0, layer]) for layer in range(len(lora_a))]
         self._register()
-        self._replaced: list[tuple[nn.Module, Any, Any]] = []
-        for layer, module in enumerate(lora_a):
-            # A partial is copied with the model, where a closure would go on computing with the first one's weights.
-            noting = partial(_noting, module.forward, self, layer)
-            self._replaced.append((module, noting, vars(module).get("forward")))
-            module.forward = noting
+        for layer, (module, place) in enumerate(zip(lora_a, self._places, strict=True)):
+            own = vars(module)
+            if not {"forward", "_grit_taps"} <= own.keys():
+                # A method is copied with its module, and to a compiler one function is the same in all layers.
+                own.update(_grit_before=own.get("forward"), _grit_taps=[], _grit_places=[])
+                own["forward"] = MethodType(_forward, module)
+            own["_grit_taps"].append((self, layer))
+            own["_grit_places"].append(place)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._register()  # a copy is another tap
 
     def _register(self) -> None:
-        self.number = next(_numbers)
-        _taps[self.number] = self
+        number = compiled.register(self)
+        for place in self._places:
+            place[0] = number
 
     def remove(self) -> None:
         """Give the modules their own `forward` back; where somebody has wrapped ours, it stays and notes nothing."""
-        for module, noting, before in self._replaced:
-            if vars(module).get("forward") is noting:
-                del module.forward
-                if before is not None:
-                    module.forward = before
-        self._replaced = []
+        for module, place in zip(self._modules, self._places, strict=True):
+            own = vars(module)
+            i = next(i for i, mine in enumerate(own["_grit_places"]) if mine is place)
+            del own["_grit_taps"][i], own["_grit_places"][i]
+            if not own["_grit_taps"] and getattr(own.get("forward"), "__func__", None) is _forward:
+                own["forward"] = own["_grit_before"]
+                for name in ("_grit_before", "_grit_taps", "_grit_places", *["forward"] * (own["forward"] is None)):
+                    del own[name]
+        self._modules, self._places = [], []
+
+    def note(self, layer: int, output: Tensor) -> None:
+        """Note what a layer's `lora_A` has returned, and ask for its gradient."""
+        context, statistics = self.loss.context, self.statistics
+        if context is None:
+            return
+        if not output.requires_grad:
+            if context.running:
+                context.rerun.add(layer)
+            return
+        if not statistics.collecting:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            context.pending.add(layer)
+        elif layer in context.pending and layer not in context.rerun:
+            # Recomputed inside the backward: the gradient will go to the first output.
+            return
+        a = output.detach()
+        output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
 
 
-def _noting(forward: Callable[..., Tensor], tap: ModuleTap, layer: int, *inputs: Any, **named: Any) -> Tensor:
-    output = forward(*inputs, **named)
-    if torch.compiler.is_compiling():  # which knows no hooks and no engine, but operators
-        noted: Tensor = _note(output, tap.number, layer)
-        return noted
-    context, statistics = tap.loss.context, tap.statistics
-    if context is None or not output.requires_grad or not statistics.collecting:
-        return output
-    if torch._C._current_graph_task_id() == -1:
-        context.pending.add(layer)
-    elif layer in context.pending:
-        # Recomputed inside the backward: the gradient will go to the first output.
-        return output
-    a = output.detach()
-    output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
+def _forward(module: Any, *inputs: Any, **named: Any) -> Tensor:
+    """The forward of a `lora_A` that taps have been put on."""
+    before = module._grit_before
+    output: Tensor = type(module).forward(module, *inputs, **named) if before is None else before(*inputs, **named)
+    if not torch.compiler.is_compiling():
+        for tap, layer in module._grit_taps:
+            tap.note(layer, output)
+    elif not torch.compiler.is_exporting():
+        for place in module._grit_places:
+            output = compiled.note(output, place)
     return output
 
 
-# Taps by number: an operator's arguments are tensors and numbers.
-_taps: weakref.WeakValueDictionary[int, ModuleTap] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-# Python runs in the operators' backward, which a recorded CUDA graph would leave out.
-_UNRECORDED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-
-
-@torch.library.custom_op("grit::note", mutates_args=(), tags=_UNRECORDED)
-def _note(output: Tensor, tap: int, layer: int) -> Tensor:
-    """`output` itself, in a compiled model, where a hook would cut the graph at every layer."""
-    return output.clone()
-
-
-@torch.library.custom_op("grit::noted", mutates_args=(), tags=_UNRECORDED)
-def _noted(g: Tensor, a: Tensor, tap: int, layer: int) -> Tensor:
-    """The gradient of `_note`, which is where a layer's a and g meet."""
-    noting = _taps.get(tap)
-    context = None if noting is None else noting.loss.context
-    if noting is not None and context is not None and noting.statistics.collecting:
-        # Copies: compiled code uses memory again as soon as it has no reader left.
-        noting.statistics.add(layer, a.clone(), g.clone(), context)
-    return g.clone()
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-    a, ctx.tap, ctx.layer = inputs
-    ctx.save_for_backward(a)
-
-
-_note.register_fake(lambda output, tap, layer: torch.empty_like(output))
-_noted.register_fake(lambda g, a, tap, layer: torch.empty_like(g))
-_note.register_autograd(
-    lambda ctx, g: (_noted(g, *ctx.saved_tensors, ctx.tap, ctx.layer), None, None), setup_context=_keep
-)
+# Pickled by its name; a module that is loaded has its class's: without GRIT.
+_forward.__name__ = "forward"
 
 
 def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
 
 
-def _values(output: Any) -> list[Any]:
-    """What a model returned, each by itself."""
-    if isinstance(output, dict):
-        return list(output.values())
-    return list(output) if isinstance(output, (tuple, list)) else [output]
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in what a model returned."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output):
+        yield from _tensors(list(vars(output).values()))
 
 
 def _tokens(inputs: dict[str, Any]) -> int | None:
