@@ -34,8 +34,7 @@ class ForwardContext:
             loss. None until the backward pass has reached the loss.
         count: 0-dim tensor, the number of real tokens by the mask. Summed once, not once per layer.
         pending: Indices of the layers whose gradient was asked for in the forward pass itself.
-        rerun: Layers that were seen without gradients in it: under reentrant checkpointing.
-        running: The forward pass has not ended.
+        rerun: Layers that were seen without gradients: under reentrant checkpointing, if in the forward pass itself.
     """
 
     mask: Tensor | None
@@ -44,7 +43,6 @@ class ForwardContext:
     count: Tensor | int = field(init=False)
     pending: set[int] = field(init=False, default_factory=set)
     rerun: set[int] = field(init=False, default_factory=set)
-    running: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self.count = 0 if self.mask is None else self.mask.sum()
@@ -238,7 +236,6 @@ class LossTap:
         context = self.context
         if context is None or not torch.is_grad_enabled():
             return
-        context.running = False
 
         def enter(grad: Tensor | None) -> None:
             if self.context is not None:
@@ -326,8 +323,7 @@ class ModuleTap:
         if context is None:
             return
         if not output.requires_grad:
-            if context.running:
-                context.rerun.add(layer)
+            context.rerun.add(layer)
             return
         if not statistics.collecting:
             return

@@ -96,13 +96,14 @@ def llama() -> Callable[..., Any]:
         zero_b: bool = False,
         tied: bool = False,
         attention: str = "sdpa",
+        layers: int = LAYERS,
         **lora: Any,
     ) -> Any:
         torch.manual_seed(seed)
         config = LlamaConfig(
             hidden_size=HIDDEN,
             intermediate_size=48,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=VOCABULARY,

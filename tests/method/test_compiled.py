@@ -14,7 +14,6 @@ from grit_impl.manager import GRITManager
 
 # The same float32 products; a compiler may fuse what is before them.
 SAME = 1e-6
-LAYER_FRAMES = 2  # one graph per decoder layer of the tests' model
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +72,24 @@ def test_same_statistics(
         assert relative(ours, plain) < SAME
 
 
-def test_no_graph_is_cut(counters: Any, llama: Any, sequences: Any, collate: Any) -> None:
-    """Oracle: `fullgraph`, which refuses what cannot be one graph."""
-    model, batch = llama(), collate(sequences(4))
-    GRITManager(model).attach()
-    _compile_layers(model, fullgraph=True)
-    _backward(model, batch)
-    assert counters["stats"]["unique_graphs"] == LAYER_FRAMES
-    assert not counters["graph_break"]
+def test_no_graph_is_cut_and_layers_share_one(counters: Any, llama: Any, sequences: Any, collate: Any) -> None:
+    """Oracles: `fullgraph`, which refuses what cannot be one graph, and what may not be shared by more than eight
+    layers; the number of graphs without GRIT. Attached once more, it compiles nothing anew."""
+    found, batch = [], collate(sequences(4))
+    for attached in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = llama(layers=10)
+        _compile_layers(model, fullgraph=True)
+        manager = GRITManager(model)
+        for _ in range(2):
+            if attached:
+                manager.attach()
+            _backward(model, batch, times=1)
+            manager.detach()
+        found.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+    assert found[0] == found[1]
 
 
 def test_gradients_and_the_completeness_check(llama: Any, sequences: Any, collate: Any, relative: Any) -> None:
@@ -102,21 +111,56 @@ def test_gradients_and_the_completeness_check(llama: Any, sequences: Any, collat
         assert relative(ours, plain) < SAME
 
 
-def test_no_more_after_detaching_and_none_of_a_copys(llama: Any, sequences: Any, collate: Any) -> None:
-    """A compiled layer looks its tap up when it runs: the copy's tokens are not the model's."""
+def test_each_tap_counts_its_own(llama: Any, sequences: Any, collate: Any) -> None:
+    """A compiled layer looks its taps up when it runs: a copy's tokens are not the model's; a manager of the base counts
+    beside; statistics that are not collected, and a detached manager, get nothing."""
     model, batch = llama(), collate(sequences(4))
+    tokens = float(batch["attention_mask"].sum())
     manager = GRITManager(model).attach()
     twin = copy.deepcopy(model)
+    _compile_layers(model)
+    _backward(model, batch, times=1)
+    manager.statistics.reset()
     _compile_layers(twin)
     _backward(twin, batch)
     assert not manager.statistics.tokens.any()
-    _compile_layers(model)
+    second = GRITManager(model.base_model.model).attach()
     _backward(model, batch, times=1)
-    assert (manager.statistics.tokens == float(batch["attention_mask"].sum())).all()
+    assert (manager.statistics.tokens == tokens).all()
+    assert (second.statistics.tokens == tokens).all()
+    manager.statistics.collecting = False
+    second.detach()
+    _backward(model, batch, times=1)
+    assert (manager.statistics.tokens == tokens).all()
+    assert (second.statistics.tokens == tokens).all()
     manager.detach()
-    manager.statistics.reset()
-    _backward(model, batch)
-    assert not manager.statistics.tokens.any()
+    assert "forward" not in vars(manager.layers[0].module.lora_A["default"])
+
+
+def test_an_exported_program_is_without_grit(llama: Any) -> None:
+    """Oracle: the operators in the program, which must run where GRIT is not installed."""
+    model = llama()
+    GRITManager(model).attach()
+    projection = model.base_model.model.model.layers[0].mlp.down_proj
+    program = torch.export.export(projection, (torch.randn(2, 3, projection.in_features),))
+    assert "linear" in str(program.graph)
+    assert "grit" not in str(program.graph)
+
+
+@pytest.mark.nightly
+def test_inductor(llama: Any, sequences: Any, collate: Any, relative: Any) -> None:
+    """Oracle: the model as it is. Code that reuses memory, and batches of changing lengths."""
+    found = []
+    for compiling in (False, True):
+        model = llama()
+        manager = GRITManager(model).attach()
+        for layer in model.base_model.model.model.layers if compiling else ():
+            layer.compile(fullgraph=True)
+        for n in (4, 3, 2):
+            _backward(model, collate(sequences(n)), times=1)
+        found.append((manager.statistics.tokens.clone(), *manager.statistics.sums.clone()))
+    for plain, ours in zip(*found, strict=True):
+        assert relative(ours, plain) < SAME
 
 
 @pytest.mark.slow

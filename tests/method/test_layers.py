@@ -315,66 +315,6 @@ def test_a_forward_that_others_wrap_is_left_alone(llama: Any, sequences: Any, co
     assert not manager.statistics.tokens.any()
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputed_layers_are_asked_once(reentrant: bool, llama: Any, sequences: Any, collate: Any) -> None:
-    """Oracle: a counter of gradient hooks: one per layer, though checkpointing calls each twice."""
-    model, batch, asked = llama(), collate(sequences(4)), []
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    manager = GRITManager(model).attach()
-    original = torch.Tensor.register_hook
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "register_hook", lambda x, hook: (asked.append(hook), original(x, hook))[1])
-        model(**batch).loss.backward()
-    assert sum("ModuleTap.note" in hook.__qualname__ for hook in asked) == len(manager.layers)
-    assert (manager.statistics.tokens == float(batch["attention_mask"].sum())).all()
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("labels", [True, False])
-def test_a_forward_between_checkpointed_ones(
-    labels: bool, training: bool, llama: Any, sequences: Any, collate: Any
-) -> None:
-    """Oracle: the same backward with no other forward before it: its own padding counts, and its own divisor."""
-    found = []
-    for between in (False, True):
-        model, batch, other = llama(), collate(sequences(4)), collate(sequences(3, seed=5))
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        model.enable_input_require_grads()
-        manager = GRITManager(model).attach()
-        first = model(**batch).loss
-        if between:
-            model.train(training)(**{name: other[name] for name in other if labels or name != "labels"})
-        first.backward()
-        found.append((manager.statistics.tokens.clone(), manager.statistics.sums.clone()))
-    assert (found[0][0] == float(batch["attention_mask"].sum())).all()
-    for alone, after in zip(*found, strict=True):
-        assert torch.equal(alone, after)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_two_forwards_and_one_backward(
-    reentrant: bool, llama: Any, sequences: Any, collate: Any, relative: Any
-) -> None:
-    """Oracle: the two batches one after the other. The second one, in evaluation mode, is not checkpointed."""
-    found = []
-    for together in (False, True):
-        model, batches = llama(), [collate(sequences(4)), collate(sequences(3, seed=5))]
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        manager = GRITManager(model).attach()
-        losses = []
-        for batch, mode in zip(batches, (True, False), strict=True):
-            losses.append(model.train(mode)(**batch).loss)
-            if not together:
-                losses[-1].backward()
-        if together:
-            torch.stack(losses).sum().backward()
-        found.append(manager.statistics.sums.clone())
-        assert (manager.statistics.tokens == sum(float(batch["attention_mask"].sum()) for batch in batches)).all()
-    assert relative(*found) < 1e-6
-
-
 def test_detached_hooks_are_gone(llama: Any, sequences: Any, collate: Any) -> None:
     """detach() removes every hook; precondition() then refuses instead of working on nothing."""
     model = llama()
