@@ -112,8 +112,8 @@ def test_gradients_and_the_completeness_check(llama: Any, sequences: Any, collat
 
 
 def test_each_tap_counts_its_own(llama: Any, sequences: Any, collate: Any) -> None:
-    """A compiled layer looks its taps up when it runs: a copy's tokens are not the model's; a manager of the base counts
-    beside; statistics that are not collected, and a detached manager, get nothing."""
+    """A compiled layer looks its taps up when it runs: a copy's tokens are not the model's; a manager of the base
+    counts beside; statistics that are not collected, and a detached manager, get nothing."""
     model, batch = llama(), collate(sequences(4))
     tokens = float(batch["attention_mask"].sum())
     manager = GRITManager(model).attach()
