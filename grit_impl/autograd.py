@@ -340,12 +340,12 @@ def _forward(module: Any, *inputs: Any, **named: Any) -> Tensor:
     """The forward of a `lora_A` that taps have been put on."""
     before = module._grit_before
     output: Tensor = type(module).forward(module, *inputs, **named) if before is None else before(*inputs, **named)
-    if not torch.compiler.is_compiling():
-        for tap, layer in module._grit_taps:
-            tap.note(layer, output)
-    elif not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling():
         for place in module._grit_places:
             output = compiled.note(output, place)
+    elif not torch.compiler.is_compiling():  # an exported program is without GRIT
+        for tap, layer in module._grit_taps:
+            tap.note(layer, output)
     return output
 
 
