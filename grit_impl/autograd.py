@@ -312,9 +312,10 @@ class ModuleTap:
             i = next(i for i, mine in enumerate(own["_grit_places"]) if mine is place)
             del own["_grit_taps"][i], own["_grit_places"][i]
             if not own["_grit_taps"] and getattr(own.get("forward"), "__func__", None) is _forward:
-                own["forward"] = own["_grit_before"]
-                for name in ("_grit_before", "_grit_taps", "_grit_places", *["forward"] * (own["forward"] is None)):
-                    del own[name]
+                before = own.pop("_grit_before")
+                del own["_grit_taps"], own["_grit_places"], own["forward"]
+                if before is not None:
+                    own["forward"] = before
         self._modules, self._places = [], []
 
     def note(self, layer: int, output: Tensor) -> None:
