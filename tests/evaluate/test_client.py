@@ -129,7 +129,7 @@ def test_slow_servers_cost_one_timeout(fake_ollama, chaos) -> None:
         with Endpoint(proxy.url, timeout=0.5, backoff=0.001) as endpoint:
             reply = endpoint.generate("base", "one", GREEDY)
         assert (reply.text, reply.faults) == ("right", ["timeout"]), fault
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 3
 
 
 def test_refused_requests_are_not_repeated(fake_ollama) -> None:
