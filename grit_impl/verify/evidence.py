@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.config import GRITConfig
 from grit_impl.data import FIXTURES
-from grit_impl.errors import GRITError
+from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import has_gpu, versions
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
+from grit_impl.verify.cost_run import complete, read, run_cost
 from grit_impl.verify.execute import Progress, finished, run_arms, source_fingerprint
 from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
 
@@ -188,26 +189,17 @@ class LiveEvidence(Evidence):
                 "versions": versions(),
             }
         )
-        try:
-            found = json.loads(target.read_text()) if target.is_file() else None
-        except ValueError as error:
-            raise GRITError(f"{target} is damaged ({error}): remove it") from error
-        if self.options.reuse_runs and found is None:
-            self.missing = {**self.missing, key: f"no {target}, and --reuse-runs measures nothing"}
+        found = read(target)
+        if self.options.reuse_runs and not found["cells"]:
+            self.missing = {**self.missing, key: f"no figures in {target}, and --reuse-runs measures nothing"}
             return
-        if found is None or not (self.options.reuse_runs or found["inputs"] == inputs):
-            self.progress(f"measuring the cost on {stack}", 0, 1)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "grit_impl.verify.cost_run", self._prepare_base(), stack, str(target)]
-            command += ["--seconds", str(self.options.cost_seconds), "--inputs", inputs]
-            with open(target.with_suffix(".log"), "wb") as log:
-                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-            if status:
-                said = target.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["no message"]
-                self.failed = {**self.failed, key: f"{said[-1]} (see {target.with_suffix('.log')})"}
+        if not (self.options.reuse_runs or complete(found, inputs)):
+            seconds, base = self.options.cost_seconds, self._prepare_base()
+            try:
+                found = run_cost(base, stack, target, seconds=seconds, inputs=inputs, progress=self.progress)
+            except RunFailed as error:
+                self.failed = {**self.failed, key: str(error)}
                 return
-            self.progress(f"measuring the cost on {stack}", 1, 1)
-            found = json.loads(target.read_text())
         self.costs = {**self.costs, stack: found}
 
     # Export

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from grit_impl.machine import has_gpu, least_used, versions, visible_gpus
 from grit_impl.recipes.arms import RunSpec, find_arm
 from grit_impl.recipes.bases import TINY
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
+from grit_impl.verify.processes import end_with_parent, last_line
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
@@ -36,7 +36,7 @@ _SOURCES = {
     "train": (*_TRAIN, "verify/probe.py", "verify/probe_run.py"),
     "export": ("export/*.py",),
     "evaluate": ("evaluate/*.py", "aqi.py", *(f"export/{name}.py" for name in _SERVE)),
-    "cost": (*_TRAIN, "verify/cost.py", "verify/cost_run.py"),
+    "cost": (*_TRAIN, "verify/cost.py", "verify/cost_run.py", "verify/processes.py"),
 }
 _POLL_SECONDS = 0.5
 
@@ -124,10 +124,10 @@ def run_arms(
                     continue
                 del running[process]
                 if status == 2:
-                    raise GRITError(_last_line(path / "log.txt").removeprefix("error: "))
+                    raise GRITError(last_line(path / "log.txt").removeprefix("error: "))
                 record = finished(path, None)
                 results[spec.arm] = record or (
-                    f"its process ended with status {status}: {_last_line(path / 'log.txt')} (see {path / 'log.txt'})"
+                    f"its process ended with status {status}: {last_line(path / 'log.txt')} (see {path / 'log.txt'})"
                 )
     finally:
         for process in running:
@@ -179,11 +179,6 @@ def _steps_done(path: Path) -> int:
         return 0
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
-    return lines[-1] if lines else "it printed nothing"
-
-
 def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:
     """Train one arm in this process, under the gradient ledger, and complete its record."""
     arm, unsloth = find_arm(spec.arm), False
@@ -213,17 +208,9 @@ def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True
     return record
 
 
-def _end_with_parent() -> None:
-    """Leave when the process that started this one is gone: two processes must not write one record."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    os._exit(1)
-
-
 def main() -> int:
     """Entry of an arm's process: one argument, the record's folder with its `spec.json`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     path = Path(sys.argv[1])
     request = json.loads((path / "spec.json").read_text())
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from grit_impl.errors import GRITError
@@ -62,6 +64,27 @@ def test_memory_without_a_gpu_is_open():
     evidence = _costs([1.0] * 6)
     evidence.costs["unsloth"]["cells"][0].update(plain_peak_bytes=0, grit_peak_bytes=0)
     assert find("gpu.hybrid-memory").judge(evidence).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "inconclusive"), (1.03, "refuted")])
+def test_memory_of_one_length_alone(factor, verdict):
+    """Oracle: what was not measured supports nothing; too much at the other length refutes it all the same."""
+    evidence = _costs([1.0] * 6, factor)
+    evidence.costs["unsloth"]["cells"].pop()
+    assert find("gpu.hybrid-memory").judge(evidence).verdict == verdict
+    evidence.costs["unsloth"]["cells"].clear()
+    assert find("gpu.hybrid-memory").judge(evidence).verdict == "inconclusive"
+
+
+def test_an_unfinished_measurement_is_judged_as_far_as_it_goes(tmp_path):
+    """Oracle: `--reuse-runs` measures nothing: the finished length is there, the other is said to be missing."""
+    (tmp_path / "cost").mkdir()
+    cell = _costs([1.01, 1.02, 1.03] * 4).costs["peft"]["cells"][0]
+    (tmp_path / "cost" / "peft.json").write_text(json.dumps({"inputs": "x", "cells": [cell], "running": 3.0}))
+    evidence = LiveEvidence(Options(reports_dir=tmp_path, reuse_runs=True)).gather(["cost:peft"])
+    assert find("gpu.pure-step-time-short").judge(evidence).verdict == "supported"
+    judged = find("gpu.pure-step-time").judge(evidence)
+    assert (judged.verdict, "2048 tokens per sequence were not measured" in judged.summary) == ("inconclusive", True)
 
 
 def test_a_damaged_cost_file_is_named(tmp_path):

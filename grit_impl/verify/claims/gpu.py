@@ -78,17 +78,23 @@ def memory(stack: str) -> Callable[[Evidence], Judgement]:
     """Supported if the peak of allocated memory with GRIT is at most `PEAK_MEMORY` times the peak without."""
 
     def decide(evidence: Evidence) -> Judgement:
-        numbers, said = [], []
-        for cell in evidence.costs[stack]["cells"]:
+        numbers, said, cells = [], [], evidence.costs[stack]["cells"]
+        for cell in cells:
             mine, theirs = cell["grit_peak_bytes"], cell["plain_peak_bytes"]
             if not theirs:
                 return Judgement("inconclusive", f"no GPU memory was measured on {stack}")
             subject = f"{stack}, {cell['length']} tokens"
             numbers.append(Metric("peak_memory_ratio", mine / theirs, unit="x", subject=subject))
             said.append(f"{mine / 2**30:.2f} GiB for {theirs / 2**30:.2f} ({cell['length']} tokens)")
-        good = all(number.estimate <= PEAK_MEMORY for number in numbers)
         text = f"with GRIT the peak is {', '.join(said)}; at most {PEAK_MEMORY:g} x was asked for"
-        return Judgement(supported_if(good), text, tuple(numbers))
+        if any(number.estimate > PEAK_MEMORY for number in numbers):
+            return Judgement("refuted", text, tuple(numbers))
+        if lacking := sorted(set(LENGTHS) - {cell["length"] for cell in cells}):
+            tokens = " and ".join(map(str, lacking))
+            return Judgement(
+                "inconclusive", f"{tokens} tokens per sequence were not measured on {stack}", tuple(numbers)
+            )
+        return Judgement("supported", text, tuple(numbers))
 
     return decide
 
