@@ -23,6 +23,16 @@ COMPLETENESS_TOLERANCE = 0.1
 CANCELLATION = 1e-4
 
 
+_SOME = (
+    "Something computes this layer without calling its modules (fused kernels), or changed the gradients before GRIT "
+    "saw them"
+)
+_NONE = (
+    "No layer saw a token: something computes them without calling their modules (fused kernels), or a wrapper called "
+    "the model's forward() itself, past its hooks: give GRIT the outermost model"
+)
+
+
 def completeness_errors(statistics: RankStatistics, layers: Sequence[LoRAFactorPair]) -> Tensor | None:
     """Relative errors of sum_t g_t a_t' against the gradients. Waits for the device; every process has to call it.
 
@@ -60,8 +70,7 @@ def completeness_errors(statistics: RankStatistics, layers: Sequence[LoRAFactorP
     if errors[worst] > COMPLETENESS_TOLERANCE:
         raise GRITError(
             f"GRIT's statistics do not add up to the gradients: {layers[worst].path} is off by "
-            f"{errors[worst]:.2f} (tolerance {COMPLETENESS_TOLERANCE}). Something computes this layer without "
-            "calling its modules (fused kernels), or changed the gradients before GRIT saw them"
+            f"{errors[worst]:.2f} (tolerance {COMPLETENESS_TOLERANCE}). {_SOME if size.any() else _NONE}"
         )
     return errors
 

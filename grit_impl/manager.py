@@ -225,6 +225,8 @@ class GRITManager:
                 statistics do not add up to the gradients (a layer was bypassed).
         """
         self._check_active()
+        if not self._window_open:  # no forward was seen: the gradients of one that was not must not pass unchecked
+            self.begin_window()
         if self.statistics.collecting:
             if self.statistics.check_completeness:
                 errors = completeness_errors(self.statistics, self.layers)

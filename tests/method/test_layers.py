@@ -170,6 +170,15 @@ def test_a_bypassed_layer_is_refused(llama: Any, sequences: Any, collate: Any) -
         manager.precondition()
 
 
+def test_a_model_that_is_called_past_its_hooks_is_refused(llama: Any, sequences: Any, collate: Any) -> None:
+    """peft 0.17 calls `model.forward` of the base that it wraps: a manager of the base would see nothing."""
+    base = llama().base_model.model
+    manager = GRITManager(base).attach()
+    base.forward(**collate(sequences(4))).loss.backward()
+    with pytest.raises(GRITError, match=r"No layer saw a token: .* give GRIT the outermost model"):
+        manager.precondition()
+
+
 @pytest.mark.parametrize("warm_up", [0, 3])
 def test_the_bypass_check_waits_for_a_gradient(warm_up: int, llama: Any, training: Any) -> None:
     """At B = 0, and under a learning rate of zero, there is nothing to compare; the check is not passed by default."""
