@@ -48,12 +48,22 @@ def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs that may be used; without it the indices that nvidia-smi lists."""
     if (asked := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in map(str.strip, asked.split(",")) if name not in ("", "-1")]
+    # Slices of a GPU (MIG) are listed below it, indented.
+    return [str(i) for i, _ in enumerate(line for line in _nvidia_smi("-L") if line.startswith("GPU "))]
+
+
+def gpu_names() -> list[str]:
+    """What the machine's GPUs are called; none where nvidia-smi does not answer."""
+    return _nvidia_smi("--query-gpu=name", "--format=csv,noheader")
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none where there is no driver."""
+    command = ["nvidia-smi", *arguments]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
-    # Slices of a GPU (MIG) are listed below it, indented.
-    return [str(i) for i, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
 def least_used(gpus: Sequence[str], used: Iterable[str | None]) -> str | None:

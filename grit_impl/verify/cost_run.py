@@ -2,25 +2,24 @@
 
 Two arms that train one after the other on one card differ by the drift of the machine; here every ratio is made of two
 steps that follow each other. The result is a JSON file that the claims about time and memory are judged on; every
-length is kept as soon as it is measured. This module is both sides: `run_cost` starts `python -m
-grit_impl.verify.cost_run` and watches its file. The parent imports no torch.
+length is kept as soon as it is measured. `execute.run_cost` starts this and watches the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grit_impl.errors import GRITError, RunFailed
+from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
-from grit_impl.verify.processes import end_with_parent, last_line
+from grit_impl.verify.processes import end_with_parent
 
 STACKS = ("unsloth", "peft")
 ROUNDS, LENGTHS = 1000, (512, 2048)
@@ -28,46 +27,6 @@ ROUNDS, LENGTHS = 1000, (512, 2048)
 SECONDS = 90.0
 """For the rounds of each length."""
 SETTLED = 2
-_POLL_SECONDS = 0.5
-
-
-def run_cost(
-    base: str, stack: str, target: Path, *, seconds: float, inputs: str, progress: Callable[[str, int, int], None]
-) -> dict[str, Any]:
-    """Measure one stack in a process of its own; lengths that an interrupted measurement finished are kept.
-
-    Args:
-        base: Folder of the base model.
-        stack: `unsloth` or `peft`.
-        target: The JSON file; what the process prints goes beside it.
-        seconds: For the rounds of each length.
-        inputs: Fingerprint of what the figures depend on: other figures are measured anew.
-        progress: Told about seconds of rounds.
-
-    Returns:
-        The content of the file.
-
-    Raises:
-        RunFailed: the process ended with an error.
-    """
-    label, log = f"measuring the cost on {stack}, seconds", target.with_suffix(".log")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "grit_impl.verify.cost_run", base, stack, str(target)]
-    command += ["--seconds", str(seconds), "--inputs", inputs]
-    with open(log, "wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
-    try:
-        while (status := process.poll()) is None:
-            progress(label, round(_seconds_done(read(target), seconds, inputs)), round(len(LENGTHS) * seconds))
-            time.sleep(_POLL_SECONDS)
-    finally:
-        process.terminate()
-        process.wait()
-    found = read(target)
-    if status or not complete(found, inputs):
-        raise RunFailed(f"{last_line(log)} (see {log})")
-    progress(label, round(len(LENGTHS) * seconds), round(len(LENGTHS) * seconds))
-    return found
 
 
 def read(target: Path) -> dict[str, Any]:
@@ -76,24 +35,23 @@ def read(target: Path) -> dict[str, Any]:
     Raises:
         GRITError: it is damaged, or something else.
     """
-    if not target.is_file():
-        return {"cells": []}
     try:
         found = json.loads(target.read_text())
-        return {**found, "cells": [{**cell, "length": cell["length"]} for cell in found["cells"]]}
-    except (ValueError, KeyError, TypeError) as error:
+        cells = found.get("cells") if isinstance(found, dict) else None
+        if not (isinstance(cells, list) and all(isinstance(cell, dict) and "length" in cell for cell in cells)):
+            raise ValueError("it is no measurement of cost")
+    except FileNotFoundError:
+        return {"cells": []}
+    except OSError as error:
+        raise GRITError(f"cannot read {target}: {error.strerror or error}") from error
+    except ValueError as error:
         raise GRITError(f"{target} is damaged ({error}): remove it") from error
+    return {**found, "cells": cells}
 
 
 def complete(found: dict[str, Any], inputs: str) -> bool:
     """Whether these are the figures of all lengths, made from these inputs."""
     return found.get("inputs") == inputs and {cell["length"] for cell in found["cells"]} >= set(LENGTHS)
-
-
-def _seconds_done(found: dict[str, Any], seconds: float, inputs: str) -> float:
-    if found.get("inputs") != inputs:  # of an earlier measurement, until the process replaces it
-        return 0.0
-    return len(found["cells"]) * seconds + min(float(found.get("running", 0)), seconds)
 
 
 def measure(
@@ -104,7 +62,7 @@ def measure(
     rounds: int = ROUNDS,
     update_rule: str = "precondition",
     ledger_seconds: float = 0.0,
-    tell: Callable[[float], None] = lambda seconds: None,
+    tell: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Ratios of step times and of peak memory (bytes allocated on the GPU) with GRIT and without.
 
@@ -115,7 +73,7 @@ def measure(
         rounds: At most.
         update_rule: GRIT's. The optimizer that a rule replaces stays in memory, because the plain steps need it.
         ledger_seconds: Above 0: that long, GRIT steps with the gradient ledger and without it in turn.
-        tell: Called between two steps with the seconds that the rounds have taken.
+        tell: Called when the rounds begin.
     """
     import torch
 
@@ -135,13 +93,8 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         bench.step(grit=grit)
         peaks[grit] = torch.cuda.max_memory_allocated() if cuda else 0
-    began = time.perf_counter()
-
-    def step(grit: bool) -> float:
-        tell(time.perf_counter() - began)
-        return bench.step(grit=grit)
-
-    arms = {"plain": lambda: step(False), "grit": lambda: step(True)}
+    arms = {"plain": lambda: bench.step(grit=False), "grit": lambda: bench.step(grit=True)}
+    tell()
     times = in_turn(arms, rounds, seconds=seconds, warm_up=0)
     ledger = ratios(*ledger_blocks(bench, ledger_seconds)) if ledger_seconds else []
     report = bench.manager.factor_report()
@@ -222,22 +175,17 @@ def _fill(options: argparse.Namespace) -> None:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     head = {"stack": options.stack, "gpu": gpu, "inputs": options.inputs}
-    found = read(options.target) if options.inputs else {}
-    cells: list[dict[str, Any]] = []
-    if head.items() <= found.items():
+    found, cells = read(options.target), []
+    if options.inputs and found.get("inputs") == options.inputs:
         cells = found["cells"]
-    elif found.get("cells"):  # minutes of a GPU: moved aside, like a run of other inputs
+    elif found["cells"]:  # minutes of a GPU: moved aside, like a run of other inputs
         options.target.replace(options.target.with_suffix(f".{(found.get('inputs') or 'unknown')[:8]}.json"))
-    written = 0.0
 
-    def keep(running: float = 0.0) -> None:
-        nonlocal written
-        if not running or time.monotonic() - written > 1:
-            write_atomic(options.target, json.dumps({**head, "cells": cells, "running": running}, indent=1))
-            written = time.monotonic()
+    def keep(running: dict[str, Any] | None = None) -> None:
+        write_atomic(options.target, json.dumps({**head, "cells": cells, "running": running}, indent=1))
 
-    todo = [length for length in options.lengths if length not in {cell["length"] for cell in cells}]
     keep()
+    todo = [length for length in options.lengths if length not in {cell["length"] for cell in cells}]
     for length in todo:
         cell = measure(
             model,
@@ -245,7 +193,7 @@ def _fill(options: argparse.Namespace) -> None:
             seconds=options.seconds,
             update_rule=options.update_rule,
             ledger_seconds=options.ledger_seconds,
-            tell=keep,
+            tell=lambda: keep({"process": os.getpid(), "since": time.time()}),
         )
         cells.append(cell)
         keep()

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.config import GRITConfig
 from grit_impl.data import FIXTURES
-from grit_impl.errors import GRITError, RunFailed
-from grit_impl.machine import has_gpu, versions
+from grit_impl.errors import GRITError
+from grit_impl.machine import gpu_names, has_gpu, versions
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
-from grit_impl.verify.cost_run import complete, read, run_cost
-from grit_impl.verify.execute import Progress, finished, run_arms, source_fingerprint
+from grit_impl.verify.cost_run import complete, read
+from grit_impl.verify.execute import Progress, finished, run_arms, run_cost, source_fingerprint
 from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ class LiveEvidence(Evidence):
         inputs = fingerprint(
             {
                 "base": self.options.base_model,
+                "stack": stack,
+                "gpus": gpu_names(),
                 "seconds": self.options.cost_seconds,
                 "source": source_fingerprint("cost"),
                 "versions": versions(),
@@ -195,11 +197,11 @@ class LiveEvidence(Evidence):
             return
         if not (self.options.reuse_runs or complete(found, inputs)):
             seconds, base = self.options.cost_seconds, self._prepare_base()
-            try:
-                found = run_cost(base, stack, target, seconds=seconds, inputs=inputs, progress=self.progress)
-            except RunFailed as error:
-                self.failed = {**self.failed, key: str(error)}
+            made = run_cost(base, stack, target, seconds=seconds, inputs=inputs, progress=self.progress)
+            if isinstance(made, str):
+                self.failed = {**self.failed, key: made}
                 return
+            found = made
         self.costs = {**self.costs, stack: found}
 
     # Export

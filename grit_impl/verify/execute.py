@@ -1,8 +1,8 @@
-"""Runs arms, each in a process of its own, and finds again what is finished.
+"""Runs arms and measurements of cost, each in a process of its own, and finds again what is finished.
 
 An arm gets its own process because Unsloth patches transformers, peft and trl when it is imported, and because peak
 memory is a property of a process. This module is both sides: `run_arms` starts `python -m grit_impl.verify.execute`,
-which trains one arm under the gradient ledger. The parent imports no torch.
+which trains one arm under the gradient ledger; `run_cost` starts cost_run.py. The parent imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from grit_impl.machine import has_gpu, least_used, versions, visible_gpus
 from grit_impl.recipes.arms import RunSpec, find_arm
 from grit_impl.recipes.bases import TINY
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
-from grit_impl.verify.processes import end_with_parent, last_line
+from grit_impl.verify.cost_run import LENGTHS, complete, read
+from grit_impl.verify.processes import end_with_parent
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
@@ -124,11 +125,8 @@ def run_arms(
                     continue
                 del running[process]
                 if status == 2:
-                    raise GRITError(last_line(path / "log.txt").removeprefix("error: "))
-                record = finished(path, None)
-                results[spec.arm] = record or (
-                    f"its process ended with status {status}: {last_line(path / 'log.txt')} (see {path / 'log.txt'})"
-                )
+                    raise GRITError(_last_line(path / "log.txt").removeprefix("error: "))
+                results[spec.arm] = finished(path, None) or _how_it_ended(status, path / "log.txt")
     finally:
         for process in running:
             process.terminate()
@@ -177,6 +175,60 @@ def _steps_done(path: Path) -> int:
         return (path / "steps.jsonl").read_bytes().count(b"\n")
     except OSError:
         return 0
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _how_it_ended(status: int, log: Path) -> str:
+    return f"its process ended with status {status}: {_last_line(log)} (see {log})"
+
+
+def run_cost(
+    base: str, stack: str, target: Path, *, seconds: float, inputs: str, progress: Progress
+) -> dict[str, Any] | str:
+    """Measure the cost on one stack; lengths that an interrupted measurement finished are kept.
+
+    Args:
+        base: Folder of the base model.
+        stack: `unsloth` or `peft`.
+        target: The JSON file; what the process prints goes beside it.
+        seconds: For the rounds of each length.
+        inputs: Fingerprint of what the figures depend on: other figures are measured anew.
+        progress: Told about seconds of rounds.
+
+    Returns:
+        The content of the file, or why it is not whole.
+    """
+    log, total = target.with_suffix(".log"), round(len(LENGTHS) * seconds)
+    label = f"measuring the cost on {stack}, seconds"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "grit_impl.verify.cost_run", base, stack, str(target)]
+    command += ["--seconds", str(seconds), "--inputs", inputs]
+    with open(log, "wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        while (status := process.poll()) is None:
+            progress(label, min(_seconds_measured(read(target), process.pid, seconds, inputs), total - 1), total)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        process.terminate()
+        process.wait()
+    found = read(target)
+    if not complete(found, inputs):
+        return _how_it_ended(status, log)
+    progress(label, total, total)
+    return found
+
+
+def _seconds_measured(found: dict[str, Any], process: int, seconds: float, inputs: str) -> int:
+    if found.get("inputs") != inputs:  # of an earlier measurement, until the process replaces it
+        return 0
+    running = found.get("running") or {}
+    now = min(time.time() - running["since"], seconds) if running.get("process") == process else 0.0
+    return round(len(found["cells"]) * seconds + now)
 
 
 def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:

@@ -1,11 +1,10 @@
-"""What the processes that train and measure have in common: they end with whoever started them, and leave a log."""
+"""What the processes that train and measure have in common: they end with whoever started them."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from pathlib import Path
 
 _POLL_SECONDS = 0.5
 
@@ -19,9 +18,3 @@ def _wait_and_leave(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(1)
-
-
-def last_line(log: Path) -> str:
-    """What a process said last."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    return lines[-1] if lines else "it printed nothing"

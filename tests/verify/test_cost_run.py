@@ -13,22 +13,38 @@ import time
 import pytest
 
 from grit_impl.data import FIXTURES
-from grit_impl.errors import GRITError, RunFailed
-from grit_impl.verify import cost_run
-from grit_impl.verify.cost_run import LENGTHS, complete, read, run_cost
+from grit_impl.errors import GRITError
+from grit_impl.verify import cost_run, evidence, execute
+from grit_impl.verify.cost_run import LENGTHS, complete, read
+from grit_impl.verify.evidence import LiveEvidence
+from grit_impl.verify.execute import run_cost
+from grit_impl.verify.options import Options
 
-# Stands in for `python -m grit_impl.verify.cost_run`: leaves what it is told to, after a while.
+# Stands in for `python -m grit_impl.verify.cost_run`: leaves what it is told to; after each it waits for the parent.
 CHILD = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 target, inputs = pathlib.Path(sys.argv[1]), sys.argv[2]
-def keep(lengths, running):
-    cells = [{"length": length} for length in lengths]
+def keep(lengths, seconds=None, process=os.getpid(), seen=None):
+    running = None if seconds is None else {"process": process, "since": time.time() - seconds}
     new = target.with_suffix(".new")
+    cells = [{"length": length} for length in lengths]
     new.write_text(json.dumps({"inputs": inputs, "cells": cells, "running": running}))
     new.replace(target)
+    if seen is not None:
+        wait(seen)
+def wait(seen):
+    deadline = time.monotonic() + 20
+    while not target.with_suffix(f".{seen}").exists():
+        assert time.monotonic() < deadline, f"the parent did not tell {seen}"
+        time.sleep(0.01)
 """
-SLOW = CHILD + "for lengths, running in (([], 4), ([512], 0), ([512], 7)): keep(lengths, running); time.sleep(0.4)\n"
-WHOLE = CHILD + "keep([512, 2048], 0)\n"
+STATES = """
+keep([], 4000, seen=4)
+keep([512], seen=10)
+keep([512], 7000, seen=17)
+keep([512], 99000, seen=19)
+keep([512, 2048])
+"""
 
 
 @pytest.fixture
@@ -39,52 +55,66 @@ def child(monkeypatch):
     def install(script):
         def popen(command, **options):
             target, inputs = command[5], command[command.index("--inputs") + 1]
-            started.append(real([sys.executable, "-c", script, target, inputs], **options))
+            started.append(real([sys.executable, "-c", CHILD + script, target, inputs], **options))
             return started[-1]
 
-        monkeypatch.setattr(cost_run.subprocess, "Popen", popen)
-        monkeypatch.setattr(cost_run, "_POLL_SECONDS", 0.02)
+        monkeypatch.setattr(execute.subprocess, "Popen", popen)
+        monkeypatch.setattr(execute, "_POLL_SECONDS", 0.02)
         return started
 
     return install
 
 
-def run(target, told=None, seconds=10.0):
-    """Measure through the parent's side."""
-    tell = (lambda *now: told.append(now)) if told is not None else (lambda *now: None)
-    return run_cost("base", "peft", target, seconds=seconds, inputs="mine", progress=tell)
+def run(target, progress=lambda *now: None):
+    """Measure 10,000 s per length through the parent's side."""
+    return run_cost("base", "peft", target, seconds=10_000.0, inputs="mine", progress=progress)
 
 
-def test_progress_is_told_in_seconds_of_rounds(child, tmp_path):
-    """Oracle: what the process wrote, 10 s for each of two lengths; what another measurement left counts nothing."""
+@pytest.mark.parametrize("left", ["others", "mine"])
+def test_progress_is_told_in_seconds_of_rounds(child, tmp_path, left):
+    """Oracle: what the process wrote, in thousands of seconds; the last thousand is told when all is there.
+
+    What an earlier process left counts as far as it is finished: nothing of other inputs, nor the time that a killed
+    process had spent in a length.
+    """
     target, told = tmp_path / "peft.json", []
-    target.write_text(json.dumps({"inputs": "others", "cells": [{"length": n} for n in LENGTHS]}))
-    child(SLOW + WHOLE)
-    assert complete(run(target, told), "mine")
-    done = list(dict.fromkeys(now for _, now, _ in told))
-    assert done == [0, 4, 10, 17, 20]
-    assert {total for *_, total in told} == {20}
+    lengths = {"others": [512, 2048], "mine": []}[left]
+    running = {"process": 1, "since": time.time() - 9000}
+    target.write_text(json.dumps({"inputs": left, "cells": [{"length": n} for n in lengths], "running": running}))
+
+    def progress(label, done, total):
+        assert (label, total) == ("measuring the cost on peft, seconds", 20_000)
+        told.append(done // 1000)
+        target.with_suffix(f".{told[-1]}").touch()
+
+    child(f"wait(0)\n{STATES}")
+    assert complete(run(target, progress), "mine")
+    assert list(dict.fromkeys(told)) == [0, 4, 10, 17, 19, 20]
 
 
-def test_a_measurement_that_fails_says_its_last_line(child, tmp_path):
-    """Oracle: the process's own words and the log's name; a process that stops half way is a failure, too."""
-    child("print('error: no such projection'); raise SystemExit(2)")
-    with pytest.raises(RunFailed, match=r"^error: no such projection \(see .*peft\.log\)$"):
-        run(tmp_path / "peft.json")
-    child(CHILD + "keep([512], 0); print('as far as I got')")
-    with pytest.raises(RunFailed, match="as far as I got"):
-        run(tmp_path / "peft.json")
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("print('error: no such projection'); raise SystemExit(2)", "status 2: error: no such projection"),
+        ("keep([512]); print('figures of 512', flush=True); os.kill(os.getpid(), 9)", "status -9: figures of 512"),
+        ("keep([512])", "status 0: it printed nothing"),
+    ],
+)
+def test_a_measurement_that_fails_says_how(child, tmp_path, script, why):
+    """Oracle: how the process ended, its last words and the log's name; half a measurement is none."""
+    child(script)
+    assert run(tmp_path / "peft.json") == f"its process ended with {why} (see {tmp_path / 'peft.log'})"
 
 
 def test_an_interrupted_parent_leaves_no_process(child, tmp_path):
     """Oracle: the process's exit status after ctrl-C reached the parent in the middle."""
-    started = child("import time; time.sleep(30)")
+    started = child("time.sleep(30)")
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_cost("base", "peft", tmp_path / "peft.json", seconds=1.0, inputs="mine", progress=interrupt)
+        run(tmp_path / "peft.json", interrupt)
     assert started[0].returncode == -signal.SIGTERM
 
 
@@ -126,17 +156,32 @@ def test_an_interrupted_measurement_keeps_what_is_finished(measured, tmp_path):
     assert complete(read(tmp_path / "peft.json"), "mine")
 
 
-@pytest.mark.parametrize("change", [{"inputs": "others"}, {"gpu": "another card"}, {"stack": "unsloth"}])
-def test_figures_of_something_else_are_not_kept(measured, tmp_path, change):
-    """Oracle: other code, another card, another stack: both lengths are measured, and the old figures lie beside."""
-    cells = [{"length": length} for length in LENGTHS]
-    left = {"stack": "peft", "gpu": None, "inputs": "mine", "cells": cells, **change}
+@pytest.mark.parametrize("asked", ["mine", ""])
+def test_figures_of_something_else_lie_beside(measured, tmp_path, asked):
+    """Oracle: other inputs, or none said: both lengths are measured, and the old figures are still on the disk."""
+    left = {"stack": "peft", "gpu": None, "inputs": "others", "cells": [{"length": length} for length in LENGTHS]}
     (tmp_path / "peft.json").write_text(json.dumps(left))
-    assert measured() == list(LENGTHS)
-    assert read(tmp_path / f"peft.{left['inputs']}.json") == left
+    assert measured(inputs=asked) == list(LENGTHS)
+    assert read(tmp_path / "peft.others.json") == left
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": [1]}', '{"cells": [{}]}'])
+def test_the_card_and_the_stack_are_inputs(monkeypatch, tmp_path):
+    """Oracle: a finished measurement of another card, or of the other stack, is not taken for this one's."""
+    asked = []
+
+    def run_cost(base, stack, target, *, inputs, **_):
+        asked.append(inputs)
+        return {"cells": []}
+
+    monkeypatch.setattr(evidence, "has_gpu", lambda: True)
+    monkeypatch.setattr(evidence, "run_cost", run_cost)
+    for card in ("NVIDIA A10", "NVIDIA H200"):
+        monkeypatch.setattr(evidence, "gpu_names", lambda card=card: [card])
+        LiveEvidence(Options(reports_dir=tmp_path)).gather(["cost:peft", "cost:unsloth"])
+    assert len(set(asked)) == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": [1]}', '{"cells": [{}]}', '{"cells": 7}'])
 def test_a_file_of_something_else_is_named(tmp_path, content):
     """Oracle: one line with the file, whatever is in it."""
     (tmp_path / "peft.json").write_text(content)
@@ -168,21 +213,23 @@ def test_real_steps_on_a_cpu(tmp_path):
 
 
 def test_the_process_ends_with_its_parent(tmp_path):
-    """Oracle: a grandchild whose parent is killed without warning is gone within seconds."""
-    grandchild = (
-        "import os, pathlib, sys, time; from grit_impl.verify.processes import end_with_parent; end_with_parent();"
-        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    """Real steps in a grandchild that says who it is when the rounds begin. Oracle: gone once its parent is killed."""
+    target = tmp_path / "peft.json"
+    parent = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-m', 'grit_impl.verify.cost_run', sys.argv[1],"
+        " 'peft', sys.argv[2], '--inputs', 'mine', '--lengths', '8', '--seconds', '600'])"
     )
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}, sys.argv[1]])"
-    note = tmp_path / "pid"
-    process = subprocess.Popen([sys.executable, "-c", parent, str(note)])
-    while not (note.is_file() and note.read_text()):
+    process = subprocess.Popen([sys.executable, "-c", parent, str(FIXTURES / "tiny_llama"), str(target)])
+    deadline = time.monotonic() + 300
+    while not (running := read(target).get("running")):
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert time.time() - 300 < running["since"] <= time.time()
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
-    while _alive(int(note.read_text())):
+    while _alive(running["process"]):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
