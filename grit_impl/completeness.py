@@ -23,11 +23,11 @@ COMPLETENESS_TOLERANCE = 0.1
 CANCELLATION = 1e-4
 
 
-_SOME = (
+_LAYER_BYPASSED = (
     "Something computes this layer without calling its modules (fused kernels), or changed the gradients before GRIT "
     "saw them"
 )
-_NONE = (
+_ALL_BYPASSED = (
     "No layer saw a token: something computes them without calling their modules (fused kernels), or a wrapper called "
     "the model's forward() itself, past its hooks: give GRIT the outermost model"
 )
@@ -68,9 +68,10 @@ def completeness_errors(statistics: RankStatistics, layers: Sequence[LoRAFactorP
         return None
     worst = int(errors.argmax())
     if errors[worst] > COMPLETENESS_TOLERANCE:
+        why = _LAYER_BYPASSED if size.any() else _ALL_BYPASSED
         raise GRITError(
             f"GRIT's statistics do not add up to the gradients: {layers[worst].path} is off by "
-            f"{errors[worst]:.2f} (tolerance {COMPLETENESS_TOLERANCE}). {_SOME if size.any() else _NONE}"
+            f"{errors[worst]:.2f} (tolerance {COMPLETENESS_TOLERANCE}). {why}"
         )
     return errors
 
