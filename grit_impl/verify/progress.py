@@ -21,6 +21,7 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
         self._started: dict[str, float] = {}
+        self._first: dict[str, tuple[float, int]] = {}
         self._finished: set[str] = set()
         self._running: dict[str, str] = {}
         self._shown: dict[str, int] = {}
@@ -30,8 +31,8 @@ class ProgressLine:
         """Show that `done` of `total` of the work called `label` is done."""
         if label in self._finished:
             return
-        began = self._started.setdefault(label, time.monotonic())
-        seconds = time.monotonic() - began
+        now = time.monotonic()
+        seconds = now - self._started.setdefault(label, now)
         stream = self._stream or sys.stderr
         if done >= total:
             self._finished.add(label)
@@ -40,7 +41,7 @@ class ProgressLine:
             if seconds > 0.5:
                 self._write(stream, f"{label}: {total} in {_duration(seconds)}", last=True)
             return
-        left = f", {_duration(seconds / done * (total - done))} left" if done else ""
+        left = self._left(label, done, total, now)
         if stream.isatty() and "PYTEST_XDIST_WORKER" not in os.environ:
             filled = BAR * done // max(total, 1)
             self._running[label] = f"{label} {'━' * filled}{'╌' * (BAR - filled)} {done}/{total}{left}"
@@ -48,6 +49,13 @@ class ProgressLine:
         elif (self._last is None or time.monotonic() - self._last >= LOG_SECONDS) and self._shown.get(label) != done:
             self._shown[label] = done
             self._write(stream, f"{label}: {done}/{total}{left}", last=True)
+
+    def _left(self, label: str, done: int, total: int, now: float) -> str:
+        # The pace is taken from the first progress on: before it a model was loaded, or an earlier call had done it.
+        if not done:
+            return ""
+        since, first = self._first.setdefault(label, (now, done))
+        return f", {_duration((now - since) / (done - first) * (total - done))} left" if done > first else ""
 
     def _write(self, stream: TextIO, text: str, *, last: bool) -> None:
         if self._last is None:
