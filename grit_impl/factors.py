@@ -175,10 +175,3 @@ class KroneckerFactors:
 def world_size() -> int:
     """Data-parallel processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """exp of the entropy of the normalised spectrum (Roy & Vetterli 2007); (..., r) -> (...)."""
-    p = eigenvalues.clamp_min(0)
-    p = p / p.sum(-1, keepdim=True).clamp_min(TRACE_FLOOR)
-    return torch.exp(-torch.special.xlogy(p, p).sum(-1))

@@ -18,14 +18,12 @@ from grit_impl.autograd import LossTap, ModuleTap, RankStatistics
 from grit_impl.completeness import completeness_errors
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.factors import READY, STATUS, KroneckerFactors, effective_rank, world_size
+from grit_impl.factors import READY, STATUS, KroneckerFactors, world_size
 from grit_impl.fused import FusedAdapters, FusedTap, fused_functions
 from grit_impl.rank import Reprojection
+from grit_impl.spectra import SpectrumHistory, effective_rank, eigvalsh
 from grit_impl.stacks import GradientStacks
 from grit_impl.update_rules import make_rule
-
-# Factors that wait for their eigenvalues: 32 x 7 MiB for Llama-3-8B at rank 16 would be too much, 16 x 0.5 is not.
-SPECTRA_KEPT_UNSOLVED = 16
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,7 @@ class GRITManager:
         # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
         self.applied = torch.zeros(2, len(ranks), device=device)
         self.completeness: Tensor | None = None
-        self._spectra: list[dict[str, Any]] = []
-        self._unsolved: list[tuple[int, Tensor]] = []
+        self._spectra = SpectrumHistory(self.config.log_top_eigs)
         self._window_open = False
         self._loss_tokens: float | None = None
         self._taps: list[Any] = []
@@ -245,7 +242,7 @@ class GRITManager:
             self.factors.invert()
             self.factors.inversions += 1
             if self.config.log_fisher_spectrum:
-                self._unsolved.append((self.step, self.factors.covariances()))
+                self._spectra.note(self.step, self.factors.covariances())
         self._regularise()
         warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
         if self.rule is not None:
@@ -319,8 +316,8 @@ class GRITManager:
         Args:
             optimizer: The optimizer whose moments are projected with the parameters.
         """
-        if len(self._unsolved) >= SPECTRA_KEPT_UNSOLVED:
-            self.spectrum_history()
+        if self._spectra.full:
+            self._spectra.rows()
         if self.reprojection.due(self.step) and self.factors.inversions:
             self.reprojection.reproject(self.step, optimizer)
             if self.rule is not None:
@@ -340,7 +337,7 @@ class GRITManager:
         damped = s + self.factors.damping(s)[..., None, None] * self.factors.eye
         # One copy to the host for all layers: each one waits for the device.
         traces = s.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
-        effective = effective_rank(torch.linalg.eigvalsh(s)).cpu()
+        effective = effective_rank(eigvalsh(s))
         damped, inverse, status = damped.cpu().double(), self.factors.inverse.cpu().double(), self.factors.status.cpu()
         counts = torch.stack([self.factors.seen, self.factors.dropped, *self.applied]).T.tolist()
         rows = [
@@ -358,7 +355,7 @@ class GRITManager:
             mine = [i for i, layer in enumerate(self.layers) if layer.rank == rank]
             eye = torch.eye(rank, dtype=torch.float64)
             for side, key in ((0, "a"), (1, "g")):
-                values = torch.linalg.eigvalsh(damped[side, mine, :rank, :rank])
+                values = eigvalsh(damped[side, mine, :rank, :rank])
                 kept = inverse[side, mine, :rank, :rank]
                 mean = kept.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
                 distances = torch.linalg.matrix_norm(kept / mean - eye) / eye.norm()
@@ -384,22 +381,8 @@ class GRITManager:
         }
 
     def spectrum_history(self) -> list[dict[str, Any]]:
-        """Per inversion: step, the top eigenvalues and the effective rank of S_a and S_g, averaged over layers.
-
-        Eigenvalues are computed here and not in the step, because they wait for the device.
-        """
-        if self._unsolved:
-            values = torch.linalg.eigvalsh(torch.stack([s for _, s in self._unsolved])).cpu().flip(-1)
-            ranks = effective_rank(values).mean(-1)
-            top = values[..., : self.config.log_top_eigs].mean(2)
-            for i, (step, _) in enumerate(self._unsolved):
-                row: dict[str, Any] = {"step": step}
-                for side, key in enumerate("ag"):
-                    row[f"top_{key}"] = top[i, side].tolist()
-                    row[f"effective_rank_{key}"] = float(ranks[i, side])
-                self._spectra.append(row)
-            self._unsolved = []
-        return list(self._spectra)
+        """The factors' spectra, a row per inversion (`SpectrumHistory.rows`); waits for the device."""
+        return self._spectra.rows()
 
     def state_dict(self) -> dict[str, Any]:
         """GRIT's state for a checkpoint: tensors and plain values only."""
@@ -438,4 +421,4 @@ class GRITManager:
         self.factors.load_state_dict(state["factors"])
         self.reprojection.load_state_dict(state["reprojection"])
         self.completeness = state["completeness"]
-        self._spectra, self._unsolved = list(state["spectra"]), []
+        self._spectra = SpectrumHistory(self.config.log_top_eigs, state["spectra"])

@@ -21,6 +21,7 @@ from torch import Tensor
 from grit_impl.config import GRITConfig
 from grit_impl.factors import READY, TRACE_FLOOR, KroneckerFactors
 from grit_impl.record import write_atomic
+from grit_impl.spectra import eigh
 
 if TYPE_CHECKING:
     from grit_impl.manager import LoRAFactorPair
@@ -96,9 +97,9 @@ class Reprojection:
         s = factors.covariances()
         s = s / factors.mean_eigenvalues(s).clamp_min(TRACE_FLOOR)[..., None, None]
         # Adding the projector lifts the space in use by one: its eigenvectors come last, however singular S is.
-        values, vectors = torch.linalg.eigh((s + factors.projector).double())
+        values, vectors = eigh((s + factors.projector).double())
         # One transfer for all layers: the choice of ranks is made on the host.
-        values, ready = values.cpu() - 1, (factors.status == READY).cpu()
+        values, ready = values - 1, (factors.status == READY).cpu()
         adapt = config.enable_rank_adaptation and step >= config.rank_adaptation_start_step
         sides = (0, 1 if config.use_two_sided_reprojection else 0)
         changed = False

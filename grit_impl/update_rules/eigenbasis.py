@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from grit_impl.factors import READY, TRACE_FLOOR
+from grit_impl.spectra import eigh
 from grit_impl.update_rules.base import BETAS, Stack, UpdateRule
 
 EPS = 1e-8
@@ -66,7 +67,7 @@ class Eigenbasis(UpdateRule):
         s = torch.where(ready, s.flip(0), self.factors.eye)
         if self.refreshes < SOLVED_REFRESHES:
             # Lifted by one, the layer's own rank comes before the padding, however singular S is.
-            basis = torch.linalg.eigh(s + self._used).eigenvectors.flip(-1)
+            basis = eigh(s + self._used)[1].flip(-1)
         else:
             basis = torch.linalg.qr((s + self.factors.eye - self._used) @ self.basis).Q
         basis = torch.where(ready, basis, self.basis)

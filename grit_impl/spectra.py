@@ -1,0 +1,76 @@
+"""Eigenvalues of the factors, solved on the host.
+
+On a GPU the batched solver takes its workspace for every matrix of the batch at once: 0.3 GiB above the peak of a
+training step for the five inversions of 224 layers that a checkpoint found unsolved. LAPACK needs 0.1 s for ten times
+as many matrices of rank 16, and every caller waits for the device anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_impl.factors import TRACE_FLOOR
+
+# Inversions whose eigenvalues may wait: 0.5 MiB each for Llama-3-8B at rank 16, 7 MiB at rank 64.
+UNSOLVED_AT_MOST = 16
+
+
+def eigvalsh(matrices: Tensor) -> Tensor:
+    """Eigenvalues in ascending order, on the host; (..., r, r) -> (..., r)."""
+    values: Tensor = torch.linalg.eigvalsh(matrices.cpu())
+    return values
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in ascending order, on the host, and eigenvectors where the matrices are."""
+    values, vectors = torch.linalg.eigh(matrices.cpu())
+    return values, vectors.to(matrices.device)
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    """exp of the entropy of the normalised spectrum (Roy & Vetterli 2007); (..., r) -> (...)."""
+    p = eigenvalues.clamp_min(0)
+    p = p / p.sum(-1, keepdim=True).clamp_min(TRACE_FLOOR)
+    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
+
+
+class SpectrumHistory:
+    """The factors' spectra at every inversion, averaged over layers.
+
+    Eigenvalues wait for the device, so they are computed when the history is asked for and not in the step.
+
+    Args:
+        top: Number of eigenvalues kept.
+        rows: Of a checkpoint.
+    """
+
+    def __init__(self, top: int, rows: list[dict[str, Any]] | None = None) -> None:
+        self.top = top
+        self._rows = list(rows or [])
+        self._unsolved: list[tuple[int, Tensor]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether so many inversions wait that they should be solved."""
+        return len(self._unsolved) >= UNSOLVED_AT_MOST
+
+    def note(self, step: int, covariances: Tensor) -> None:
+        """Keep S_a and S_g (2, L, r, r) of an inversion."""
+        self._unsolved.append((step, covariances))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Per inversion: `step`, `top_a`, `top_g`, `effective_rank_a`, `effective_rank_g`; waits for the device."""
+        if self._unsolved:
+            values = eigvalsh(torch.stack([s for _, s in self._unsolved])).flip(-1)
+            ranks, top = effective_rank(values).mean(-1), values[..., : self.top].mean(2)
+            for i, (step, _) in enumerate(self._unsolved):
+                row: dict[str, Any] = {"step": step}
+                for side, key in enumerate("ag"):
+                    row[f"top_{key}"] = top[i, side].tolist()
+                    row[f"effective_rank_{key}"] = float(ranks[i, side])
+                self._rows.append(row)
+            self._unsolved = []
+        return list(self._rows)

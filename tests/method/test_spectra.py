@@ -1,0 +1,108 @@
+"""Eigenvalue problems are solved on the host: on a GPU their workspace would be the peak of the whole run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from grit_impl.config import GRITConfig
+from grit_impl.manager import GRITManager
+from grit_impl.optim import GRITOptimizer
+from grit_impl.spectra import UNSOLVED_AT_MOST, SpectrumHistory, eigh, eigvalsh
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Per eigenvalue problem solved: whether its matrices had just been copied to the host.
+
+    On a CPU everything is on the host, so that what `cpu()` returned is marked.
+    """
+    found: list[bool] = []
+
+    def watched(solver: Any) -> Any:
+        def solve(matrices: torch.Tensor) -> Any:
+            found.append(hasattr(matrices, "copied_to_the_host"))
+            return solver(matrices)
+
+        return solve
+
+    def cpu(self: torch.Tensor) -> torch.Tensor:
+        copy = self.detach().clone()
+        copy.copied_to_the_host = True  # type: ignore[attr-defined]
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    for name in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, watched(getattr(torch.linalg, name)))
+    return found
+
+
+@pytest.mark.parametrize("update_rule", ["precondition", "eigenbasis"])
+def test_a_run_solves_on_the_host(
+    update_rule: str, solved: list[bool], llama: Any, sequences: Any, collate: Any
+) -> None:
+    """Steps, a refresh of the bases, a reprojection, a checkpoint and the report at the end."""
+    model = llama()
+    config = {"kfac_update_freq": 1, "kfac_min_samples": 1, "reprojection_freq": 2, "reprojection_k": 2}
+    manager = GRITManager(model, GRITConfig.from_dict({**config, "update_rule": update_rule})).attach()
+    optimizer = GRITOptimizer(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), manager)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        model(**collate(sequences(4, step))).loss.backward()
+        optimizer.step()
+    assert manager.reprojection.count == 1
+    before = len(solved)
+    manager.state_dict()
+    assert len(solved) == before + 1
+    manager.factor_report()
+    assert len(solved) > before + 1
+    assert all(solved)
+
+
+def test_the_watch_sees_a_solver_on_the_device(solved: list[bool]) -> None:
+    """Control: one that did not copy, and one whose copy was changed afterwards."""
+    torch.linalg.eigvalsh(torch.eye(3))
+    torch.linalg.eigh(torch.eye(3).cpu() + 1)
+    eigvalsh(torch.eye(3))
+    assert solved == [False, False, True]
+
+
+def test_vectors_return_to_the_device() -> None:
+    """On a GPU that exists in name alone: values stay on the host, vectors multiply what is on the device."""
+    with FakeTensorMode():
+        matrices = torch.empty(2, 5, 16, 16, device="cuda", dtype=torch.float64)
+        values, vectors = eigh(matrices)
+        assert (values.device.type, vectors.device.type) == ("cpu", "cuda")
+        assert (vectors @ vectors.mT).shape == matrices.shape
+        assert eigvalsh(matrices).device.type == "cpu"
+
+
+def test_a_history_is_full_after_so_many_inversions() -> None:
+    history = SpectrumHistory(top=2)
+    for step in range(UNSOLVED_AT_MOST):
+        assert not history.full
+        history.note(step, torch.eye(4).expand(2, 3, 4, 4))
+    assert history.full
+    rows = history.rows()
+    assert not history.full
+    assert [row["step"] for row in rows] == list(range(UNSOLVED_AT_MOST))
+    assert rows[0]["top_a"] == [1.0, 1.0]
+    assert rows[0]["effective_rank_g"] == pytest.approx(4)
+    assert SpectrumHistory(2, rows).rows() == rows
+
+
+@pytest.mark.gpu
+def test_memory_of_a_full_history() -> None:
+    """As many inversions of 224 layers as may wait: little more than the factors themselves (0.5 MiB each)."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; found none")
+    history = SpectrumHistory(top=8)
+    for step in range(UNSOLVED_AT_MOST):
+        history.note(step, torch.eye(16, device="cuda").expand(2, 224, 16, 16).contiguous())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    history.rows()
+    assert torch.cuda.max_memory_allocated() - before < 16 * 2**20
