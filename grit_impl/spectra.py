@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grit_impl.factors import TRACE_FLOOR
 
-# Inversions whose eigenvalues may wait: 0.5 MiB each for Llama-3-8B at rank 16, 7 MiB at rank 64.
+# Inversions whose eigenvalues may wait in host memory: 0.5 MiB each for Llama-3-8B at rank 16, 7 MiB at rank 64.
 UNSOLVED_AT_MOST = 16
 
 
@@ -40,7 +40,7 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
 class SpectrumHistory:
     """The factors' spectra at every inversion, averaged over layers.
 
-    Eigenvalues wait for the device, so they are computed when the history is asked for and not in the step.
+    Eigenvalues are computed when the history is asked for and not in the step, which would wait for them.
 
     Args:
         top: Number of eigenvalues kept.
@@ -58,12 +58,15 @@ class SpectrumHistory:
         return len(self._unsolved) >= UNSOLVED_AT_MOST
 
     def note(self, step: int, covariances: Tensor) -> None:
-        """Keep S_a and S_g (2, L, r, r) of an inversion."""
-        self._unsolved.append((step, covariances))
+        """Keep S_a and S_g (2, L, r, r) of an inversion on the host; the copy does not wait for the device."""
+        self._device = covariances.device
+        self._unsolved.append((step, covariances.to("cpu", non_blocking=True)))
 
     def rows(self) -> list[dict[str, Any]]:
         """Per inversion: `step`, `top_a`, `top_g`, `effective_rank_a`, `effective_rank_g`; waits for the device."""
         if self._unsolved:
+            if self._device.type != "cpu":
+                torch.accelerator.synchronize(self._device)  # a copy that did not wait may not have arrived
             values = eigvalsh(torch.stack([s for _, s in self._unsolved])).flip(-1)
             ranks, top = effective_rank(values).mean(-1), values[..., : self.top].mean(2)
             for i, (step, _) in enumerate(self._unsolved):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_GRAD_NORM = 1.0
 TARGETS = {"cpu step": 1.10, "gpu step": 1.03, "gpu memory": 1.01, "ledger": 1.03, "inversion of 448 factors, ms": 1.0}
+# Steps after which kernels are compiled and GRIT has compared its statistics with the gradients.
+SETTLED = 2
 ENOUGH_RATIOS = 6
 """With fewer the median has no distribution-free 95% interval."""
 
@@ -129,6 +131,25 @@ class Bench:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def peaks(self) -> dict[bool, int]:
+        """Peak bytes of allocated GPU memory without GRIT and, the key True, with it; 0 without a GPU.
+
+        Of a settled step and of what a checkpoint asks for. Call it before any step with GRIT.
+        """
+        import torch
+
+        found = {}
+        for grit in (False, True):
+            for _ in range(SETTLED):
+                self.step(grit=grit)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            self.step(grit=grit)
+            (self.grit_optimizer if grit else self.inner).state_dict()
+            found[grit] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return found
 
     def backward(self) -> None:
         """All micro-batches of one step."""

@@ -26,7 +26,6 @@ ROUNDS, LENGTHS = 1000, (512, 2048)
 """Rounds at most, and tokens per sequence."""
 SECONDS = 90.0
 """For the rounds of each length."""
-SETTLED = 2
 
 
 def read(target: Path) -> dict[str, Any]:
@@ -75,8 +74,6 @@ def measure(
         ledger_seconds: Above 0: that long, GRIT steps with the gradient ledger and without it in turn.
         tell: Called when the rounds begin.
     """
-    import torch
-
     from grit_impl.config import GRITConfig
     from grit_impl.verify.cost import Bench, in_turn, ledger_blocks, ratios
 
@@ -84,15 +81,7 @@ def measure(
     # All factors are inverted at every step: an upper bound, and every round alike.
     config = GRITConfig.from_dict({"update_rule": update_rule, "kfac_update_freq": 1})
     bench = Bench(model, _optimizer, length=length, autocast=cuda, config=config)
-    peaks = {}
-    for grit in (False, True):
-        for _ in range(SETTLED):  # kernels are compiled, and the statistics checked once
-            bench.step(grit=grit)
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        bench.step(grit=grit)
-        peaks[grit] = torch.cuda.max_memory_allocated() if cuda else 0
+    peaks = bench.peaks()
     arms = {"plain": lambda: bench.step(grit=False), "grit": lambda: bench.step(grit=True)}
     tell()
     times = in_turn(arms, rounds, seconds=seconds, warm_up=0)

@@ -255,16 +255,7 @@ def measure(model: Any, cell: Cell, seconds: float) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     ends = time.perf_counter() + (seconds if cuda else 4)
     bench = Bench(model, optimizer, length=cell.length if cuda else 16, autocast=cuda)
-    peaks = {}
-    for grit in (False, True):
-        bench.step(grit=grit)
-        if grit:  # the second step compares statistics and gradients once
-            bench.step(grit=True)
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        bench.step(grit=grit)
-        peaks[grit] = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    peaks = {grit: value / 2**30 if cuda else float("nan") for grit, value in bench.peaks().items()}
     result: dict[str, Any] = preconditioning(bench)
     kernels = device_time(bench) if cuda else None
     left = ends - time.perf_counter()

@@ -80,6 +80,25 @@ def test_vectors_return_to_the_device() -> None:
         assert eigvalsh(matrices).device.type == "cpu"
 
 
+def test_a_history_keeps_nothing_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that exists in name alone: what waits lies on the host, and is read after the device has finished."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(f"waited for {device}"))
+
+    def solver(matrices: torch.Tensor) -> Any:
+        events.append(f"solved on {matrices.device}")
+        raise StopIteration
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", solver)
+    history = SpectrumHistory(top=2)
+    with FakeTensorMode():
+        history.note(1, torch.empty(2, 3, 4, 4, device="cuda"))
+        assert {s.device.type for _, s in history._unsolved} == {"cpu"}
+        with pytest.raises(StopIteration):
+            history.rows()
+    assert events == ["waited for cuda:0", "solved on cpu"]
+
+
 def test_a_history_is_full_after_so_many_inversions() -> None:
     history = SpectrumHistory(top=2)
     for step in range(UNSOLVED_AT_MOST):
@@ -96,13 +115,24 @@ def test_a_history_is_full_after_so_many_inversions() -> None:
 
 @pytest.mark.gpu
 def test_memory_of_a_full_history() -> None:
-    """As many inversions of 224 layers as may wait: little more than the factors themselves (0.5 MiB each)."""
+    """As many inversions of 224 layers as may wait take no memory of the GPU; what is copied meanwhile arrives."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; found none")
-    history = SpectrumHistory(top=8)
-    for step in range(UNSOLVED_AT_MOST):
-        history.note(step, torch.eye(16, device="cuda").expand(2, 224, 16, 16).contiguous())
+    history, eye = SpectrumHistory(top=8), torch.eye(16, device="cuda").expand(2, 224, 16, 16).contiguous()
+    busy = torch.randn(4096, 4096, device="cuda")
+    busy @ busy  # cuBLAS takes its workspace once
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    history.rows()
-    assert torch.cuda.max_memory_allocated() - before < 16 * 2**20
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(UNSOLVED_AT_MOST):
+            for _ in range(4):
+                busy.copy_(busy @ busy / 64)
+            history.note(step, eye * (step + 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rows = history.rows()
+    # A product of `busy` and a scaled `eye` are alive at a time.
+    assert torch.cuda.max_memory_allocated() - before < 2 * busy.nbytes + 4 * eye.nbytes
+    assert [row["top_a"][0] for row in rows] == [step + 1 for step in range(UNSOLVED_AT_MOST)]

@@ -6,11 +6,24 @@ import importlib.util
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from grit_impl.errors import GRITError
-from grit_impl.verify.cost import Figure, exponent, in_turn, misses, ratios, render, spread, write_section
+from grit_impl.verify.cost import (
+    SETTLED,
+    Bench,
+    Figure,
+    exponent,
+    in_turn,
+    misses,
+    ratios,
+    render,
+    spread,
+    write_section,
+)
 
 
 def test_the_interval_is_the_published_one() -> None:
@@ -52,6 +65,49 @@ def test_exponents_of_powers() -> None:
     assert found.low == pytest.approx(found.high)
     # Exactly 0 where nothing grows: a rounding error above it would miss a target of 0.
     assert exponent([2, 4, 8], [[115360.0]] * 3).low == 0
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(step, first, checkpoint) -> peaks of a bench on a GPU that counts what it is told.
+
+    Bytes at the peak of a step by whether GRIT is on, of GRIT's first `SETTLED` steps, and of GRIT's checkpoint.
+    """
+
+    def measure(step: dict[bool, int], first: int, checkpoint: int) -> dict[bool, int]:
+        peak, taken = [0], []
+
+        def reach(value: int) -> None:
+            peak[0] = max(peak[0], value)
+
+        class Optimizer:
+            def __init__(self, value: int) -> None:
+                self.value = value
+
+            def state_dict(self) -> None:
+                reach(self.value)
+
+        bench: Any = Bench.__new__(Bench)
+        bench.device = torch.device("cuda")
+        bench.inner, bench.grit_optimizer = Optimizer(0), Optimizer(checkpoint)
+
+        def one(*, grit: bool) -> None:
+            taken.append(grit)
+            reach(first if grit and taken.count(True) <= SETTLED else step[grit])
+
+        bench.step = one
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.clear() or peak.append(0))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+        return bench.peaks()
+
+    return measure
+
+
+def test_peaks_are_of_settled_steps_and_of_a_checkpoint(memory: Any) -> None:
+    """Oracle: by hand. The comparison in GRIT's first steps is none of it; a checkpoint that takes more is."""
+    assert memory({False: 600, True: 601}, first=900, checkpoint=500) == {False: 600, True: 601}
+    assert memory({False: 600, True: 601}, first=600, checkpoint=640) == {False: 600, True: 640}
 
 
 def test_arms_take_turns_and_the_warm_up_does_not_count() -> None:
