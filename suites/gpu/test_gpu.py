@@ -24,6 +24,10 @@ def test_statistics_are_complete(judge, claim):
     judge(claim)
 
 
+def test_memory_of_whole_runs(judge):
+    judge("gpu.hybrid-run-memory")
+
+
 @pytest.mark.parametrize(
     "claim", [f"gpu.{arm}-{what}" for arm in ("hybrid", "pure") for what in ("step-time", "step-time-short", "memory")]
 )

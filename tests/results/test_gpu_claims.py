@@ -7,6 +7,7 @@ import json
 import pytest
 
 from grit_impl.errors import GRITError
+from grit_impl.record import RunRecord
 from grit_impl.verify.claims import find
 from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.evidence import LiveEvidence
@@ -74,6 +75,48 @@ def test_memory_of_one_length_alone(factor, verdict):
     assert find("gpu.hybrid-memory").judge(evidence).verdict == verdict
     evidence.costs["unsloth"]["cells"].clear()
     assert find("gpu.hybrid-memory").judge(evidence).verdict == "inconclusive"
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """(baseline, hybrid, gpu): records of runs whose memory peaked so, per step and at the end; -> evidence."""
+
+    def write(baseline, hybrid, gpu="NVIDIA A10"):
+        records = {}
+        for arm, peaks in (("baseline", baseline), ("hybrid", hybrid)):
+            record = write_run(tmp_path, arm, machine={"gpu": gpu}, peak_memory_bytes=int(peaks[-1] * GIB))
+            steps = record.steps
+            for step, peak in zip(steps, [*peaks, *[peaks[-1]] * len(steps)], strict=False):
+                step["memory_bytes"] = int(peak * GIB)
+            (record.path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+            records[arm] = RunRecord(record.path)
+        return Evidence(records=records)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "verdict"),
+    [
+        ([6.071, 6.1043], "supported"),
+        ([6.071, 6.1043, 6.4244], "refuted"),  # a checkpoint solved the spectra that waited on the GPU
+        ([6.071, 6.4244, 6.1], "refuted"),  # the run was resumed afterwards, which begins the peak anew
+    ],
+)
+def test_memory_of_whole_runs(runs, hybrid, verdict):
+    """Oracle: measured peaks of 200 steps on an H200, GiB, against the plan's 1.02 by hand."""
+    judged = find("gpu.hybrid-run-memory").judge(runs([6.0561, 6.1009], hybrid))
+    assert judged.verdict == verdict
+    assert f"{max(hybrid):.2f} GiB for 6.10" in judged.summary
+
+
+def test_memory_of_runs_without_a_gpu_is_open(runs):
+    """Oracle: there the records hold the memory of the process."""
+    judged = find("gpu.hybrid-run-memory").judge(runs([6.1], [6.1], gpu=None))
+    assert (judged.verdict, "no GPU" in judged.summary) == ("inconclusive", True)
 
 
 def test_an_unfinished_measurement_is_judged_as_far_as_it_goes(tmp_path):

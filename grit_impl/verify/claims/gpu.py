@@ -99,6 +99,28 @@ def memory(stack: str) -> Callable[[Evidence], Judgement]:
     return decide
 
 
+def run_memory(arm: str, against: str) -> Callable[[Evidence], Judgement]:
+    """Supported if the peak of a whole run, checkpoints included, is at most `PEAK_MEMORY` times that of another."""
+
+    def peak(evidence: Evidence, name: str) -> int:
+        record = evidence.records[name]
+        if not record.run["machine"].get("gpu"):
+            return 0
+        # A resumed run counts from its resumption on; the steps before it kept theirs.
+        return max(int(record.run["peak_memory_bytes"]), *(int(step["memory_bytes"]) for step in record.steps))
+
+    def decide(evidence: Evidence) -> Judgement:
+        mine, theirs = peak(evidence, arm), peak(evidence, against)
+        if not (mine and theirs):
+            return Judgement("inconclusive", "a run was made on no GPU")
+        ratio = Metric("run_peak_memory_ratio", mine / theirs, unit="x", subject=arm)
+        text = f"{mine / 2**30:.2f} GiB for {theirs / 2**30:.2f} ({ratio.estimate:.4f} x)"
+        text = f"the peak of the whole run is {text}; at most {PEAK_MEMORY:g} x was asked for"
+        return Judgement(supported_if(ratio.estimate <= PEAK_MEMORY), text, (ratio,))
+
+    return decide
+
+
 def caught(arm: str, cause: str) -> Callable[[Evidence], Judgement]:
     """Supported if the ledger names this cause."""
 
@@ -137,6 +159,14 @@ CLAIMS = (
         ("verdict:hybrid_starved",),
         "This is what the seed experiment ran, whose log said 'preconditioning applied'.",
         caught("hybrid_starved", "starved"),
+    ),
+    Claim(
+        "gpu.hybrid-run-memory",
+        f"A whole run of hybrid GRIT, checkpoints included, peaks at most at {PEAK_MEMORY:g} times the memory of its "
+        "baseline's.",
+        ("record:hybrid", "record:baseline"),
+        "What is done now and then, and in no step that is measured, may need more than any step.",
+        run_memory("hybrid", "baseline"),
     ),
     *(
         claim
