@@ -107,6 +107,12 @@ class RunRecord:
         return self._lines("steps.jsonl")
 
     @property
+    def peak_memory_bytes(self) -> int | None:
+        """Peak of the whole run; None where it has not ended. A resumed run counts its own part, its steps all."""
+        last = self.run.get("peak_memory_bytes")
+        return None if last is None else max([last, *(step.get("memory_bytes") or 0 for step in self.steps)])
+
+    @property
     def ledger(self) -> Path:
         """Path of the gradient ledger (it may not exist)."""
         return self.path / "ledger.jsonl.gz"

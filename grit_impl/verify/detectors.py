@@ -365,7 +365,7 @@ def _effective(f: Facts) -> Finding | None:
     bent = f.bent
     update, replay = _median(bent.update_turn), _median(bent.replay)
     text = (
-        f"{f.share(bent, f.live):.0%} of the gradients were turned (1 - cos = {_median(bent.turn):.2g}) "
+        f"{f.share(bent, f.live):.0%} of all gradients were turned (1 - cos = {_median(bent.turn):.2g}), "
         f"in {bent.step.nunique()} of {len(f.steps)} steps"
     )
     if np.isfinite(update):

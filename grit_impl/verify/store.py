@@ -185,9 +185,9 @@ class Store:
     def _add_run(self, session: int, record: RunRecord) -> None:
         run, steps = record.run, record.steps
         identity = f"{run['arm']}-{run.get('started')}-{str(run.get('fingerprint'))[:16]}"
-        names = ("base_model", "seed", "steps", "started", "finished", "train_seconds", "peak_memory_bytes")
-        final = steps[-1]["loss"] if steps else None
-        columns = (identity, run["arm"], *(run.get(name) for name in names), final, run.get("fingerprint"))
+        names = ("base_model", "seed", "steps", "started", "finished", "train_seconds")
+        described, final = (run.get(name) for name in names), steps[-1]["loss"] if steps else None
+        columns = (identity, run["arm"], *described, record.peak_memory_bytes, final, run.get("fingerprint"))
         self._insert("runs", [(*columns, str(record.path), _json(run))], "INSERT OR IGNORE")
         self._insert("session_runs", [(session, identity)])
         series = (

@@ -13,9 +13,10 @@ import pytest
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
 from grit_impl.verify.history import Change, Changes, ItemChange
+from grit_impl.verify.options import PLAN_MODELS
 from grit_impl.verify.performance import write_performance
 from grit_impl.verify.report import write_report
-from grit_impl.verify.report.content import DASH, cell, headline
+from grit_impl.verify.report.content import DASH, cell, headline, metrics_table
 from grit_impl.verify.results import Results
 from grit_impl.verify.store import JudgedClaim, Session
 
@@ -165,6 +166,16 @@ def test_numbers_of_the_table(written):
     assert [c.strip() for c in lines["Fisher inversions"].split("|")[2:6]] == [DASH, DASH, "4", "4"]
     assert [c.strip() for c in lines["Preconditioning coverage (%)"].split("|")[2:6]] == [DASH, DASH, "97.5", "97.5"]
     assert [c.strip() for c in lines["Peak memory (GiB)"].split("|")[2:6]] == [DASH, "1.00", "1.00", "1.00"]
+
+
+def test_the_median_of_an_even_number_of_steps(make_evidence):
+    """Oracle: half-way between the two in the middle, by hand: 1, 2, 4 and 9 s."""
+    evidence = make_evidence()
+    record = evidence.records["pure"]
+    rows = [{**step, "seconds": seconds} for step, seconds in zip(record.steps, (9.0, 1.0, 4.0, 2.0), strict=False)]
+    (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = dict(metrics_table(evidence)[1])
+    assert table["Time per step, median (s)"][PLAN_MODELS.index("pure")].value == "3.000"
 
 
 def test_markdown_tables_are_tables(written):

@@ -333,20 +333,20 @@ CASES: dict[str, Case] = {
     "effective": (
         "effective",
         ledger(lambda s, n: BENT if s > 5 else {}),
-        "50% of the gradients were turned (1 - cos = 0.3) in 5 of 10 steps; the optimizer consumed them (replay 1e-06)"
+        "50% of all gradients were turned (1 - cos = 0.3), in 5 of 10 steps; the optimizer consumed them (replay 1e-06)"
         " and its updates turned by 0.2",
         {"by": "GRIT"},
     ),
     "effective-without-replay": (
         "effective",
         bent(update_turn=None, by=None),
-        "100% of the gradients were turned (1 - cos = 0.3) in 10 of 10 steps",
+        "100% of all gradients were turned (1 - cos = 0.3), in 10 of 10 steps",
         {"by": "someone"},
     ),
     "effective-in-one-percent": (
         "effective",
         ledger(lambda s, n: BENT if s == 1 else {}, steps=100, names=NAMES[:1]),
-        "1% of the gradients were turned (1 - cos = 0.3) in 1 of 100 steps; the optimizer consumed them (replay 1e-06)"
+        "1% of all gradients were turned (1 - cos = 0.3), in 1 of 100 steps; the optimizer consumed them (replay 1e-06)"
         " and its updates turned by 0.2",
         {"by": "GRIT"},
     ),

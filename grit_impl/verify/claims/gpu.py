@@ -102,16 +102,10 @@ def memory(stack: str) -> Callable[[Evidence], Judgement]:
 def run_memory(arm: str, against: str) -> Callable[[Evidence], Judgement]:
     """Supported if the peak of a whole run, checkpoints included, is at most `PEAK_MEMORY` times that of another."""
 
-    def peak(evidence: Evidence, name: str) -> int:
-        record = evidence.records[name]
-        if not record.run["machine"].get("gpu"):
-            return 0
-        # A resumed run counts from its resumption on; the steps before it kept theirs.
-        return max(int(record.run["peak_memory_bytes"]), *(int(step["memory_bytes"]) for step in record.steps))
-
     def decide(evidence: Evidence) -> Judgement:
-        mine, theirs = peak(evidence, arm), peak(evidence, against)
-        if not (mine and theirs):
+        records = [evidence.records[name] for name in (arm, against)]
+        mine, theirs = (record.peak_memory_bytes for record in records)
+        if not (mine and theirs and all(record.run["machine"].get("gpu") for record in records)):
             return Judgement("inconclusive", "a run was made on no GPU")
         ratio = Metric("run_peak_memory_ratio", mine / theirs, unit="x", subject=arm)
         text = f"{mine / 2**30:.2f} GiB for {theirs / 2**30:.2f} ({ratio.estimate:.4f} x)"

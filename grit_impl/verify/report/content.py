@@ -79,7 +79,7 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
 
     add("Training time (s)", from_run(lambda record: Cell(number(record.run.get("train_seconds")))))
     add("Time per step, median (s)", from_run(lambda record: Cell(number(_median_seconds(record), 3))))
-    add("Peak memory (GiB)", from_run(lambda record: Cell(number(_gib(record.run.get("peak_memory_bytes")), 2))))
+    add("Peak memory (GiB)", from_run(lambda record: Cell(number(_gib(record.peak_memory_bytes), 2))))
     add("Final loss", from_run(lambda record: Cell(number(record.steps[-1]["loss"] if record.steps else None, 4))))
     add("Fisher inversions", from_run(lambda record: Cell(_grit(record, "inversions", 0))))
     add("Preconditioning coverage (%)", from_run(lambda record: Cell(_grit(record, "coverage", 1, 100))))
@@ -127,8 +127,8 @@ def group_tables(evidence: Evidence) -> list[tuple[str, list[str], list[tuple[st
 
 
 def _median_seconds(record: RunRecord) -> float | None:
-    times = sorted(row["seconds"] for row in record.steps if row.get("seconds") is not None)
-    return times[len(times) // 2] if times else None
+    times = [row["seconds"] for row in record.steps if row.get("seconds") is not None]
+    return statistics.median(times) if times else None
 
 
 def _gib(value: float | None) -> float | None:
