@@ -132,23 +132,26 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peaks(self) -> dict[bool, int]:
+    def peaks(self, *, grit: bool = True) -> dict[bool, int]:
         """Peak bytes of allocated GPU memory without GRIT and, the key True, with it; 0 without a GPU.
 
         Of a settled step and of what a checkpoint asks for. Call it before any step with GRIT.
+
+        Args:
+            grit: False leaves the steps with GRIT out.
         """
         import torch
 
         found = {}
-        for grit in (False, True):
+        for on in (False, True)[: 1 + grit]:
             for _ in range(SETTLED):
-                self.step(grit=grit)
+                self.step(grit=on)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            self.step(grit=grit)
-            (self.grit_optimizer if grit else self.inner).state_dict()
-            found[grit] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+            self.step(grit=on)
+            (self.grit_optimizer if on else self.inner).state_dict()
+            found[on] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return found
 
     def backward(self) -> None:
@@ -180,6 +183,13 @@ class Bench:
         optimizer.zero_grad()
         self.wait()
         return time.perf_counter() - began
+
+
+def forget_grit(model: Any) -> None:
+    """Take GRIT off a model and let go of its memory: the next bench's plain steps know nothing of it."""
+    manager = None if model is None else vars(model).pop("_grit_manager", None)
+    if manager is not None:
+        manager.detach()
 
 
 @contextmanager

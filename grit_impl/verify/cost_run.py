@@ -15,11 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
 from grit_impl.verify.processes import end_with_parent
+
+if TYPE_CHECKING:
+    from grit_impl.verify.cost import Bench
 
 STACKS = ("unsloth", "peft")
 ROUNDS, LENGTHS = 1000, (512, 2048)
@@ -74,20 +77,16 @@ def measure(
         ledger_seconds: Above 0: that long, GRIT steps with the gradient ledger and without it in turn.
         tell: Called when the rounds begin.
     """
-    from grit_impl.config import GRITConfig
-    from grit_impl.verify.cost import Bench, in_turn, ledger_blocks, ratios
+    from grit_impl.verify.cost import forget_grit, in_turn, ledger_blocks, ratios
 
-    cuda = next(model.parameters()).is_cuda
-    # All factors are inverted at every step: an upper bound, and every round alike.
-    config = GRITConfig.from_dict({"update_rule": update_rule, "kfac_update_freq": 1})
-    bench = Bench(model, _optimizer, length=length, autocast=cuda, config=config)
+    bench = bench_of(model, length, update_rule)
     peaks = bench.peaks()
     arms = {"plain": lambda: bench.step(grit=False), "grit": lambda: bench.step(grit=True)}
     tell()
     times = in_turn(arms, rounds, seconds=seconds, warm_up=0)
     ledger = ratios(*ledger_blocks(bench, ledger_seconds)) if ledger_seconds else []
     report = bench.manager.factor_report()
-    bench.manager.detach()
+    forget_grit(model)
     return {
         "length": length,
         "update_rule": update_rule,
@@ -101,6 +100,18 @@ def measure(
         "ready": report["statuses"].get("ready", 0),
         "completeness_error": report["completeness_error"],
     }
+
+
+def bench_of(model: Any, length: int, update_rule: str = "precondition") -> Bench:
+    """Steps of this length, with and without GRIT; all factors are inverted at every step.
+
+    That is an upper bound, and makes every round alike.
+    """
+    from grit_impl.config import GRITConfig
+    from grit_impl.verify.cost import Bench
+
+    config = GRITConfig.from_dict({"update_rule": update_rule, "kfac_update_freq": 1})
+    return Bench(model, _optimizer, length=length, autocast=next(model.parameters()).is_cuda, config=config)
 
 
 def _optimizer(parameters: list[Any]) -> Any:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu_table import line, table
 
-from grit_impl.verify.cost import Bench, in_turn, ledger_blocks, ratios
+from grit_impl.verify.cost import Bench, forget_grit, in_turn, ledger_blocks, ratios
 
 SPECS = {"8b": "random:llama-3-8b", "8l": "random:llama-3-8b-8-layers", "1b": "random:llama-1b"}
 KEEP_FOR_TABLE = 10.0
@@ -172,13 +172,6 @@ def child(options: argparse.Namespace) -> int:
             file.write(json.dumps(row) + "\n")
         say(f"{name}: {line(row)}")
     return 0
-
-
-def forget_grit(model: Any) -> None:
-    """Detach a cell's GRIT from the model and let go of its memory."""
-    manager = None if model is None else vars(model).pop("_grit_manager", None)
-    if manager is not None:
-        manager.detach()
 
 
 def load(stack: str, folder: Path, shape: str) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from grit_impl.verify.cost import (
     spread,
     write_section,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_interval_is_the_published_one() -> None:
@@ -154,7 +158,7 @@ def test_the_table_replaces_its_section_only(tmp_path) -> None:
 
 def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
     """Below the target, around it, above it: three verdicts. A small shape is told, or all but its memory judged."""
-    path = Path(__file__).resolve().parents[2] / "suites/benchmarks/gpu_table.py"
+    path = ROOT / "suites/benchmarks/gpu_table.py"
     found = importlib.util.spec_from_file_location("gpu_table", path)
     assert found is not None
     assert found.loader is not None
@@ -180,3 +184,24 @@ def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
     heavy = {**row, "ratios": [1.01] * 6, "memory_ratio": 1.02}
     assert gpu_table.table([heavy]).endswith("| MISSED: memory |")
     assert gpu_table.table([{**heavy, "shape": "8l"}]).endswith("| met |")
+
+
+def blocks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "suites" / "benchmarks" / "gpu_blocks.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_take_turns() -> None:
+    """The script that compares with Unsloth's compiled layers, without a GPU: three ratios, and what ends it."""
+    ran = blocks(str(ROOT / "fixtures" / "tiny_llama"), "--seconds", "0.1", "--lengths", "16")
+    assert ran.returncode == 0, ran.stderr
+    head, *rows = ran.stdout.splitlines()
+    assert head == "peft, 16 tokens per sequence, 2 rounds"
+    assert [row.split("step")[0].split() for row in rows] == [
+        ["grit", "over", "compiled"], ["grit", "over", "plain"], ["plain", "over", "compiled"]
+    ]  # fmt: skip
+    ran = blocks("no such folder")
+    assert ran.returncode == 1
+    assert "error: cannot load base model 'no such folder'" in ran.stderr
+    assert ran.stderr.splitlines()[-1] == "the process with UNSLOTH_BLOCK_COMPILE=1 ended with status 1"
