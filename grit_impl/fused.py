@@ -50,7 +50,7 @@ def fused_functions() -> Any | None:
     if blocks is not None and torch.cuda.is_available() and os.environ.get("UNSLOTH_BLOCK_COMPILE", "1") != "0":
         raise GRITError(
             f"unsloth {version} compiles whole decoder layers, which hides its LoRA functions from GRIT: set "
-            "UNSLOTH_BLOCK_COMPILE=0 before unsloth is imported (measured: no slower, see docs/gpu.md)"
+            "UNSLOTH_BLOCK_COMPILE=0 before unsloth is imported (what that costs: docs/gpu.md)"
         )
     return module
 
