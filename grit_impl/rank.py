@@ -98,7 +98,7 @@ class Reprojection:
         s = s / factors.mean_eigenvalues(s).clamp_min(TRACE_FLOOR)[..., None, None]
         # Adding the projector lifts the space in use by one: its eigenvectors come last, however singular S is.
         values, vectors = eigh((s + factors.projector).double())
-        # One transfer for all layers: the choice of ranks is made on the host.
+        # The choice of ranks is made on the host.
         values, ready = values - 1, (factors.status == READY).cpu()
         adapt = config.enable_rank_adaptation and step >= config.rank_adaptation_start_step
         sides = (0, 1 if config.use_two_sided_reprojection else 0)

@@ -108,7 +108,7 @@ class RunRecord:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Peak of the whole run; None where it has not ended. A resumed run counts its own part, its steps all."""
+        """Peak of the whole run, also of its parts before an interruption; None where it has not ended."""
         last = self.run.get("peak_memory_bytes")
         return None if last is None else max([last, *(step.get("memory_bytes") or 0 for step in self.steps)])
 

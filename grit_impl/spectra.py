@@ -1,8 +1,9 @@
 """Eigenvalues of the factors, solved on the host.
 
-On a GPU the batched solver takes its workspace for every matrix of the batch at once: 0.3 GiB above the peak of a
-training step for the five inversions of 224 layers that a checkpoint found unsolved. LAPACK needs 0.1 s for ten times
-as many matrices of rank 16, and every caller waits for the device anyway.
+A GPU's batched solver takes a workspace for every matrix of the batch at once. Where the five inversions of 224 layers
+that a checkpoint found unsolved were solved there, the run's peak rose by 0.3 GiB beyond any training step's
+(docs/gpu.md). On one core LAPACK needs about 0.1 s for the 7,168 matrices of a full history at rank 16, 0.8 s at rank
+64, and every caller waits for the device anyway.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class SpectrumHistory:
         self.top = top
         self._rows = list(rows or [])
         self._unsolved: list[tuple[int, Tensor]] = []
+        self._device = torch.device("cpu")
 
     @property
     def full(self) -> bool:
@@ -58,7 +60,7 @@ class SpectrumHistory:
         return len(self._unsolved) >= UNSOLVED_AT_MOST
 
     def note(self, step: int, covariances: Tensor) -> None:
-        """Keep S_a and S_g (2, L, r, r) of an inversion on the host; the copy does not wait for the device."""
+        """Keep S_a and S_g (2, L, r, r) of an inversion on the host; nothing waits for the copy until `rows`."""
         self._device = covariances.device
         self._unsolved.append((step, covariances.to("cpu", non_blocking=True)))
 

@@ -12,9 +12,9 @@ thousands of samples per step, known from the first one on. B likewise: dB Q_a, 
 Only the short side is turned: no matrix larger than r x r is formed. Under A -> R A, B -> B R' with orthogonal R the
 bases turn along (Q -> R Q) and B A moves as before, which it does not under Adam.
 
-Refresh. The first bases come from an eigenvalue solver, later ones from one step of orthogonal iteration,
-Q <- qr(S Q), as in SOAP: a solver checks its result, for which the host would wait for a GPU. With T = Q_old' Q_new the
-first moment turns exactly, m <- T' m. The second moment of a turned vector is sum_ij T_ik T_jk E[u_i u_j]; in an
+Refresh. The first bases come from an eigenvalue solver, on the host, later ones from one step of orthogonal iteration,
+Q <- qr(S Q), as in SOAP, for which neither the host nor a GPU waits for the other. With T = Q_old' Q_new the first
+moment turns exactly, m <- T' m. The second moment of a turned vector is sum_ij T_ik T_jk E[u_i u_j]; in an
 eigenbasis the off-diagonal terms are 0, which leaves v <- (T o T)' v. T o T is doubly stochastic: mass is kept,
 permutations and signs are followed exactly, nothing has to be sorted or matched.
 """

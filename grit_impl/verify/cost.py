@@ -135,7 +135,7 @@ class Bench:
     def peaks(self, *, grit: bool = True) -> dict[bool, int]:
         """Peak bytes of allocated GPU memory without GRIT and, the key True, with it; 0 without a GPU.
 
-        Of a settled step and of what a checkpoint asks for. Call it before any step with GRIT.
+        Of a settled step, which inverts, and of what a checkpoint asks for. Call it before any step with GRIT.
 
         Args:
             grit: False leaves the steps with GRIT out.
@@ -149,6 +149,8 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+            if on:  # the next step inverts
+                self.manager.step += -(self.manager.step + 1) % self.config.kfac_update_freq
             self.step(grit=on)
             (self.grit_optimizer if on else self.inner).state_dict()
             found[on] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
@@ -190,6 +192,8 @@ def forget_grit(model: Any) -> None:
     manager = None if model is None else vars(model).pop("_grit_manager", None)
     if manager is not None:
         manager.detach()
+        del manager
+        gc.collect()  # the classes that it put in the place of Unsloth's functions are cycles
 
 
 @contextmanager

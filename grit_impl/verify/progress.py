@@ -21,7 +21,8 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
         self._started: dict[str, float] = {}
-        self._first: dict[str, tuple[float, int]] = {}
+        self._seen: dict[str, int] = {}
+        self._since: dict[str, tuple[float, int]] = {}
         self._finished: set[str] = set()
         self._running: dict[str, str] = {}
         self._shown: dict[str, int] = {}
@@ -51,10 +52,15 @@ class ProgressLine:
             self._write(stream, f"{label}: {done}/{total}{left}", last=True)
 
     def _left(self, label: str, done: int, total: int, now: float) -> str:
-        # The pace is taken from the first progress on: before it a model was loaded, or an earlier call had done it.
-        if not done:
-            return ""
-        since, first = self._first.setdefault(label, (now, done))
+        # The pace is taken from the first change on: before it a model was loaded, and what was done then is an earlier
+        # call's. A run that falls back to its checkpoint begins anew.
+        seen = self._seen.get(label, done)
+        self._seen[label] = done
+        if done < seen:
+            self._since.pop(label, None)
+        elif done > seen:
+            self._since.setdefault(label, (now, done))
+        since, first = self._since.get(label, (now, done))
         return f", {_duration((now - since) / (done - first) * (total - done))} left" if done > first else ""
 
     def _write(self, stream: TextIO, text: str, *, last: bool) -> None:

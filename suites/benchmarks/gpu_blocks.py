@@ -2,11 +2,11 @@
 
     python suites/benchmarks/gpu_blocks.py FOLDER [--seconds 120] [--lengths 512 2048]
 
-FOLDER is a base model (`python -m grit_impl.recipes.random_base random:llama-3-8b FOLDER` writes one). GRIT has to
-switch those regions off, and Unsloth reads the switch when it is imported: so two processes on one GPU take steps in
-turn, one with `UNSLOTH_BLOCK_COMPILE=1` and without GRIT, the other with 0, without GRIT and with it. The table has
-ratios of neighbouring steps with their intervals, and peaks of allocated memory. Without a GPU the processes take
-plain peft steps of a tiny model: a test of this script, no result.
+FOLDER is a base model (`python -m grit_impl.recipes.random_base random:llama-3-8b FOLDER` writes one). GRIT needs
+those regions switched off, and Unsloth, asked for them, rewrites the layers' classes for good: so two processes on one
+GPU take steps in turn, one with `UNSLOTH_BLOCK_COMPILE=1` and without GRIT, the other with 0, without GRIT and with it.
+The table has ratios of neighbouring steps with their intervals, and peaks of allocated memory. Without a GPU the
+processes take plain peft steps of a tiny model: a test of this script, no result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,36 +30,50 @@ PAIRS = (("grit", "compiled"), ("grit", "plain"), ("plain", "compiled"))
 
 
 def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
-    """A process with one model: answers a length with its peaks, and whether GRIT is on with the seconds of a step."""
+    """A process with one model. ("length", n) -> layers that run compiled, peaks; ("step", grit) -> seconds."""
     os.environ["UNSLOTH_BLOCK_COMPILE"] = blocks
-    from grit_impl.verify.cost import forget_grit
+    from grit_impl.verify.cost import forget_grit, frozen_objects
     from grit_impl.verify.cost_run import bench_of, load
 
     try:
-        model, bench = load(folder, stack), None
+        model = load(folder, stack)
     except GRITError as error:
         sys.exit(f"error: {error}")
-    while (asked := pipe.recv()) is not None:
-        if isinstance(asked, bool):
-            pipe.send(bench.step(grit=asked))
-            continue
-        forget_grit(model)
-        bench = bench_of(model, asked)
-        pipe.send(bench.peaks(grit=blocks == "0"))
+    bench: Any = None
+    with ExitStack() as frozen:
+        while (asked := pipe.recv()) is not None:
+            what, value = asked
+            if what == "step":
+                pipe.send(bench.step(grit=value))
+                continue
+            frozen.close()
+            bench = None
+            forget_grit(model)
+            bench = bench_of(model, value)
+            peaks = bench.peaks(grit=blocks == "0")
+            frozen.enter_context(frozen_objects())
+            pipe.send((compiled_layers(model), peaks))
+
+
+def compiled_layers(model: Any) -> int:
+    """Decoder layers that Unsloth ran as one compiled region; it keeps the stock forward where compiling fails."""
+    # As Unsloth 2026.10 notes it on each layer: the passes that went well, and 0 for a layer that was given up.
+    states = [vars(module) for module in model.modules()]
+    return sum(bool(s.get("_unsloth_block_checked")) and s.get("_unsloth_block_mode") != 0 for s in states)
 
 
 @contextmanager
-def worker(folder: str, stack: str, blocks: str) -> Iterator[Callable[[Any], Any]]:
+def worker(folder: str, stack: str, blocks: str) -> Iterator[Callable[[str, Any], Any]]:
     """A function that asks such a process; the process ends with the block."""
     context = get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, folder, stack, blocks), daemon=True)
+    process = context.Process(target=work, args=(there, folder, stack, blocks))
     process.start()
     there.close()
 
-    def ask(what: Any) -> Any:
+    def ask(what: str, value: Any) -> Any:
         try:
-            here.send(what)
+            here.send((what, value))
             return here.recv()
         except (EOFError, ConnectionError):
             process.join()
@@ -85,15 +99,20 @@ def main() -> int:
     stack = "unsloth" if has_gpu() else "peft"
     with worker(options.folder, stack, "1") as compiled, worker(options.folder, stack, "0") as fused:
         for length in options.lengths:
-            peaks = {"compiled": compiled(length)[False]}
-            peaks["plain"], peaks["grit"] = (fused_peaks := fused(length))[False], fused_peaks[True]
+            (layers, alone), (others, both) = compiled("length", length), fused("length", length)
+            if stack == "unsloth" and (not layers or others):
+                sys.exit(
+                    f"Unsloth runs {layers} layers compiled where all were asked for, and {others} where none were"
+                )
+            peaks = {"compiled": alone[False], "plain": both[False], "grit": both[True]}
             arms = {
-                "compiled": lambda: compiled(False),
-                "plain": lambda: fused(False),
-                "grit": lambda: fused(True),
+                "compiled": lambda: compiled("step", False),
+                "plain": lambda: fused("step", False),
+                "grit": lambda: fused("step", True),
             }
             times = in_turn(arms, 1000, seconds=options.seconds)
-            print(f"{stack}, {length} tokens per sequence, {len(times['grit'])} rounds", flush=True)
+            rounds = len(times["grit"])
+            print(f"{stack}, {length} tokens per sequence, {layers} compiled layers, {rounds} rounds", flush=True)
             for over, under in PAIRS:
                 memory = f"{peaks[over] / peaks[under]:.4f} of {peaks[under] / 2**30:.2f} GiB" if peaks[under] else "-"
                 seconds = spread(times[under]).median

@@ -6,6 +6,7 @@ import copy
 import gc
 import sys
 import types
+import weakref
 
 import fused_functions
 import pytest
@@ -18,6 +19,7 @@ from grit_impl.errors import GRITError
 from grit_impl.fused import FUNCTIONS, MODULE, FusedAdapters, FusedTap
 from grit_impl.manager import GRITManager
 from grit_impl.products import Products
+from grit_impl.verify.cost import forget_grit
 
 RANK = 3
 # Both paths run in float64 and add in other orders.
@@ -332,3 +334,21 @@ def test_layers_with_inputs_of_their_own(fast_lora, monkeypatch):
     apart, *_ = _sums(True, fast_lora)
     for ours, truth in zip(apart, together, strict=True):
         assert (ours - truth).norm() <= SAME * truth.norm()
+
+
+def test_a_forgotten_manager_holds_no_memory(fast_lora):
+    """Oracle: a weak reference: the classes in the functions' place are cycles, which hold what captured for them."""
+    model = _model()
+    manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
+    _backward(model, fused=True)
+    manager.precondition()
+    left = weakref.ref(manager.statistics)
+    gc.disable()
+    try:
+        del manager
+        forget_grit(model)
+        assert left() is None
+    finally:
+        gc.enable()
+    forget_grit(model)
+    forget_grit(None)

@@ -82,12 +82,14 @@ GIB = 2**30
 
 @pytest.fixture
 def runs(tmp_path):
-    """(baseline, hybrid, gpu): records of runs whose memory peaked so, per step and at the end; -> evidence."""
+    """(baseline, hybrid): records of runs whose memory peaked so, per step and at the end; -> evidence."""
 
-    def write(baseline, hybrid, gpu="NVIDIA A10"):
+    def write(baseline, hybrid, gpu="NVIDIA A10", save_every=20):
         records = {}
         for arm, peaks in (("baseline", baseline), ("hybrid", hybrid)):
-            record = write_run(tmp_path, arm, machine={"gpu": gpu}, peak_memory_bytes=int(peaks[-1] * GIB))
+            config = {"training": {"steps": 40, "save_every": save_every}}
+            last = int(peaks[-1] * GIB)
+            record = write_run(tmp_path, arm, machine={"gpu": gpu}, peak_memory_bytes=last, config=config)
             steps = record.steps
             for step, peak in zip(steps, [*peaks, *[peaks[-1]] * len(steps)], strict=False):
                 step["memory_bytes"] = int(peak * GIB)
@@ -116,7 +118,15 @@ def test_memory_of_whole_runs(runs, hybrid, verdict):
 def test_memory_of_runs_without_a_gpu_is_open(runs):
     """Oracle: there the records hold the memory of the process."""
     judged = find("gpu.hybrid-run-memory").judge(runs([6.1], [6.1], gpu=None))
-    assert (judged.verdict, "no GPU" in judged.summary) == ("inconclusive", True)
+    assert (judged.verdict, judged.summary) == ("inconclusive", "hybrid was trained without a GPU")
+
+
+@pytest.mark.parametrize(("save_every", "verdict"), [(0, "inconclusive"), (41, "inconclusive"), (40, "supported")])
+def test_memory_of_runs_without_a_checkpoint_is_open(runs, save_every, verdict):
+    """Oracle: of 40 steps, what a checkpoint takes was in the peak or was not."""
+    judged = find("gpu.hybrid-run-memory").judge(runs([6.1], [6.1], save_every=save_every))
+    assert judged.verdict == verdict
+    assert ("took no checkpoint" in judged.summary) == (verdict == "inconclusive")
 
 
 def test_an_unfinished_measurement_is_judged_as_far_as_it_goes(tmp_path):

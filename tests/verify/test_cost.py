@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
+from grit_impl.recipes.bases import load_base
+from grit_impl.recipes.lora import LoRASettings, add_lora
 from grit_impl.verify.cost import (
     SETTLED,
     Bench,
@@ -94,6 +99,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
         bench: Any = Bench.__new__(Bench)
         bench.device = torch.device("cuda")
         bench.inner, bench.grit_optimizer = Optimizer(0), Optimizer(checkpoint)
+        bench.config, bench.manager = GRITConfig(), types.SimpleNamespace(step=SETTLED)
 
         def one(*, grit: bool) -> None:
             taken.append(grit)
@@ -112,6 +118,19 @@ def test_peaks_are_of_settled_steps_and_of_a_checkpoint(memory: Any) -> None:
     """Oracle: by hand. The comparison in GRIT's first steps is none of it; a checkpoint that takes more is."""
     assert memory({False: 600, True: 601}, first=900, checkpoint=500) == {False: 600, True: 601}
     assert memory({False: 600, True: 601}, first=600, checkpoint=640) == {False: 600, True: 640}
+
+
+@pytest.mark.parametrize("frequency", [1, 5])
+def test_peaks_are_of_a_step_that_inverts(frequency: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: GRIT's own count, of its last step and of all; a checkpoint then finds no spectrum unsolved."""
+    monkeypatch.setattr("grit_impl.verify.cost.SETTLED", 1)
+    base, _ = load_base("random:tiny")
+    config = GRITConfig(kfac_update_freq=frequency, kfac_min_samples=1)
+    bench = Bench(add_lora(base, LoRASettings(r=4, alpha=4), 0), torch.optim.AdamW, length=8, config=config)
+    assert bench.peaks() == {False: 0, True: 0}
+    assert bench.manager.step == (2 if frequency == 1 else 5)
+    assert [row["step"] for row in bench.manager.spectrum_history()] == ([1, 2] if frequency == 1 else [5])
+    assert bench.peaks(grit=False) == {False: 0}
 
 
 def test_arms_take_turns_and_the_warm_up_does_not_count() -> None:
@@ -188,7 +207,8 @@ def test_a_gpu_cell_is_met_only_where_its_interval_is() -> None:
 
 def blocks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "suites" / "benchmarks" / "gpu_blocks.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=no_gpu)
 
 
 @pytest.mark.slow
@@ -197,7 +217,7 @@ def test_two_processes_take_turns() -> None:
     ran = blocks(str(ROOT / "fixtures" / "tiny_llama"), "--seconds", "0.1", "--lengths", "16")
     assert ran.returncode == 0, ran.stderr
     head, *rows = ran.stdout.splitlines()
-    assert head == "peft, 16 tokens per sequence, 2 rounds"
+    assert head == "peft, 16 tokens per sequence, 0 compiled layers, 2 rounds"
     assert [row.split("step")[0].split() for row in rows] == [
         ["grit", "over", "compiled"], ["grit", "over", "plain"], ["plain", "over", "compiled"]
     ]  # fmt: skip

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
 from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
+from grit_impl.recipes.bases import load_base
+from grit_impl.recipes.lora import LoRASettings, add_lora
 from grit_impl.verify import cost_run, evidence, execute
 from grit_impl.verify.cost_run import LENGTHS, complete, read
 from grit_impl.verify.evidence import LiveEvidence
@@ -143,6 +147,20 @@ def measured(monkeypatch, tmp_path):
         return lengths
 
     return run
+
+
+def test_a_measurement_leaves_nothing_on_the_model():
+    """Oracle: a weak reference to GRIT's manager; the next length's plain steps are of a model without it."""
+    base, _ = load_base("random:tiny")
+    model, seen = add_lora(base, LoRASettings(r=4, alpha=4), 0), []
+    gc.disable()
+    try:
+        found = cost_run.measure(model, 8, seconds=0, tell=lambda: seen.append(weakref.ref(model._grit_manager)))
+        assert [left() for left in seen] == [None]
+    finally:
+        gc.enable()
+    assert (found["layers"], found["ready"]) == (14, 14)
+    assert not hasattr(model, "_grit_manager")
 
 
 def test_an_interrupted_measurement_keeps_what_is_finished(measured, tmp_path):

@@ -43,6 +43,18 @@ def test_steps_of_an_earlier_call_are_not_taken_for_the_pace(clock: Clock):
     assert told[-1] == "training pure: 160/200, 2:00 min left"
 
 
+def test_a_run_that_goes_on_says_at_once_how_far_it_is(clock: Clock):
+    """Its record has 150 steps before the model is loaded; a step takes 2 s."""
+    told = lines(clock, (0.5, 150), (60, 150), (62, 151), (83, 161))
+    assert told[-1] == "training pure: 161/200, 1:22 min left"
+
+
+def test_a_run_that_falls_back_to_its_checkpoint_begins_anew(clock: Clock):
+    """Its record has 170 steps, its last checkpoint is of step 150; a step takes 2 s."""
+    told = lines(clock, (0.5, 170), (60, 150), (62, 151), (83, 161))
+    assert told[-1] == "training pure: 161/200, 1:22 min left"
+
+
 def test_the_end_tells_the_whole_time_and_is_told_once(clock: Clock):
     told = lines(clock, (0, 0), (60, 100), (120, 200), (121, 200))
     assert told == ["training pure: 0/200", "training pure: 100/200", "training pure: 200 in 2:00 min"]

@@ -104,9 +104,13 @@ def run_memory(arm: str, against: str) -> Callable[[Evidence], Judgement]:
 
     def decide(evidence: Evidence) -> Judgement:
         records = [evidence.records[name] for name in (arm, against)]
-        mine, theirs = (record.peak_memory_bytes for record in records)
-        if not (mine and theirs and all(record.run["machine"].get("gpu") for record in records)):
-            return Judgement("inconclusive", "a run was made on no GPU")
+        for record in records:
+            training = record.run["config"]["training"]
+            if not record.run["machine"].get("gpu"):
+                return Judgement("inconclusive", f"{record.arm} was trained without a GPU")
+            if not 0 < training["save_every"] <= training["steps"]:
+                return Judgement("inconclusive", f"{record.arm} took no checkpoint while it was trained")
+        mine, theirs = (record.peak_memory_bytes or math.nan for record in records)
         ratio = Metric("run_peak_memory_ratio", mine / theirs, unit="x", subject=arm)
         text = f"{mine / 2**30:.2f} GiB for {theirs / 2**30:.2f} ({ratio.estimate:.4f} x)"
         text = f"the peak of the whole run is {text}; at most {PEAK_MEMORY:g} x was asked for"
