@@ -23,6 +23,8 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 IN_FLIGHT, QUESTIONS, REPEATS = 2, 200, 5
 ATTEMPTS = 3
 """llama.cpp's server closes a kept connection after a hundred requests."""
+RESTLESS = 1.15
+"""llama.cpp's own fastest repeat over its slowest, above which the machine says nothing; on a quiet one 1.02."""
 
 
 def drive(address: str, path: str, bodies: list[bytes], headers: dict[str, str], count: Callable[[Any], int]) -> float:
@@ -100,11 +102,32 @@ def measure(folder: Path, repeats: int) -> list[tuple[float, float]]:
         return pairs
 
 
+def restlessness(pairs: list[tuple[float, float]]) -> float:
+    """How much the reference differs from itself; nothing of this project's code is in it."""
+    theirs = [rate for _, rate in pairs]
+    return max(theirs) / min(theirs)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "restless"),
+    [
+        ([(1719.0, 1732.0), (1800.0, 1702.0)], False),  # docs/evaluation.md
+        ([(779.0, 1732.0), (793.0, 1702.0)], False),  # before: a chunk per token
+        ([(821.2, 1220.9), (828.4, 1020.3), (686.7, 1304.8)], True),  # measured while the host was shared
+    ],
+)
+def test_what_a_restless_machine_is(pairs: list[tuple[float, float]], restless: bool) -> None:
+    """Oracle: measured rates. However slow the embedded server is, it cannot make a machine restless."""
+    assert (restlessness(pairs) > RESTLESS) == restless
+
+
 @pytest.mark.alone
 @pytest.mark.slow
 def test_the_embedded_server_keeps_four_fifths_of_llamacpps_throughput(tmp_path: Path) -> None:
     """Oracle: llama.cpp's own server on the same prompts; the median of five interleaved ratios."""
     pairs = measure(tmp_path, REPEATS)
+    if restlessness(pairs) > RESTLESS:
+        pytest.skip(f"the machine is too restless: llama.cpp's own tokens/s were {[round(b) for _, b in pairs]}")
     assert statistics.median(ours / theirs for ours, theirs in pairs) >= 0.8, pairs
 
 
