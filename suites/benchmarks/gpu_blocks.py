@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from grit_impl.errors import GRITError
-from grit_impl.verify.cost import in_turn, ratios, spread
+from grit_impl.verify.cost import forget_grit, frozen_objects, in_turn, ratios, spread
 
 PAIRS = (("grit", "compiled"), ("grit", "plain"), ("plain", "compiled"))
 
@@ -32,7 +32,6 @@ PAIRS = (("grit", "compiled"), ("grit", "plain"), ("plain", "compiled"))
 def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
     """A process with one model. ("length", n) -> layers that run compiled, peaks; ("step", grit) -> seconds."""
     os.environ["UNSLOTH_BLOCK_COMPILE"] = blocks
-    from grit_impl.verify.cost import forget_grit, frozen_objects
     from grit_impl.verify.cost_run import bench_of, load
 
     try:

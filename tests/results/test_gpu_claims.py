@@ -121,6 +121,12 @@ def test_memory_of_runs_without_a_gpu_is_open(runs):
     assert (judged.verdict, judged.summary) == ("inconclusive", "hybrid was trained without a GPU")
 
 
+def test_memory_of_runs_that_measured_none_is_open(runs):
+    """Oracle: no figure refutes nothing."""
+    judged = find("gpu.hybrid-run-memory").judge(runs([6.1], [0.0]))
+    assert (judged.verdict, judged.summary) == ("inconclusive", "hybrid's record has no peak memory")
+
+
 @pytest.mark.parametrize(("save_every", "verdict"), [(0, "inconclusive"), (41, "inconclusive"), (40, "supported")])
 def test_memory_of_runs_without_a_checkpoint_is_open(runs, save_every, verdict):
     """Oracle: of 40 steps, what a checkpoint takes was in the peak or was not."""

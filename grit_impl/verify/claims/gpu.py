@@ -110,7 +110,9 @@ def run_memory(arm: str, against: str) -> Callable[[Evidence], Judgement]:
                 return Judgement("inconclusive", f"{record.arm} was trained without a GPU")
             if not 0 < training["save_every"] <= training["steps"]:
                 return Judgement("inconclusive", f"{record.arm} took no checkpoint while it was trained")
-        mine, theirs = (record.peak_memory_bytes or math.nan for record in records)
+            if not record.peak_memory_bytes:
+                return Judgement("inconclusive", f"{record.arm}'s record has no peak memory")
+        mine, theirs = (float(record.peak_memory_bytes or 0) for record in records)
         ratio = Metric("run_peak_memory_ratio", mine / theirs, unit="x", subject=arm)
         text = f"{mine / 2**30:.2f} GiB for {theirs / 2**30:.2f} ({ratio.estimate:.4f} x)"
         text = f"the peak of the whole run is {text}; at most {PEAK_MEMORY:g} x was asked for"
