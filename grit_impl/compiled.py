@@ -4,12 +4,16 @@ A compiler traces tensors and operators, no Python objects. So each `lora_A` car
 and its layer's, and what it returns goes through `grit::note`, whose gradient is `grit::noted`: there the layer's a and
 g meet, when the compiled code runs. A tensor, because a number would be a constant of the graph, and every decoder
 layer a graph of its own.
+
+Unsloth's fused functions hold tensors alone: what compiled code takes in them goes through `grit::noted_fused`, and the
+address of a `lora_A` tells whose it is.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +21,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from grit_impl.autograd import ModuleTap
+    from grit_impl.fused import FusedTap
 
 _taps: weakref.WeakValueDictionary[int, ModuleTap] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+fused_taps: list[FusedTap] = []
+"""Those that are attached."""
 # Python runs in the operators, which a recorded CUDA graph would leave out.
 _UNRECORDED = [torch.Tag.cudagraph_unsafe]
 
@@ -65,3 +72,46 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 note.register_fake(lambda output, where: torch.empty_like(output))
 _noted.register_fake(lambda g, a, where: torch.empty_like(g))
 note.register_autograd(lambda ctx, g: (_noted(g, *ctx.saved_tensors), None), setup_context=_keep)
+
+
+def fused_tap(lora_a: Sequence[Tensor | None]) -> FusedTap | None:
+    """Whose layers a fused function's are; None: nobody's."""
+    for a in lora_a:
+        if a is not None:
+            return next((tap for tap in reversed(fused_taps) if tap.owns(a)), None)
+    return None
+
+
+def _noted_fused(
+    gradient: Tensor,
+    lora_a: list[Tensor],
+    a: list[Tensor],
+    g: list[Tensor],
+    scales: list[float],
+    operands: list[Tensor],
+) -> Tensor:
+    """A gradient of a fused function, itself; the products of its layers are noted.
+
+    Args:
+        gradient: Any of the function's: what nobody uses is not computed.
+        lora_a: The layers' parameters A.
+        a: A x' (r, tokens) of each.
+        g: dL/dy B (tokens, r) of each.
+        scales: Of each, not applied to g yet.
+        operands: Not used here; see `fused_traced`.
+    """
+    tap = fused_tap(lora_a)
+    if tap is not None:
+        tap.note(lora_a, a, g, scales)
+    return gradient.clone()
+
+
+# By its parts: `custom_op` takes three times as long per call, and this one is called three times per decoder layer.
+torch.library.define(
+    "grit::noted_fused",
+    "(Tensor gradient, Tensor[] lora_a, Tensor[] a, Tensor[] g, float[] scales, Tensor[] operands) -> Tensor",
+    tags=_UNRECORDED,
+)
+torch.library.impl("grit::noted_fused", "CompositeExplicitAutograd", _noted_fused)
+torch.library.register_fake("grit::noted_fused", lambda gradient, *_: torch.empty_like(gradient))
+noted_fused = torch.ops.grit.noted_fused.default

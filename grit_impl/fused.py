@@ -5,13 +5,14 @@ call the `lora_A` and `lora_B` modules, so module hooks see nothing. Their backw
 statistics need: the input X, the adapters, and dL/dy. `FusedTap` puts subclasses in their place whose backward runs
 the original and reads the products that it takes of these, so that each token is counted once, where its gradient is,
 whatever gradient checkpointing does to the forward. Read in unsloth 2025.10.9 and 2026.10.9, which look the functions
-up by name at call time; both save A, B (gate, up, down or q, k, v) and X in the order used here.
+up by name at call time; both save A, B (gate, up, down or q, k, v) and X in the order used here. In a compiled decoder
+layer, which 2026.10.9 makes, the subclasses' backward is traced and not run: `grit_impl/fused_traced.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grit_impl import compiled
 from grit_impl.autograd import LossTap, RankStatistics
 from grit_impl.errors import GRITError
+from grit_impl.fused_traced import dropped, rows, traced
 from grit_impl.products import Products
 
 if TYPE_CHECKING:
@@ -45,12 +48,6 @@ def fused_functions() -> Any | None:
         raise GRITError(
             f"GRIT cannot take statistics from unsloth {version}: {MODULE} has no {', '.join(missing)}; use a version "
             "from 2025.10 to 2026.10, or train without Unsloth (--arm pure)"
-        )
-    blocks = sys.modules.get("unsloth.models._block_compile")
-    if blocks is not None and torch.cuda.is_available() and os.environ.get("UNSLOTH_BLOCK_COMPILE", "1") != "0":
-        raise GRITError(
-            f"unsloth {version} compiles whole decoder layers, which hides its LoRA functions from GRIT: set "
-            "UNSLOTH_BLOCK_COMPILE=0 before unsloth is imported (what that costs: docs/gpu.md)"
         )
     return module
 
@@ -165,19 +162,21 @@ class FusedAdapters:
         for group in same:
             first, ranks = cast[2 * group[0]], [cast[2 * i].shape[0] for i in group]
             lora_a = first.as_strided((sum(ranks), first.shape[1]), first.stride()).t()
-            groups.append(_Group(group, [self._find(adapters[2 * i]) for i in group], ranks, lora_a))
+            groups.append(_Group(group, [self.find(adapters[2 * i]) for i in group], ranks, lora_a))
         layers = [pair for group in groups for pair in zip(group.places, group.layers, strict=True)]
         return _Plan(cast, [w for w in cast if w is not None], groups, layers, Products(cast))
 
-    def _find(self, a: Tensor | None) -> int:
-        """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
-        address = 0 if a is None else a.data_ptr()
-        if address not in self._index:
+    def owns(self, a: Tensor) -> bool:
+        """Whether this is one of the layers' lora_A."""
+        if a.data_ptr() not in self._index:
             self.refresh()
-        try:
-            return self._index[address]
-        except KeyError:
-            raise GRITError("a fused LoRA function used a weight that is in none of the model's LoRA layers") from None
+        return a.data_ptr() in self._index
+
+    def find(self, a: Tensor | None) -> int:
+        """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
+        if a is None or not self.owns(a):
+            raise GRITError("a fused LoRA function used a weight that is in none of the model's LoRA layers")
+        return self._index[a.data_ptr()]
 
 
 class FusedTap:
@@ -195,68 +194,68 @@ class FusedTap:
 
     def __init__(self, adapters: FusedAdapters, statistics: RankStatistics, loss: LossTap, module: Any) -> None:
         self._adapters, self._statistics, self._loss, self._module = adapters, statistics, loss, module
-        self._originals = {name: getattr(module, name) for name in FUNCTIONS}
-        for name, backward in zip(FUNCTIONS, (self._mlp, self._qkv, self._w), strict=True):
-            original = self._originals[name]
-            setattr(module, name, type(name, (original,), {"backward": staticmethod(backward(original))}))
+        for name in FUNCTIONS:
+            setattr(module, name, _instrumented(name, getattr(module, name)))
+        compiled.fused_taps.append(self)
 
     def remove(self) -> None:
-        """Put the original functions back."""
-        for name, original in self._originals.items():
-            setattr(self._module, name, original)
+        """Put the original functions back, once nobody else reads them."""
+        compiled.fused_taps.remove(self)
+        if any(tap._module is self._module for tap in compiled.fused_taps):
+            return
+        for name in FUNCTIONS:
+            function = getattr(self._module, name)
+            setattr(self._module, name, vars(function).get("_grit_original", function))
 
-    def _mlp(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, dy: Tensor) -> Any:
-            if not self._wanted():
-                return original.backward(ctx, dy)
-            saved = ctx.saved_tensors
-            adapters, rest = saved[:6], saved[6:]
-            x, masks = rest[0], rest[3:]
-            *weights, kernel = ctx.custom_saved_tensors
-            plan, dy = self._adapters.cast(adapters, x.dtype), _contiguous(dy)
-            products, scales = plan.products, weights[2::3]
-            # Gate, up and down: x (A) and dL/dy (B) of each.
-            noting, taking = products.begin(masks, [x.data_ptr(), 0, x.data_ptr(), 0, 0, dy.data_ptr()])
+    def owns(self, lora_a: Tensor) -> bool:
+        """Whether this is an adapter of the manager's."""
+        return self._adapters.owns(lora_a)
+
+    def note(self, lora_a: list[Tensor], a: list[Tensor], g: list[Tensor], scales: list[float]) -> None:
+        """Add what compiled code has taken: a (r, tokens) and g (tokens, r), not scaled, in memory that is its own."""
+        if not self._wanted():
+            return
+        context = self._loss.context
+        assert context is not None
+        for adapter, value, gradient, scale in zip(lora_a, _copies(a), _copies(g), scales, strict=True):
+            if scale != 1:
+                gradient *= scale
+            self._statistics.add(self._adapters.find(adapter), value, gradient, context, turned=True)
+
+    def _mlp(self, original: Any, ctx: Any, saved: Sequence[Any], dy: Tensor) -> Any:
+        adapters, rest = saved[:6], saved[6:]
+        x, masks = rest[0], rest[3:]
+        *weights, kernel = ctx.custom_saved_tensors
+        plan, dy = self._adapters.cast(adapters, x.dtype), _contiguous(dy)
+        products, scales = plan.products, weights[2::3]
+        # Gate, up and down: x (A) and dL/dy (B) of each.
+        noting, taking = products.begin(masks, [x.data_ptr(), 0, x.data_ptr(), 0, 0, dy.data_ptr()])
+        if taking:
+            gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
+
+        def element_wise(*arguments: Tensor) -> Any:
+            # The only place where the gradients at the outputs of gate and up exist.
+            h, d_up, d_gate = kernel(*arguments)
             if taking:
-                gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
+                down_x = self._dropped(h, masks, 2, ctx)
+                self._take(plan, scales, (gate_x, up_x, down_x), (d_gate, d_up, dy))
+            products.factors[1:5] = d_gate.data_ptr(), x.data_ptr(), d_up.data_ptr(), h.data_ptr()
+            return h, d_up, d_gate
 
-            def element_wise(*arguments: Tensor) -> Any:
-                # The only place where the gradients at the outputs of gate and up exist.
-                h, d_up, d_gate = kernel(*arguments)
-                if taking:
-                    down_x = self._dropped(h, masks, 2, ctx)
-                    self._take(plan, scales, (gate_x, up_x, down_x), (d_gate, d_up, dy))
-                products.factors[1:5] = d_gate.data_ptr(), x.data_ptr(), d_up.data_ptr(), h.data_ptr()
-                return h, d_up, d_gate
+        operands = products.operands if noting else plan.cast
+        stand_in = _StandIn(ctx, saved_tensors=(*operands, *rest), custom_saved_tensors=(*weights, element_wise))
+        result = original.backward(stand_in, dy)
+        if noting:
+            self._add_noted(plan, scales)
+        return result
 
-            operands = products.operands if noting else plan.cast
-            stand_in = _StandIn(ctx, saved_tensors=(*operands, *rest), custom_saved_tensors=(*weights, element_wise))
-            result = original.backward(stand_in, dy)
-            if noting:
-                self._add_noted(plan, scales)
-            return result
+    def _qkv(self, original: Any, ctx: Any, saved: Sequence[Any], *dys: Tensor) -> Any:
+        x, adapters, masks = saved[0], saved[1:7], saved[7:]
+        return self._linear(original, ctx, (x,) * len(dys), adapters, masks, dys, lambda w: (x, *w, *masks))
 
-        return backward
-
-    def _qkv(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, *dys: Tensor) -> Any:
-            if not self._wanted():
-                return original.backward(ctx, *dys)
-            saved = ctx.saved_tensors
-            x, adapters, masks = saved[0], saved[1:7], saved[7:]
-            return self._linear(original, ctx, (x,) * len(dys), adapters, masks, dys, lambda w: (x, *w, *masks))
-
-        return backward
-
-    def _w(self, original: Any) -> Callable[..., Any]:
-        def backward(ctx: Any, dy: Tensor) -> Any:
-            if not self._wanted():
-                return original.backward(ctx, dy)
-            saved = ctx.saved_tensors
-            adapters, x, masks = saved[:2], _contiguous(saved[2]), saved[3:]
-            return self._linear(original, ctx, (x,), adapters, masks, (dy,), lambda w: (*w, x, *masks))
-
-        return backward
+    def _w(self, original: Any, ctx: Any, saved: Sequence[Any], dy: Tensor) -> Any:
+        adapters, x, masks = saved[:2], _contiguous(saved[2]), saved[3:]
+        return self._linear(original, ctx, (x,), adapters, masks, (dy,), lambda w: (*w, x, *masks))
 
     def _linear(
         self,
@@ -285,11 +284,7 @@ class FusedTap:
 
     def _dropped(self, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
         """What the LoRA branch saw: x after dropout, where this Unsloth fuses dropout."""
-        mask = masks[i] if i < len(masks) else None
-        if mask is None:
-            return x
-        p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
-        return self._module._dropout_replay(x.reshape(mask.shape), mask, p)  # type: ignore[no-any-return]
+        return dropped(vars(self._module).get("_dropout_replay"), x, masks, i, ctx)
 
     def _add_noted(self, plan: _Plan, scales: Sequence[Any]) -> None:
         """Use the products that the function has taken; after its first call, see whether all were noted."""
@@ -313,11 +308,11 @@ class FusedTap:
         for group in plan.groups:
             x = inputs[group.places[0]]
             if all(inputs[i] is x for i in group.places[1:]):
-                values = torch.mm(_rows(x), group.lora_a).split_with_sizes(group.ranks, 1)
+                values = torch.mm(rows(x), group.lora_a).split_with_sizes(group.ranks, 1)
             else:
-                values = tuple(torch.mm(_rows(inputs[i]), plan.cast[2 * i].t()) for i in group.places)
+                values = tuple(torch.mm(rows(inputs[i]), plan.cast[2 * i].t()) for i in group.places)
             for i, layer, value in zip(group.places, group.layers, values, strict=True):
-                lora_b, dy = plan.cast[2 * i + 1], _rows(dys[i])
+                lora_b, dy = plan.cast[2 * i + 1], rows(dys[i])
                 if dy.dtype != lora_b.dtype:
                     dy = dy.to(lora_b.dtype)
                 gradient = torch.mm(dy, lora_b)
@@ -326,18 +321,48 @@ class FusedTap:
                 self._statistics.add(layer, value, gradient, context)
 
 
+_READERS: dict[str, Callable[..., Any]] = {
+    "LoRA_MLP": FusedTap._mlp,
+    "LoRA_QKV": FusedTap._qkv,
+    "LoRA_W": FusedTap._w,
+}
+_PLACES = {"LoRA_MLP": slice(0, 6, 2), "LoRA_QKV": slice(1, 7, 2), "LoRA_W": slice(0, 2, 2)}
+"""Where each function saves its layers' A."""
+
+
+@functools.cache
+def _instrumented(name: str, original: Any) -> Any:
+    """A subclass whose backward is read; one for each function, so that compiled code is not compiled anew."""
+    if "_grit_original" in vars(original):
+        return original
+    in_graph = traced(name, original)
+
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return in_graph(ctx, *dys)
+        saved = ctx.saved_tensors
+        tap = compiled.fused_tap(saved[_PLACES[name]])
+        if tap is None or not tap._wanted():
+            return original.backward(ctx, *dys)
+        return _READERS[name](tap, original, ctx, saved, *dys)
+
+    return type(name, (original,), {"backward": staticmethod(backward), "_grit_original": original})
+
+
+def _copies(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """Copies, in one piece where they are alike: the host's time is what this costs."""
+    if len({x.shape for x in tensors}) == 1:
+        return torch.stack(tensors).unbind()
+    return [x.clone() for x in tensors]
+
+
 def _width(a: Tensor | None) -> int:
     return 0 if a is None else a.shape[1]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., d) as (n, d)."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _contiguous(x: Tensor) -> Tensor:
     """x where its rows are one matrix, else the copy that the function would make, so that it multiplies by ours."""
     if x.is_contiguous():
         return x
-    rows = _rows(x)
-    return x if rows.data_ptr() == x.data_ptr() else rows.view(x.shape)
+    flat = rows(x)
+    return x if flat.data_ptr() == x.data_ptr() else flat.view(x.shape)

@@ -49,7 +49,7 @@ class LoRA_W(torch.autograd.Function):
 
 
 class LoRA_QKV(torch.autograd.Function):
-    """Three projections of one input; like Unsloth's, the backward overwrites X in place."""
+    """Three projections of one input; like Unsloth's, the backward overwrites X in place, unless it is compiled."""
 
     @staticmethod
     def forward(ctx, X, QW, Qq, QA, QB, QS, KW, Kq, KA, KB, KS, VW, Vq, VA, VB, VS, inplace=True):
@@ -67,8 +67,9 @@ class LoRA_QKV(torch.autograd.Function):
             for dy, w, a, b, s in ((dQ, QW, QA, QB, QS), (dK, KW, KA, KB, KS), (dV, VW, VA, VB, VS))
         ]
         dX = sum(f[0] for f in found).view_as(X)
-        with torch.no_grad():
-            X.fill_(float("nan"))
+        if not torch.compiler.is_compiling():
+            with torch.no_grad():
+                X.fill_(float("nan"))
         (_, qa, qb), (_, ka, kb), (_, va, vb) = found
         return dX, None, None, qa, qb, None, None, None, ka, kb, None, None, None, va, vb, None, None
 
@@ -121,7 +122,7 @@ class LoRA_MLP(torch.autograd.Function):
         ) + (None,) * 3
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """One attention-like and one MLP-like block, through the modules or through the fused functions."""
 
     def __init__(self):
@@ -130,12 +131,9 @@ class Block(nn.Module):
             setattr(self, name, nn.Linear(WIDTH, WIDTH, bias=False))
         self.gate_proj, self.up_proj = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False)
         self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.embed = nn.Embedding(30, WIDTH)
-        self.fused = False
 
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        x = self.embed(input_ids)
-        if self.fused:
+    def forward(self, x, fused):
+        if fused:
             module = sys.modules[MODULE]
             q, k, v = module.LoRA_QKV.apply(
                 x.clone(), *weights_of(self.q_proj), *weights_of(self.k_proj), *weights_of(self.v_proj)
@@ -143,14 +141,28 @@ class Block(nn.Module):
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         mixed = torch.tanh(q) * k + v
-        if self.fused:
+        if fused:
             out = module.LoRA_W.apply(mixed, *weights_of(self.o_proj))
             names = ("gate_proj", "up_proj", "down_proj")
             weights = [each for name in names for each in weights_of(getattr(self, name))]
-            out = out + module.LoRA_MLP.apply(out, *weights, _swiglu, _swiglu_backward)
-        else:
-            out = self.o_proj(mixed)
-            out = out + self.down_proj(_swiglu(self.gate_proj(out), self.up_proj(out)))
+            return out + module.LoRA_MLP.apply(out, *weights, _swiglu, _swiglu_backward)
+        out = self.o_proj(mixed)
+        return out + self.down_proj(_swiglu(self.gate_proj(out), self.up_proj(out)))
+
+
+class Decoder(nn.Module):
+    """Such layers, with an embedding and a loss."""
+
+    def __init__(self, layers=1):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.embed = nn.Embedding(30, WIDTH)
+        self.fused = False
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        out = self.embed(input_ids)
+        for layer in self.layers:
+            out = layer(out, self.fused)
         real = (labels[:, 1:] != -100).unsqueeze(-1)
         return {"loss": (out[:, :-1].pow(2).sum(-1, keepdim=True) * real).sum() / real.sum()}
 

@@ -11,7 +11,7 @@ import weakref
 import fused_functions
 import pytest
 import torch
-from fused_functions import WIDTH, Block
+from fused_functions import WIDTH, Decoder
 from peft import LoraConfig, get_peft_model
 
 from grit_impl.config import GRITConfig
@@ -36,9 +36,9 @@ def fast_lora(monkeypatch):
     return module
 
 
-def _model():
+def _model(layers=1):
     torch.manual_seed(0)
-    model = get_peft_model(Block().double(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=".*_proj"))
+    model = get_peft_model(Decoder(layers).double(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=".*_proj"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.3
@@ -195,7 +195,7 @@ def test_the_next_call_after_an_error_is_right(fast_lora, monkeypatch):
 
 def test_gradients_in_another_layout_are_noted(fast_lora, monkeypatch):
     """Oracle: peft's modules. Where a function would copy its dL/dy, GRIT copies it first."""
-    monkeypatch.setattr(Block, "forward", _transposing(Block.forward))
+    monkeypatch.setattr(Decoder, "forward", _transposing(Decoder.forward))
     fused, _, manager = _sums(True, fast_lora)
     modules, *_ = _sums(False, fast_lora)
     for ours, truth in zip(fused, modules, strict=True):

@@ -1,0 +1,105 @@
+"""The backward of Unsloth's fused functions inside a compiled decoder layer.
+
+Unsloth of 2026 compiles each decoder layer as one region: the functions' Python runs once, over tensors without
+numbers, and becomes part of a graph of operators. So nothing can be noted there. Instead the products A x and B' dL/dy
+are written down a second time, in the functions' own words, of which the compiler keeps one (it eliminates common
+subexpressions), and handed to `grit::noted_fused`, which it cannot look into and which runs with the compiled code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from grit_impl.compiled import noted_fused
+
+FIRST = 3
+"""Place of the first A among a function's arguments: after x, W and W's quantisation."""
+
+
+def traced(name: str, original: Any) -> Callable[..., Any]:
+    """The backward (ctx, *dL/dy) of a fused function, for a compiler to trace.
+
+    Args:
+        name: `LoRA_MLP`, `LoRA_QKV` or `LoRA_W`.
+        original: The function, a subclass of torch.autograd.Function.
+    """
+    # Of the class itself: a compiler refuses an autograd function's backward that is called by its name.
+    backward = original.__dict__["backward"].__func__
+    replay = vars(sys.modules[original.__module__]).get("_dropout_replay")
+
+    def mlp(ctx: Any, dy: Tensor) -> Any:
+        saved, (*weights, kernel) = ctx.saved_tensors, ctx.custom_saved_tensors
+        adapters, x, masks = saved[:6], saved[6], saved[9:]
+        found = []
+
+        def element_wise(*arguments: Tensor) -> Any:
+            # The only place where the gradients at the outputs of gate and up exist.
+            h, d_up, d_gate = kernel(*arguments)
+            inputs = [dropped(replay, each, masks, i, ctx) for i, each in enumerate((rows(x), rows(x), h))]
+            found.append(_products(adapters, inputs, (d_gate, d_up, rows(dy))))
+            return h, d_up, d_gate
+
+        ctx.custom_saved_tensors = (*weights, element_wise)
+        return _noted(backward(ctx, dy), adapters, found[0], weights[2::3])
+
+    def linear(ctx: Any, dys: Sequence[Tensor], x: Tensor, adapters: Sequence[Any], masks: Sequence[Any]) -> Any:
+        inputs = [dropped(replay, rows(x), masks, i, ctx) for i in range(len(dys))]
+        products = _products(adapters, inputs, [rows(dy) for dy in dys])
+        return _noted(backward(ctx, *dys), adapters, products, ctx.custom_saved_tensors[2::3])
+
+    def qkv(ctx: Any, *dys: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        return linear(ctx, dys, saved[0], saved[1:7], saved[7:])
+
+    def w(ctx: Any, dy: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        return linear(ctx, (dy,), saved[2], saved[:2], saved[3:])
+
+    functions: dict[str, Callable[..., Any]] = {"LoRA_MLP": mlp, "LoRA_QKV": qkv, "LoRA_W": w}
+    return functions[name]
+
+
+def dropped(replay: Any, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
+    """What the LoRA branch of place i saw: x after dropout, where this Unsloth fuses dropout.
+
+    Args:
+        replay: Unsloth's `_dropout_replay`.
+        x: Its input.
+        masks: Of the function's places; None or missing: no dropout.
+        i: The place.
+        ctx: The function's context.
+    """
+    mask = masks[i] if i < len(masks) else None
+    if mask is None:
+        return x
+    p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
+    result: Tensor = replay(x.reshape(mask.shape), mask, p)
+    return result
+
+
+def _products(adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> list[Any]:
+    """(A x', dL/dy B, A') of each place, as the functions take them."""
+    found = []
+    for lora_a, lora_b, x, dy in zip(adapters[::2], adapters[1::2], inputs, dys, strict=True):
+        # Each transposed twice: only what is written alike is common to two places.
+        at, bt = lora_a.to(x.dtype).t(), lora_b.to(x.dtype).t()
+        found.append((at.t() @ rows(x).t(), dy @ bt.t(), at))
+    return found
+
+
+def _noted(result: Any, adapters: Sequence[Tensor], products: list[Any], scales: Sequence[float]) -> Any:
+    """The function's result, whose gradient of the first A goes through the operator."""
+    a, g, turned = (list(each) for each in zip(*products, strict=True))
+    # Two transpositions become none, before anybody looks for what is common, unless the first has another reader, as
+    # A' has in the functions and most B' have not: so A' is read here too.
+    gradient = noted_fused(result[FIRST], list(adapters[::2]), a, g, [float(s) for s in scales], turned)
+    return (*result[:FIRST], gradient, *result[FIRST + 1 :])
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., d) as (n, d)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
