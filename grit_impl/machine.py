@@ -27,6 +27,9 @@ PACKAGES = (
     "scipy",
 )
 
+BLOCK_COMPILE = "UNSLOTH_BLOCK_COMPILE"
+"""Unsloth's own switch, to be set before its import: 1 compiles each decoder layer as one region."""
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
@@ -35,6 +38,12 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def switches() -> dict[str, str]:
+    """Unsloth's compiled decoder layers, where the environment asks for them: they change results, by rounding."""
+    asked = os.environ.get(BLOCK_COMPILE, "0")
+    return {} if asked == "0" else {BLOCK_COMPILE: asked}
 
 
 def has_gpu() -> bool:

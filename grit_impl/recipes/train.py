@@ -170,6 +170,7 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     seconds = time.perf_counter() - began
 
     from grit_impl.rank import save_adapter
+    from grit_impl.recipes.unsloth import compiled_layers
 
     manager = grit()
     save_adapter(model, record.adapter, manager.reprojection if manager else None)
@@ -183,6 +184,7 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         train_seconds=seconds,
         peak_memory_bytes=peak_memory(),
         peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+        compiled_layers=compiled_layers(model),
         grit_report=report,
     )
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
+from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.recipes.lora import LoRASettings
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def import_unsloth() -> Any:
     early = [name for name in PATCHED if name in sys.modules] if "unsloth" not in sys.modules else []
     if early:
         raise GRITError(f"unsloth must be imported before {', '.join(early)}: run this arm in a process of its own")
-    # One compiled region per decoder layer would hide the fused functions from GRIT.
-    os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")
+    # GRIT takes its statistics in compiled layers too, which was not run on a GPU yet (docs/gpu.md).
+    os.environ.setdefault(BLOCK_COMPILE, "0")
     try:
         import unsloth  # type: ignore[import-not-found]
     except ImportError as error:
@@ -67,3 +68,10 @@ def load_unsloth(spec: str, lora: LoRASettings, settings: TrainingSettings, seed
         use_rslora=lora.rslora,
     )
     return model, tokenizer
+
+
+def compiled_layers(model: Any) -> int:
+    """Decoder layers that Unsloth has run as one compiled region; it keeps the stock forward where compiling fails."""
+    # As Unsloth 2026.10 notes it on each layer: the passes that went well, and 0 for a layer that was given up.
+    states = [vars(module) for module in model.modules()]
+    return sum(bool(s.get("_unsloth_block_checked")) and s.get("_unsloth_block_mode") != 0 for s in states)

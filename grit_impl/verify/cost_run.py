@@ -92,6 +92,7 @@ def measure(
 def _figures(
     bench: Bench, seconds: float, rounds: int, ledger_seconds: float, tell: Callable[[], None]
 ) -> dict[str, Any]:
+    from grit_impl.recipes.unsloth import compiled_layers
     from grit_impl.verify.cost import in_turn, ledger_blocks, ratios
 
     peaks = bench.peaks()
@@ -108,6 +109,7 @@ def _figures(
         "plain_peak_bytes": peaks[False],
         "grit_peak_bytes": peaks[True],
         "layers": len(report["layers"]),
+        "compiled_layers": compiled_layers(bench.model),
         "ready": report["statuses"].get("ready", 0),
         "completeness_error": report["completeness_error"],
     }
@@ -144,6 +146,10 @@ def load(folder: str, stack: str) -> Any:
         from grit_impl.recipes.unsloth import import_unsloth
 
         import_unsloth()
+        import torch._dynamo
+
+        # Compiled layers have graphs of their own with GRIT and without; past the limit they would run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
     import torch
 
     from grit_impl.recipes.train import build_model

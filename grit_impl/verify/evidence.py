@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.config import GRITConfig
 from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
-from grit_impl.machine import gpu_names, has_gpu, versions
+from grit_impl.machine import gpu_names, has_gpu, switches, versions
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
@@ -189,6 +189,7 @@ class LiveEvidence(Evidence):
                 "seconds": self.options.cost_seconds,
                 "source": source_fingerprint("cost"),
                 "versions": versions(),
+                **switches(),
             }
         )
         found = read(target)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl.errors import GRITError, RunFailed
-from grit_impl.machine import has_gpu, least_used, versions, visible_gpus
+from grit_impl.machine import has_gpu, least_used, switches, versions, visible_gpus
 from grit_impl.recipes.arms import RunSpec, find_arm
 from grit_impl.recipes.bases import TINY
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
@@ -63,6 +63,7 @@ def spec_fingerprint(spec: RunSpec) -> str:
             "source": source_fingerprint(),
             "versions": versions(),
             "gpu": has_gpu(),
+            **switches(),
         }
     )
 

@@ -2,11 +2,11 @@
 
     python suites/benchmarks/gpu_blocks.py FOLDER [--seconds 120] [--lengths 512 2048]
 
-FOLDER is a base model (`python -m grit_impl.recipes.random_base random:llama-3-8b FOLDER` writes one). GRIT needs
-those regions switched off, and Unsloth, asked for them, rewrites the layers' classes for good: so two processes on one
-GPU take steps in turn, one with `UNSLOTH_BLOCK_COMPILE=1` and without GRIT, the other with 0, without GRIT and with it.
-The table has ratios of neighbouring steps with their intervals, and peaks of allocated memory. Without a GPU the
-processes take plain peft steps of a tiny model: a test of this script, no result.
+FOLDER is a base model (`python -m grit_impl.recipes.random_base random:llama-3-8b FOLDER` writes one). Unsloth, asked
+for those regions, rewrites the layers' classes for good: so two processes on one GPU take steps in turn, one with
+`UNSLOTH_BLOCK_COMPILE=1`, the other with 0, each without GRIT and with it. The table has ratios of neighbouring steps
+with their intervals, peaks of allocated memory, and what GRIT has seen. Without a GPU the processes take plain peft
+steps of a tiny model: a test of this script, no result.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from grit_impl.errors import GRITError
 from grit_impl.verify.cost import forget_grit, frozen_objects, in_turn, ratios, spread
 
-PAIRS = (("grit", "compiled"), ("grit", "plain"), ("plain", "compiled"))
+PAIRS = (("compiled grit", "compiled"), ("grit", "compiled"), ("grit", "plain"), ("plain", "compiled"))
 
 
 def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
-    """A process with one model. ("length", n) -> layers that run compiled, peaks; ("step", grit) -> seconds."""
+    """A process with one model.
+
+    ("length", n) -> layers that run compiled, peaks, what GRIT has seen; ("step", grit) -> seconds.
+    """
     os.environ["UNSLOTH_BLOCK_COMPILE"] = blocks
+    from grit_impl.recipes.unsloth import compiled_layers
     from grit_impl.verify.cost_run import bench_of, load
 
     try:
@@ -49,16 +53,11 @@ def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
             bench = None
             forget_grit(model)
             bench = bench_of(model, value)
-            peaks = bench.peaks(grit=blocks == "0")
+            peaks, report = bench.peaks(), bench.manager.factor_report()
             frozen.enter_context(frozen_objects())
-            pipe.send((compiled_layers(model), peaks))
-
-
-def compiled_layers(model: Any) -> int:
-    """Decoder layers that Unsloth ran as one compiled region; it keeps the stock forward where compiling fails."""
-    # As Unsloth 2026.10 notes it on each layer: the passes that went well, and 0 for a layer that was given up.
-    states = [vars(module) for module in model.modules()]
-    return sum(bool(s.get("_unsloth_block_checked")) and s.get("_unsloth_block_mode") != 0 for s in states)
+            error = f"{report['completeness_error']:.4f}"
+            seen = f"{report['statuses'].get('ready', 0)} of {len(report['layers'])} layers, completeness error {error}"
+            pipe.send((compiled_layers(model), peaks, seen))
 
 
 @contextmanager
@@ -98,25 +97,28 @@ def main() -> int:
     stack = "unsloth" if has_gpu() else "peft"
     with worker(options.folder, stack, "1") as compiled, worker(options.folder, stack, "0") as fused:
         for length in options.lengths:
-            (layers, alone), (others, both) = compiled("length", length), fused("length", length)
+            layers, alone, seen = compiled("length", length)
+            others, both, seen_fused = fused("length", length)
             if stack == "unsloth" and (not layers or others):
                 sys.exit(
                     f"Unsloth runs {layers} layers compiled where all were asked for, and {others} where none were"
                 )
-            peaks = {"compiled": alone[False], "plain": both[False], "grit": both[True]}
+            peaks = {"compiled": alone[False], "compiled grit": alone[True], "plain": both[False], "grit": both[True]}
             arms = {
                 "compiled": lambda: compiled("step", False),
+                "compiled grit": lambda: compiled("step", True),
                 "plain": lambda: fused("step", False),
                 "grit": lambda: fused("step", True),
             }
             times = in_turn(arms, 1000, seconds=options.seconds)
             rounds = len(times["grit"])
             print(f"{stack}, {length} tokens per sequence, {layers} compiled layers, {rounds} rounds", flush=True)
+            print(f"  seen in compiled layers: {seen}; without: {seen_fused}", flush=True)
             for over, under in PAIRS:
                 memory = f"{peaks[over] / peaks[under]:.4f} of {peaks[under] / 2**30:.2f} GiB" if peaks[under] else "-"
                 seconds = spread(times[under]).median
                 step = spread(ratios(times[over], times[under]))
-                print(f"  {over:>5} over {under:<8}  step {step} of {seconds:.3f} s  memory {memory}", flush=True)
+                print(f"  {over:>13} over {under:<8}  step {step} of {seconds:.3f} s  memory {memory}", flush=True)
     return 0
 
 

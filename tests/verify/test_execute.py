@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from grit_impl.errors import GRITError
 from grit_impl.recipes.arms import RunSpec
+from grit_impl.recipes.unsloth import compiled_layers
 from grit_impl.verify import execute
 from grit_impl.verify.execute import finished, run_arms, spec_fingerprint
 
@@ -82,6 +84,26 @@ def test_saving_interval_changes_nothing(arms):
     often = RunSpec("pure", training=execute_training(save_every=50))
     assert spec_fingerprint(often) == spec_fingerprint(RunSpec("pure", training=execute_training(save_every=0)))
     assert spec_fingerprint(often) != spec_fingerprint(RunSpec("pure", training=execute_training(steps=100)))
+
+
+def test_compiled_layers_are_another_run(monkeypatch):
+    """Unsloth's switch changes what a run computes; unset it is 0 for this project."""
+    spec, found = RunSpec("hybrid"), {}
+    for value in (None, "0", "1"):
+        monkeypatch.delenv("UNSLOTH_BLOCK_COMPILE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", value)
+        found[value] = spec_fingerprint(spec)
+    assert found[None] == found["0"] != found["1"]
+
+
+def test_compiled_layers_are_counted():
+    """As Unsloth notes on its layers: the passes that went well, and mode 0 for one that it has given up."""
+    model = torch.nn.Sequential(*[torch.nn.Identity() for _ in range(4)])
+    assert compiled_layers(model) == 0
+    for layer, (checked, mode) in zip(model, ((3, 1), (2, 2), (2, 0)), strict=False):
+        vars(layer).update(_unsloth_block_checked=checked, _unsloth_block_mode=mode)
+    assert compiled_layers(model) == 2
 
 
 def execute_training(**options):
