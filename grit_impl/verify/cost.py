@@ -193,7 +193,7 @@ def forget_grit(model: Any) -> None:
     if manager is not None:
         manager.detach()
         del manager
-        gc.collect()  # the classes that it put in the place of Unsloth's functions are cycles
+        gc.collect()  # what stands for the adapters in Unsloth's functions is made of cycles, and holds copies of them
 
 
 @contextmanager
