@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _taps: weakref.WeakValueDictionary[int, ModuleTap] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 fused_taps: list[FusedTap] = []
-"""Those that are attached."""
+"""Those that are attached, the oldest first; of several that own a layer the newest counts."""
 # Python runs in the operators, which a recorded CUDA graph would leave out.
 _UNRECORDED = [torch.Tag.cudagraph_unsafe]
 
@@ -75,11 +75,9 @@ note.register_autograd(lambda ctx, g: (_noted(g, *ctx.saved_tensors), None), set
 
 
 def fused_tap(lora_a: Sequence[Tensor | None]) -> FusedTap | None:
-    """Whose layers a fused function's are; None: nobody's."""
-    for a in lora_a:
-        if a is not None:
-            return next((tap for tap in reversed(fused_taps) if tap.owns(a)), None)
-    return None
+    """Whose layers a fused function's are, or some of them; None: nobody's."""
+    there = [a for a in lora_a if a is not None]
+    return next((tap for tap in reversed(fused_taps) if any(map(tap.owns, there))), None)
 
 
 def _noted_fused(
@@ -93,7 +91,7 @@ def _noted_fused(
     """A gradient of a fused function, itself; the products of its layers are noted.
 
     Args:
-        gradient: Any of the function's: what nobody uses is not computed.
+        gradient: One of the function's that is needed: an operator whose result nobody uses is left out.
         lora_a: The layers' parameters A.
         a: A x' (r, tokens) of each.
         g: dL/dy B (tokens, r) of each.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from grit_impl import compiled
 from grit_impl.autograd import LossTap, RankStatistics
 from grit_impl.errors import GRITError
 from grit_impl.fused_traced import dropped, rows, traced
+from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.products import Products
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ def fused_functions() -> Any | None:
         raise GRITError(
             f"GRIT cannot take statistics from unsloth {version}: {MODULE} has no {', '.join(missing)}; use a version "
             "from 2025.10 to 2026.10, or train without Unsloth (--arm pure)"
+        )
+    blocks = sys.modules.get("unsloth.models._block_compile")
+    if blocks is not None and torch.cuda.is_available() and BLOCK_COMPILE not in os.environ:
+        raise GRITError(
+            f"unsloth {version} compiles whole decoder layers where nobody says otherwise: before its import set "
+            f"{BLOCK_COMPILE} to 0 (what that costs: docs/gpu.md), or to 1 for statistics inside compiled layers, "
+            "which was not measured on a GPU yet"
         )
     return module
 
@@ -340,10 +349,12 @@ def _instrumented(name: str, original: Any) -> Any:
     def backward(ctx: Any, *dys: Tensor) -> Any:
         if torch.compiler.is_compiling():
             return in_graph(ctx, *dys)
-        saved = ctx.saved_tensors
+        if not any(tap._wanted() for tap in compiled.fused_taps):
+            return original.backward(ctx, *dys)
+        saved = ctx.saved_tensors  # once: checkpointing that is not reentrant gives them once
         tap = compiled.fused_tap(saved[_PLACES[name]])
         if tap is None or not tap._wanted():
-            return original.backward(ctx, *dys)
+            return original.backward(_StandIn(ctx, saved_tensors=saved), *dys)
         return _READERS[name](tap, original, ctx, saved, *dys)
 
     return type(name, (original,), {"backward": staticmethod(backward), "_grit_original": original})

@@ -8,6 +8,7 @@ subexpressions), and handed to `grit::noted_fused`, which it cannot look into an
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,9 +28,9 @@ def traced(name: str, original: Any) -> Callable[..., Any]:
         name: `LoRA_MLP`, `LoRA_QKV` or `LoRA_W`.
         original: The function, a subclass of torch.autograd.Function.
     """
-    # Of the class itself: a compiler refuses an autograd function's backward that is called by its name.
-    backward = original.__dict__["backward"].__func__
-    replay = vars(sys.modules[original.__module__]).get("_dropout_replay")
+    # The plain function: Dynamo refuses a call of `original.backward`.
+    backward = inspect.getattr_static(original, "backward").__func__
+    replay = getattr(sys.modules.get(original.__module__), "_dropout_replay", None)
 
     def mlp(ctx: Any, dy: Tensor) -> Any:
         saved, (*weights, kernel) = ctx.saved_tensors, ctx.custom_saved_tensors
@@ -44,12 +45,12 @@ def traced(name: str, original: Any) -> Callable[..., Any]:
             return h, d_up, d_gate
 
         ctx.custom_saved_tensors = (*weights, element_wise)
-        return _noted(backward(ctx, dy), adapters, found[0], weights[2::3])
+        return _noted(ctx, backward(ctx, dy), adapters, found[0], weights[2::3])
 
     def linear(ctx: Any, dys: Sequence[Tensor], x: Tensor, adapters: Sequence[Any], masks: Sequence[Any]) -> Any:
         inputs = [dropped(replay, rows(x), masks, i, ctx) for i in range(len(dys))]
         products = _products(adapters, inputs, [rows(dy) for dy in dys])
-        return _noted(backward(ctx, *dys), adapters, products, ctx.custom_saved_tensors[2::3])
+        return _noted(ctx, backward(ctx, *dys), adapters, products, ctx.custom_saved_tensors[2::3])
 
     def qkv(ctx: Any, *dys: Tensor) -> Any:
         saved = ctx.saved_tensors
@@ -91,13 +92,18 @@ def _products(adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequenc
     return found
 
 
-def _noted(result: Any, adapters: Sequence[Tensor], products: list[Any], scales: Sequence[float]) -> Any:
-    """The function's result, whose gradient of the first A goes through the operator."""
+def _noted(ctx: Any, result: Any, adapters: Sequence[Tensor], products: list[Any], scales: Sequence[float]) -> Any:
+    """The function's result; one of its adapters' gradients, the first that is needed, goes through the operator."""
+    for at in range(FIRST, FIRST + 5 * len(products), 5):  # A; x's W, quantisation, A, B and s follow one another
+        if ctx.needs_input_grad[at]:
+            break
+    else:
+        return result
     a, g, turned = (list(each) for each in zip(*products, strict=True))
-    # Two transpositions become none, before anybody looks for what is common, unless the first has another reader, as
-    # A' has in the functions and most B' have not: so A' is read here too.
-    gradient = noted_fused(result[FIRST], list(adapters[::2]), a, g, [float(s) for s in scales], turned)
-    return (*result[:FIRST], gradient, *result[FIRST + 1 :])
+    # A.t().t() is simplified to A before the search for common subexpressions, unless A.t() has another reader. In the
+    # functions it has one (dL/dx), which B.t() mostly has not; here it is the operator.
+    gradient = noted_fused(result[at], list(adapters[::2]), a, g, [float(s) for s in scales], turned)
+    return (*result[:at], gradient, *result[at + 1 :])
 
 
 def rows(x: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ def versions() -> dict[str, str]:
 
 
 def switches() -> dict[str, str]:
-    """Unsloth's compiled decoder layers, where the environment asks for them: they change results, by rounding."""
-    asked = os.environ.get(BLOCK_COMPILE, "0")
-    return {} if asked == "0" else {BLOCK_COMPILE: asked}
+    """Those of Unsloth's compiled decoder layers that are set: they change what a run computes, by rounding."""
+    names = (BLOCK_COMPILE, "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_BLOCK_CUDAGRAPHS")
+    return {name: asked for name in names if (asked := os.environ.get(name, "0")) != "0"}
 
 
 def has_gpu() -> bool:

@@ -189,7 +189,7 @@ class LiveEvidence(Evidence):
                 "seconds": self.options.cost_seconds,
                 "source": source_fingerprint("cost"),
                 "versions": versions(),
-                **switches(),
+                **(switches() if stack == "unsloth" else {}),
             }
         )
         found = read(target)

@@ -63,7 +63,7 @@ def spec_fingerprint(spec: RunSpec) -> str:
             "source": source_fingerprint(),
             "versions": versions(),
             "gpu": has_gpu(),
-            **switches(),
+            **(switches() if find_arm(spec.arm).unsloth else {}),
         }
     )
 

@@ -32,7 +32,7 @@ PAIRS = (("compiled grit", "compiled"), ("grit", "compiled"), ("grit", "plain"),
 def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
     """A process with one model.
 
-    ("length", n) -> layers that run compiled, peaks, what GRIT has seen; ("step", grit) -> seconds.
+    ("length", n) -> layers that run compiled and of how many, peaks, what GRIT has seen; ("step", grit) -> seconds.
     """
     os.environ["UNSLOTH_BLOCK_COMPILE"] = blocks
     from grit_impl.recipes.unsloth import compiled_layers
@@ -57,7 +57,7 @@ def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
             frozen.enter_context(frozen_objects())
             error = f"{report['completeness_error']:.4f}"
             seen = f"{report['statuses'].get('ready', 0)} of {len(report['layers'])} layers, completeness error {error}"
-            pipe.send((compiled_layers(model), peaks, seen))
+            pipe.send(((compiled_layers(model), model.config.num_hidden_layers), peaks, seen))
 
 
 @contextmanager
@@ -97,11 +97,11 @@ def main() -> int:
     stack = "unsloth" if has_gpu() else "peft"
     with worker(options.folder, stack, "1") as compiled, worker(options.folder, stack, "0") as fused:
         for length in options.lengths:
-            layers, alone, seen = compiled("length", length)
-            others, both, seen_fused = fused("length", length)
-            if stack == "unsloth" and (not layers or others):
+            (layers, of), alone, seen = compiled("length", length)
+            (others, _), both, seen_fused = fused("length", length)
+            if stack == "unsloth" and (layers != of or others):
                 sys.exit(
-                    f"Unsloth runs {layers} layers compiled where all were asked for, and {others} where none were"
+                    f"Unsloth runs {layers} of {of} layers compiled where all were asked for, {others} where none were"
                 )
             peaks = {"compiled": alone[False], "compiled grit": alone[True], "plain": both[False], "grit": both[True]}
             arms = {

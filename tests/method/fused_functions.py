@@ -4,6 +4,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from grit_impl.fused import MODULE
 
@@ -11,7 +12,7 @@ WIDTH, HIDDEN = 12, 20
 
 
 def _linear(x, w, a, b, s):
-    return x @ w.t() + s * (x @ a.t()) @ b.t()
+    return x @ w.t() + s * (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
 
 
 def gradients(x, dy, w, a, b, s):
@@ -26,6 +27,7 @@ def gradients(x, dy, w, a, b, s):
 
 def gradients_otherwise(x, dy, w, a, b, s):
     """The same by other products: of s dL/dy, and of x on the left."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
     inner = s * dy @ b
     return dy @ w + inner @ a, inner.t() @ x, s * dy.t() @ (x @ a.t())
 
@@ -100,7 +102,7 @@ class LoRA_MLP(torch.autograd.Function):
         gW, _, gS, uW, _, uS, dW, _, dS, kernel = ctx.custom_saved_tensors
         gA, gB, uA, uB, dA, dB, X, e, g = ctx.saved_tensors
         X2, dY2 = X.reshape(-1, X.shape[-1]), dY.reshape(-1, dY.shape[-1])
-        DW = dY2 @ dW + dS * (dY2 @ dB) @ dA
+        DW = dY2 @ dW + dS * (dY2 @ dB.to(dY.dtype).t().t()) @ dA.to(dY.dtype)
         h, df, de = kernel(DW, e.reshape(-1, e.shape[-1]), g.reshape(-1, g.shape[-1]))
         _, downA, downB = gradients(h, dY2, dW, dA, dB, dS)
         x_up, upA, upB = gradients(X2, df, uW, uA, uB, uS)
@@ -151,18 +153,22 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Such layers, with an embedding and a loss."""
+    """Such layers, with an embedding and a loss; `checkpointing` is None, "reentrant" or "not reentrant"."""
 
     def __init__(self, layers=1):
         super().__init__()
         self.layers = nn.ModuleList(Layer() for _ in range(layers))
         self.embed = nn.Embedding(30, WIDTH)
         self.fused = False
+        self.checkpointing = None
 
     def forward(self, input_ids, attention_mask=None, labels=None):
         out = self.embed(input_ids)
         for layer in self.layers:
-            out = layer(out, self.fused)
+            if self.checkpointing is None:
+                out = layer(out, self.fused)
+            else:
+                out = checkpoint(layer, out, self.fused, use_reentrant=self.checkpointing == "reentrant")
         real = (labels[:, 1:] != -100).unsqueeze(-1)
         return {"loss": (out[:, :-1].pow(2).sum(-1, keepdim=True) * real).sum() / real.sum()}
 

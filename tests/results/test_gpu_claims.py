@@ -54,6 +54,20 @@ def test_step_time_names_how_many_ratios_would_decide(ratios, least):
     assert find("gpu.hybrid-step-time").judge(_costs(ratios)).needed >= least
 
 
+def test_compiled_layers_are_named(tmp_path):
+    """Oracle: by hand: what was measured inside Unsloth's compiled decoder layers says so, in both kinds of claims."""
+    evidence, report = _costs([1.01] * 6), {"completeness_error": 0.004, "statuses": {}, "layers": [], "spectra": []}
+    for layers in (0, 32):
+        for cell in evidence.costs["unsloth"]["cells"]:
+            cell["compiled_layers"] = layers
+        record = write_run(tmp_path / str(layers), "hybrid", grit_report=report, compiled_layers=layers)
+        judged = [
+            find("gpu.hybrid-step-time").judge(evidence),
+            find("gpu.hybrid-all-layers").judge(Evidence(records={"hybrid": record})),
+        ]
+        assert [f", in {layers} compiled decoder layers" in each.summary for each in judged] == [layers > 0] * 2
+
+
 @pytest.mark.parametrize(("factor", "verdict"), [(1.019, "supported"), (1.03, "refuted")])
 def test_memory(factor, verdict):
     """Oracle: the ratio of two peaks against the plan's 1.02."""

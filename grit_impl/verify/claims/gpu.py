@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, items_to_decide, supported_if
 from grit_impl.verify.cost import ENOUGH_RATIOS
@@ -26,13 +27,19 @@ def all_layers(arm: str) -> Callable[[Evidence], Judgement]:
             Metric("layers_with_statistics", ready, n=layers, subject=arm),
             Metric("completeness_error", math.nan if error is None else error, subject=arm),
         )
-        text = f"{ready} of {layers} layers have statistics"
+        text = f"{ready} of {layers} layers have statistics{_where(evidence.records[arm].run)}"
         if error is None:
             return Judgement("inconclusive", f"{text}; they were never compared with the gradients", numbers)
         # GRIT itself stops a run whose error exceeds its tolerance.
         return Judgement(supported_if(ready == layers), f"{text}; completeness error {error:.4f}", numbers)
 
     return decide
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    """That Unsloth compiled decoder layers, and how many, which nobody would see otherwise."""
+    layers = found.get("compiled_layers")
+    return f", in {layers} compiled decoder layers" if layers else ""
 
 
 def used_unsloth(evidence: Evidence) -> Judgement:
@@ -63,7 +70,7 @@ def step_time(stack: str, length: int) -> Callable[[Evidence], Judgement]:
             method="median of the ratios of steps in turn, order statistics",
             subject=f"{stack}, {length} tokens",
         )
-        text = f"a step with GRIT takes {number} of one without; at most {STEP_TIME:g} x was asked for"
+        text = f"a step with GRIT takes {number} of one without{_where(cell)}; at most {STEP_TIME:g} x was asked for"
         if found.n < ENOUGH_RATIOS:
             return Judgement("inconclusive", text, (number,), needed=ENOUGH_RATIOS)
         if found.low <= STEP_TIME < found.high:

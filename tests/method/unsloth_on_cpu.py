@@ -1,0 +1,140 @@
+"""Statistics from Unsloth's own fused functions and its own compiled decoder layers, on a CPU.
+
+    python tests/method/unsloth_on_cpu.py
+
+Needs Unsloth (`requirements/gpu.txt`) and a C++ compiler, no GPU: plain torch takes the place of its Triton kernel for
+SwiGLU and of attention. Four Llama layers in float32, three batches of two lengths with padding; peft's modules are the
+oracle of the statistics and the gradients, dA A' = B' dB of what was noted. Ends with status 1 where something differs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import types
+from typing import Any
+
+os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
+os.environ["UNSLOTH_BLOCK_COMPILE"] = "1"
+import unsloth  # before the libraries that it patches
+
+# isort: split
+import torch
+import torch._dynamo
+import unsloth.kernels.fast_lora as fast_lora
+import unsloth.models._block_compile as block_compile
+from fused_functions import _swiglu, _swiglu_backward
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from grit_impl.config import GRITConfig
+from grit_impl.manager import GRITManager
+from grit_impl.recipes.unsloth import compiled_layers
+
+LAYERS = 4
+# Sums of float32 roundings through four layers.
+SAME = 1e-5
+
+
+def attention(self: Any, hidden_states: Any, position_embeddings: Any = None, **_: Any) -> Any:
+    """Causal attention around Unsloth's functions, or around peft's modules."""
+    batch, length, _ = hidden_states.shape
+    q, k, v = (
+        fast_lora.apply_lora_qkv(self, hidden_states)
+        if self.fused
+        else (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+    )
+    q, k, v = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
+    q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+    k, v = (x.repeat_interleave(self.num_key_value_groups, 1) for x in (k, v))
+    future = torch.full((length, length), -1e9, dtype=q.dtype).triu(1)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + future).softmax(-1)
+    out = (weights @ v).transpose(1, 2).reshape(batch, length, -1).contiguous()
+    return (fast_lora.apply_lora_o(self, out) if self.fused else self.o_proj(out)), None
+
+
+fast_lora.swiglu_fg_kernel, fast_lora.swiglu_DWf_DW_dfg_kernel = _swiglu, _swiglu_backward
+modeling_llama.LlamaAttention.forward = attention
+STOCK = modeling_llama.LlamaDecoderLayer.forward
+
+
+def make(fused: bool, compiled: bool, reentrant: bool | None) -> Any:
+    """A Llama with LoRA; `reentrant` None: without checkpointing."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, use_cache=False, **sizes))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, lora)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.fused = fused
+        if fused:
+            layer.mlp.forward = types.MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
+    modeling_llama.LlamaDecoderLayer.forward = STOCK
+    if compiled:
+        options = {name: on for name, on in block_compile._COMPILE_OPTIONS.items() if name != "triton.cudagraphs"}
+        block_compile._wrap(modeling_llama.LlamaDecoderLayer, options, 1)
+    return model.train()
+
+
+def backward(model: Any) -> None:
+    """One step's gradients."""
+    generator = torch.Generator().manual_seed(1)
+    for length in (16, 16, 12):
+        ids = torch.randint(3, 60, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length - 3 :] = 0
+        model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+
+
+def measure(fused: bool, compiled: bool, reentrant: bool | None) -> tuple[list[Any], float, int, int, int]:
+    """Tokens, sums and gradients; completeness error; layers that ran compiled; graphs; graphs that came later."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = make(fused, compiled, reentrant)
+    manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
+    for _ in range(2):  # a function's first call outside compiled layers is counted by products of its own
+        model.zero_grad()
+        manager.begin_window()
+        backward(model)
+        found = [manager.statistics.tokens.clone(), *manager.statistics.sums.clone()]
+        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        manager.precondition()
+    assert manager.completeness is not None
+    graphs = []
+    for attached in (False, True, False, True):  # what a plain step in between, and its return, compile
+        manager.attach() if attached else manager.detach()
+        backward(model)
+        graphs.append(counters["stats"]["unique_graphs"])
+    manager.detach()
+    assert not counters["graph_break"], counters["graph_break"]
+    return found, float(manager.completeness.max()), compiled_layers(model), graphs[1], graphs[3] - graphs[1]
+
+
+def main() -> int:
+    """Print a line per case."""
+    wrong = 0
+    print(f"unsloth {unsloth.__version__}, torch {torch.__version__}; relative to peft's modules")
+    for reentrant, name in ((None, "no checkpointing"), (True, "reentrant"), (False, "not reentrant")):
+        truth, *_ = measure(False, False, reentrant)
+        for compiled in (False, True):
+            found, error, layers, graphs, later = measure(True, compiled, reentrant)
+            apart = [float((ours - t).norm() / t.norm()) for ours, t in zip(found, truth, strict=True)]
+            good = apart[0] == 0 and max(apart) < SAME and error < SAME and later == 0
+            good = good and layers == (LAYERS if compiled else 0)
+            wrong += not good
+            print(
+                f"{name}, {layers} of {LAYERS} layers compiled, {graphs} graphs, {later} later: "
+                f"S_a {apart[1]:.1e}, S_g {apart[2]:.1e}, gradients {max(apart[3:]):.1e}, completeness {error:.1e}"
+                f"{'' if good else '  WRONG'}"
+            )
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
