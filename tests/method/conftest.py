@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,17 @@ def _deterministic() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message=".*(lr_scheduler|pin_memory|tie_word_embeddings|epoch parameter).*")
+
+
+@pytest.fixture
+def counters() -> Iterator[Any]:
+    """Dynamo's counters, with nothing compiled before or left behind."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
 
 
 class Linear(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,19 +11,10 @@ import torch
 from grit_impl.config import GRITConfig
 from grit_impl.manager import GRITManager
 
+pytestmark = pytest.mark.usefixtures("counters")
+
 # The same float32 products; a compiler may fuse what is before them.
 SAME = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[Any]:
-    """Dynamo's counters, with nothing compiled before or left behind."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 def _compile_layers(model: Any, **options: Any) -> None:

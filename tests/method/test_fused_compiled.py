@@ -7,7 +7,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,11 @@ from grit_impl.fused import FUNCTIONS, MODULE
 from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.manager import GRITManager
 
+pytestmark = pytest.mark.usefixtures("counters")
+
 LAYERS, RANK = 10, 3
 # Both ways run in float64 and add in other orders.
 SAME = 1e-12
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[Any]:
-    """Dynamo's counters, with nothing compiled before or left behind."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
