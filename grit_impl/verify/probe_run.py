@@ -267,6 +267,9 @@ def require_probe(path: Path, training: TrainingSettings, *, unsloth: bool) -> P
     if found is None or found.versions != versions():
         found = run_probe(training, unsloth=unsloth)
         found.write(file)
+        # What follows has the process to itself: memory, and what Dynamo remembers of the small model's sizes, after
+        # which Unsloth 2026.10 on torch 2.11 fails to compile a larger model's decoder layers, with GRIT or without.
+        torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if not found.good:

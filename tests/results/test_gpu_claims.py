@@ -98,12 +98,13 @@ GIB = 2**30
 def runs(tmp_path):
     """(baseline, hybrid): records of runs whose memory peaked so, per step and at the end; -> evidence."""
 
-    def write(baseline, hybrid, gpu="NVIDIA A10", save_every=20):
+    def write(baseline, hybrid, gpu="NVIDIA A10", save_every=20, compiled=(None, None)):
         records = {}
-        for arm, peaks in (("baseline", baseline), ("hybrid", hybrid)):
+        for arm, peaks, layers in zip(("baseline", "hybrid"), (baseline, hybrid), compiled, strict=True):
             config = {"training": {"steps": 40, "save_every": save_every}}
             last = int(peaks[-1] * GIB)
             record = write_run(tmp_path, arm, machine={"gpu": gpu}, peak_memory_bytes=last, config=config)
+            record.update(compiled_layers=layers)
             steps = record.steps
             for step, peak in zip(steps, [*peaks, *[peaks[-1]] * len(steps)], strict=False):
                 step["memory_bytes"] = int(peak * GIB)
@@ -127,6 +128,19 @@ def test_memory_of_whole_runs(runs, hybrid, verdict):
     judged = find("gpu.hybrid-run-memory").judge(runs([6.0561, 6.1009], hybrid))
     assert judged.verdict == verdict
     assert f"{max(hybrid):.2f} GiB for 6.10" in judged.summary
+
+
+@pytest.mark.parametrize(("compiled", "verdict"), [((0, None), "supported"), ((32, 32), "supported")])
+def test_memory_of_runs_that_compiled_alike(runs, compiled, verdict):
+    """Oracle: records from before Unsloth compiled decoder layers do not say how many; they had none."""
+    assert find("gpu.hybrid-run-memory").judge(runs([6.1], [6.1], compiled=compiled)).verdict == verdict
+
+
+def test_memory_of_runs_that_compiled_otherwise_is_open(runs):
+    """Oracle: by hand: Unsloth gave up compiling in one of the two."""
+    judged = find("gpu.hybrid-run-memory").judge(runs([6.1], [6.1], compiled=(32, 0)))
+    assert judged.verdict == "inconclusive"
+    assert judged.summary == "Unsloth ran 0 in hybrid and 32 in baseline of the decoder layers compiled"
 
 
 def test_memory_of_runs_without_a_gpu_is_open(runs):

@@ -57,6 +57,21 @@ def test_a_run_probes_once(tmp_path, monkeypatch):
     assert probe_run.require_probe(tmp_path, SHORT, unsloth=False).good
 
 
+def test_the_run_that_follows_compiles_as_the_first(tmp_path):
+    """Oracle: Dynamo makes a size an argument of the graph once it has met two; after a probe it has met none."""
+    arguments = []
+
+    def backend(graph, inputs):
+        arguments.append(len(inputs))
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    compiled(torch.ones(4))
+    probe_run.require_probe(tmp_path, SHORT, unsloth=False)
+    compiled(torch.ones(8))
+    assert arguments == [1, 1]
+
+
 def test_overwritten_gradients_are_seen(tmp_path):
     """Planted: something changes the gradients after the callback."""
 
