@@ -11,10 +11,10 @@ back in, so that S_g does not depend on batch size, accumulation or mixed precis
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,30 @@ class ForwardContext:
         self.count = 0 if self.mask is None else self.mask.sum()
 
 
+class _Call(NamedTuple):
+    """What was noted of one call: of a layer, or of several that follow one another.
+
+    Attributes:
+        layer: The first one's index.
+        layers: How many.
+        rank: Theirs.
+        turned: a is (r, tokens), not (tokens, r).
+        values: a and g of one layer, or of all together (2, layers, r * tokens).
+    """
+
+    layer: int
+    layers: int
+    rank: int
+    turned: bool
+    values: tuple[Tensor, ...]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Calls of one kind can be stacked."""
+        a = self.values[0]
+        return len(self.values), self.rank, self.turned, a.shape if len(self.values) > 1 else a.shape[2]
+
+
 class RankStatistics:
     """Sums over tokens for all layers, each kind in one stacked tensor.
 
@@ -75,7 +99,7 @@ class RankStatistics:
         self._buffer = torch.zeros(3 * square + 2 * layers, device=device, dtype=dtype)
         sums, cross, self._tokens, self._energy = torch.split(self._buffer, [2 * square, square, layers, layers])
         self._sums, self._cross = sums.view(2, layers, rank, rank), cross.view(layers, rank, rank)
-        self._noted: list[tuple[int, Tensor, Tensor, bool]] = []
+        self._noted: list[_Call] = []
         self._bytes = 0
         self._context: ForwardContext | None = None
         self.check_completeness = False
@@ -124,16 +148,39 @@ class RankStatistics:
         Raises:
             GRITError: the loss was not seen, or the layer saw other tokens than the model was given.
         """
+        self._note(_Call(layer, 1, g.shape[-1], turned, (a, g)), g.numel(), context)
+
+    def add_together(self, layers: Sequence[int], values: Tensor, rank: int, context: ForwardContext) -> None:
+        """Add one call of several layers.
+
+        Args:
+            layers: Their indices.
+            values: (2, layers, r * tokens): of each a (r, tokens), then of each g (tokens, r). Nobody may write to it
+                afterwards.
+            rank: r.
+            context: As for `add`.
+
+        Raises:
+            GRITError: as for `add`.
+        """
+        numbers, first, n = values.shape[2], layers[0], len(layers)
+        if list(layers) == list(range(first, first + n)):
+            self._note(_Call(first, n, rank, True, (values,)), numbers, context)
+            return
+        for i, layer in enumerate(layers):
+            self.add_together([layer], values[:, i : i + 1], rank, context)
+
+    def _note(self, call: _Call, numbers: int, context: ForwardContext) -> None:
+        """Note a call that has so many numbers a, and g, per layer."""
         if context is not self._context:
             self._begin(context)
-        numbers, rank = g.numel(), g.shape[-1]
-        if context.tokens is not None and numbers != context.tokens * rank:
+        if context.tokens is not None and numbers != context.tokens * call.rank:
             raise GRITError(
-                f"a LoRA layer saw {numbers // rank} tokens where the model was given {context.tokens}: GRIT supports "
-                "layers that see every token once (no expert routing, no part of a sequence)"
+                f"a LoRA layer saw {numbers // call.rank} tokens where the model was given {context.tokens}: GRIT "
+                "supports layers that see every token once (no expert routing, no part of a sequence)"
             )
-        self._noted.append((layer, a, g, turned))
-        self._bytes += 2 * numbers * g.element_size()
+        self._noted.append(call)
+        self._bytes += 2 * numbers * call.layers * call.values[0].element_size()
         if self._bytes > self.CHUNK:
             self.flush()
 
@@ -149,29 +196,32 @@ class RankStatistics:
     @torch.no_grad()
     def flush(self) -> None:
         """Add what was noted to the sums."""
-        noted, context = sorted(self._noted, key=lambda call: call[0]), self._context
+        noted, context = sorted(self._noted, key=lambda call: call.layer), self._context
         self._noted, self._bytes = [], 0
         if not noted or context is None:
             return
         # Neighbours of one shape: their sums are one slice, so that no index has to travel to the device.
-        runs: list[list[tuple[int, Tensor, Tensor, bool]]] = []
+        runs: list[list[_Call]] = []
         for call in noted:
             last = runs[-1][-1] if runs else None
-            if last is None or call[0] != last[0] + 1 or call[1].shape != last[1].shape or call[3] != last[3]:
+            if last is None or call.layer != last.layer + last.layers or call.kind != last.kind:
                 runs.append([])
             runs[-1].append(call)
         with torch.autocast(device_type=self._buffer.device.type, enabled=False):
             for run in runs:
                 self._add_run(run, context)
 
-    def _add_run(self, run: list[tuple[int, Tensor, Tensor, bool]], context: ForwardContext) -> None:
+    def _add_run(self, run: list[_Call], context: ForwardContext) -> None:
         """Layers i, i + 1, ... of one shape."""
         assert context.tokens_per_unit is not None
-        first, rank, dtype = run[0][0], run[0][2].shape[-1], self._buffer.dtype
-        layers = slice(first, first + len(run))
-        a, raw = torch.stack([a for _, a, _, _ in run]).to(dtype), torch.stack([g for _, _, g, _ in run]).to(dtype)
-        raw = raw.reshape(len(run), -1, rank)  # (n, tokens, r), as a
-        a = a.mT if run[0][3] else a.reshape(raw.shape)
+        first, rank, dtype, n = run[0].layer, run[0].rank, self._buffer.dtype, sum(call.layers for call in run)
+        layers = slice(first, first + n)
+        if len(run[0].values) == 1:
+            a, raw = torch.cat([call.values[0] for call in run], 1).to(dtype)
+        else:
+            a, raw = (torch.stack(each).to(dtype) for each in zip(*(call.values for call in run), strict=True))
+        raw = raw.reshape(n, -1, rank)  # (n, tokens, r), as a
+        a = a.reshape(n, rank, -1).mT if run[0].turned else a.reshape(raw.shape)
         if context.mask is None:
             self._tokens[layers] += raw.shape[1]
         else:

@@ -81,35 +81,30 @@ def fused_tap(lora_a: Sequence[Tensor | None]) -> FusedTap | None:
 
 
 def _noted_fused(
-    gradient: Tensor,
-    lora_a: list[Tensor],
-    a: list[Tensor],
-    g: list[Tensor],
-    scales: list[float],
-    operands: list[Tensor],
-) -> Tensor:
-    """A gradient of a fused function, itself; the products of its layers are noted.
+    gradient: Tensor, lora_a: list[Tensor], products: list[Tensor], scales: list[float], operands: list[Tensor]
+) -> None:
+    """Note the products of a fused function's layers.
 
     Args:
-        gradient: One of the function's that is needed: an operator whose result nobody uses is left out.
+        gradient: One of the function's that is needed: an operator whose result nobody uses is left out. It is said to
+            be written to, and is not.
         lora_a: The layers' parameters A.
-        a: A x' (r, tokens) of each.
-        g: dL/dy B (tokens, r) of each.
-        scales: Of each, not applied to g yet.
+        products: A x' (r, tokens) of each, then dL/dy B (tokens, r) of each, as one row.
+        scales: Of each, not applied to dL/dy B yet.
         operands: Not used here; see `fused_traced`.
     """
-    tap = fused_tap(lora_a)
-    if tap is not None:
-        tap.note(lora_a, a, g, scales)
-    return gradient.clone()
+    for tap in reversed(fused_taps):
+        if tap.note(lora_a, products, scales):
+            return
 
 
-# By its parts: `custom_op` takes three times as long per call, and this one is called three times per decoder layer.
+# By its parts: `custom_op` takes three times as long per call, and this one is called three times per decoder layer,
+# where on a fast GPU the host sets the pace. So do a copy of the gradient, and of each product for a layout of its own.
 torch.library.define(
     "grit::noted_fused",
-    "(Tensor gradient, Tensor[] lora_a, Tensor[] a, Tensor[] g, float[] scales, Tensor[] operands) -> Tensor",
-    tags=_UNRECORDED,
+    "(Tensor(a!) gradient, Tensor[] lora_a, Tensor[] products, float[] scales, Tensor[] operands) -> ()",
+    tags=[*_UNRECORDED, torch.Tag.flexible_layout],
 )
 torch.library.impl("grit::noted_fused", "CompositeExplicitAutograd", _noted_fused)
-torch.library.register_fake("grit::noted_fused", lambda gradient, *_: torch.empty_like(gradient))
+torch.library.register_fake("grit::noted_fused", lambda *_: None)
 noted_fused = torch.ops.grit.noted_fused.default

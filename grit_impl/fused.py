@@ -136,6 +136,7 @@ class FusedAdapters:
             self._index = {address: i for i, address in enumerate(addresses)}
             self._buffers: dict[Any, list[Any]] = {}
             self._plans: dict[Any, _Plan] = {}
+            self._functions: dict[Any, list[int]] = {}
 
     def cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
         """Copy A and B of a function's layers, given in turn, in x's precision.
@@ -181,6 +182,14 @@ class FusedAdapters:
             self.refresh()
         return a.data_ptr() in self._index
 
+    def layers(self, lora_a: Sequence[Tensor]) -> list[int] | None:
+        """Indices of one function's layers; None where none of them is among the manager's."""
+        key = tuple([a.data_ptr() for a in lora_a])
+        found = self._functions.get(key)
+        if found is None and any(map(self.owns, lora_a)):
+            found = self._functions[key] = [self.find(a) for a in lora_a]
+        return found
+
     def find(self, a: Tensor | None) -> int:
         """Index of the layer whose lora_A this is. Saved tensors are the parameters themselves, at their address."""
         if a is None or not self.owns(a):
@@ -220,16 +229,30 @@ class FusedTap:
         """Whether this is an adapter of the manager's."""
         return self._adapters.owns(lora_a)
 
-    def note(self, lora_a: list[Tensor], a: list[Tensor], g: list[Tensor], scales: list[float]) -> None:
-        """Add what compiled code has taken: a (r, tokens) and g (tokens, r), not scaled, in memory that is its own."""
-        if not self._wanted():
-            return
-        context = self._loss.context
-        assert context is not None
-        for adapter, value, gradient, scale in zip(lora_a, _copies(a), _copies(g), scales, strict=True):
-            if scale != 1:
-                gradient *= scale
-            self._statistics.add(self._adapters.find(adapter), value, gradient, context, turned=True)
+    def note(self, lora_a: list[Tensor], products: list[Tensor], scales: list[float]) -> bool:
+        """Add what compiled code has taken, in memory that it will use again; False: these layers are somebody else's.
+
+        Args:
+            lora_a: The layers' parameters A.
+            products: A x' (r, tokens) of each, then dL/dy B (tokens, r) of each, as one row.
+            scales: Of each, not applied yet.
+        """
+        layers = self._adapters.layers(lora_a)
+        if layers is None:
+            return False
+        context, n = self._loss.context, len(layers)
+        if context is None or not self._statistics.collecting:
+            return True
+        alike = len({product.numel() for product in products}) == 1
+        for each in [slice(0, n)] if alike else [slice(i, i + 1) for i in range(n)]:
+            values = torch.stack(products[each] + products[n:][each]).view(2, each.stop - each.start, -1)
+            if len(set(scales[each])) > 1:
+                for gradient, scale in zip(values[1], scales, strict=True):
+                    gradient *= scale
+            elif scales[each.start] != 1:
+                values[1] *= scales[each.start]
+            self._statistics.add_together(layers[each], values, lora_a[each.start].shape[0], context)
+        return True
 
     def _mlp(self, original: Any, ctx: Any, saved: Sequence[Any], dy: Tensor) -> Any:
         adapters, rest = saved[:6], saved[6:]
@@ -358,13 +381,6 @@ def _instrumented(name: str, original: Any) -> Any:
         return _READERS[name](tap, original, ctx, saved, *dys)
 
     return type(name, (original,), {"backward": staticmethod(backward), "_grit_original": original})
-
-
-def _copies(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Copies, in one piece where they are alike: the host's time is what this costs."""
-    if len({x.shape for x in tensors}) == 1:
-        return torch.stack(tensors).unbind()
-    return [x.clone() for x in tensors]
 
 
 def _width(a: Tensor | None) -> int:

@@ -83,27 +83,29 @@ def dropped(replay: Any, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx:
 
 
 def _products(adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> list[Any]:
-    """(A x', dL/dy B, A') of each place, as the functions take them."""
+    """(A x', dL/dy B, A) of each place, as the functions take them."""
     found = []
     for lora_a, lora_b, x, dy in zip(adapters[::2], adapters[1::2], inputs, dys, strict=True):
         # Each transposed twice: only what is written alike is common to two places.
         at, bt = lora_a.to(x.dtype).t(), lora_b.to(x.dtype).t()
-        found.append((at.t() @ rows(x).t(), dy @ bt.t(), at))
+        found.append((at.t() @ rows(x).t(), dy @ bt.t(), at.t()))
     return found
 
 
 def _noted(ctx: Any, result: Any, adapters: Sequence[Tensor], products: list[Any], scales: Sequence[float]) -> Any:
-    """The function's result; one of its adapters' gradients, the first that is needed, goes through the operator."""
+    """The function's result, of which one adapter's gradient, the first that is needed, goes through the operator."""
     for at in range(FIRST, FIRST + 5 * len(products), 5):  # A; x's W, quantisation, A, B and s follow one another
         if ctx.needs_input_grad[at]:
             break
     else:
         return result
-    a, g, turned = (list(each) for each in zip(*products, strict=True))
+    a, g, operands = (list(each) for each in zip(*products, strict=True))
+    taken = [product.reshape(-1) for product in (*a, *g)]
     # A.t().t() is simplified to A before the search for common subexpressions, unless A.t() has another reader. In the
-    # functions it has one (dL/dx), which B.t() mostly has not; here it is the operator.
-    gradient = noted_fused(result[at], list(adapters[::2]), a, g, [float(s) for s in scales], turned)
-    return (*result[:at], gradient, *result[at + 1 :])
+    # functions it has one (dL/dx), which B.t() mostly has not; here it is a second A.t().t(), for the operator, and in
+    # the end the function's own copy of A: nothing is made for it.
+    noted_fused(result[at], list(adapters[::2]), taken, [float(s) for s in scales], operands)
+    return result
 
 
 def rows(x: Tensor) -> Tensor:

@@ -174,4 +174,5 @@ class Decoder(nn.Module):
 
 
 def weights_of(layer):
-    return layer.base_layer.weight, None, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 2.0
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer.base_layer.weight, None, a, b, layer.scaling["default"]

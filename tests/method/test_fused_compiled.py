@@ -7,8 +7,9 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import fused_functions
@@ -18,6 +19,7 @@ from fused_functions import Decoder
 from peft import LoraConfig, get_peft_model
 
 from grit_impl import fused
+from grit_impl.autograd import ForwardContext, RankStatistics
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.fused import FUNCTIONS, MODULE
@@ -42,11 +44,17 @@ def fast_lora(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _model(
-    layers: int = LAYERS, backend: Any = "aot_eager", checkpointing: str | None = None, base: Any = None, **options: Any
+    layers: int = LAYERS,
+    backend: Any = "aot_eager",
+    checkpointing: str | None = None,
+    base: Any = None,
+    lora: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Any:
     """With compiled layers; without a backend as it is. The base's precision may be another than the adapters'."""
     torch.manual_seed(0)
-    model = get_peft_model(Decoder(layers).double(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=".*_proj"))
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=".*_proj", **lora)
+    model = get_peft_model(Decoder(layers).double(), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32 if base else torch.float64) * 0.1
@@ -101,6 +109,40 @@ def test_same_statistics_as_without_a_compiler(checkpointing: str | None, relati
         assert relative(found, truth) < SAME
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"alpha_pattern": {"up_proj": 1.5, "v_proj": 9.0}},
+        {"rank_pattern": {"up_proj": 2, "o_proj": 4}, "alpha_pattern": {"up_proj": 1.5}},
+        {"alpha_pattern": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), RANK)},
+    ],
+    ids=["scales", "ranks", "no scale"],
+)
+def test_layers_that_differ(lora: Any, relative: Any) -> None:
+    """Oracle: the functions as they are. The layers of one function have other scales and ranks."""
+    for truth, found in zip(_found(None, lora=lora), _found("aot_eager", lora=lora), strict=True):
+        assert relative(found, truth) < SAME
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1, 2], [2, 0, 1], [3]])
+def test_layers_added_together(layers: list[int], relative: Any) -> None:
+    """Oracle: the same layers, each on its own; those that do not follow one another, too."""
+    generator = torch.Generator().manual_seed(0)
+    context = ForwardContext(torch.tensor([[True, False, True, True, True]]), 5, torch.tensor(2.0))
+    values = torch.randn(2, len(layers), 5 * RANK, generator=generator)
+    one, together = (RankStatistics(4, RANK + 1, torch.device("cpu")) for _ in range(2))
+    for each in (one, together):
+        each.check_completeness = True
+    for i, layer in enumerate(layers):
+        one.add(layer, values[0, i].view(RANK, 5), values[1, i].view(5, RANK), context, turned=True)
+    together.add_together(layers, values, RANK, context)
+    assert one.tokens.tolist() == [4 * (i in layers) for i in range(4)]
+    for name in ("tokens", "sums", "cross", "energy"):
+        assert relative(getattr(together, name), getattr(one, name)) < 1e-6
+    with pytest.raises(GRITError, match="saw 4 tokens where the model was given 5"):
+        together.add_together(layers, values[:, :, RANK:], RANK, context)
+
+
 def test_layers_share_graphs_that_are_kept(counters: Any) -> None:
     """Oracles: `fullgraph`, which refuses what cannot be one graph; the number of graphs without GRIT. Ten layers are
     more than may be compiled on their own. A step without GRIT, and its return, compile nothing anew."""
@@ -137,7 +179,10 @@ def _counting(operators: Counter[str]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     def count(graph: Any, inputs: Any, **_: Any) -> Any:
-        operators.update(str(node.target) for node in graph.graph.nodes)
+        # An operator that writes to an argument is wrapped in another.
+        operators.update(
+            str(node.args[0] if "functional" in str(node.target) else node.target) for node in graph.graph.nodes
+        )
         return make_boxed_func(graph.forward)
 
     return lambda graph, inputs: compile_fx(graph, inputs, inner_compile=count)
