@@ -248,9 +248,9 @@ class FusedTap:
             values = torch.stack(products[each] + products[n:][each]).view(2, each.stop - each.start, -1)
             if len(set(scales[each])) > 1:
                 for gradient, scale in zip(values[1], scales, strict=True):
-                    gradient *= scale
+                    gradient.mul_(scale)
             elif scales[each.start] != 1:
-                values[1] *= scales[each.start]
+                values[1].mul_(scales[each.start])
             self._statistics.add_together(layers[each], values, lora_a[each.start].shape[0], context)
         return True
 
