@@ -41,7 +41,8 @@ def traced(name: str, original: Any) -> Callable[..., Any]:
             # The only place where the gradients at the outputs of gate and up exist.
             h, d_up, d_gate = kernel(*arguments)
             inputs = [dropped(replay, each, masks, i, ctx) for i, each in enumerate((rows(x), rows(x), h))]
-            found.append(_products(adapters, inputs, (d_gate, d_up, rows(dy))))
+            # Down's B is the only one that the functions multiply by dL/dy twice.
+            found.append(_products(adapters, inputs, (d_gate, d_up, rows(dy)), twice=2))
             return h, d_up, d_gate
 
         ctx.custom_saved_tensors = (*weights, element_wise)
@@ -82,29 +83,39 @@ def dropped(replay: Any, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx:
     return result
 
 
-def _products(adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> list[Any]:
-    """(A x', dL/dy B, A) of each place, as the functions take them."""
-    found = []
-    for lora_a, lora_b, x, dy in zip(adapters[::2], adapters[1::2], inputs, dys, strict=True):
-        # Each transposed twice: only what is written alike is common to two places.
+def _products(
+    adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor], twice: int | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """A x' and dL/dy B of each place as the functions take them, and adapters in x's precision, for `operands`.
+
+    Only what is written alike is common to two places, hence each adapter's two transpositions; and W.t().t() is
+    simplified to W before the search for common subexpressions, unless W.t() has another reader. In the functions A.t()
+    has one (dL/dx), and at one place, `twice`, B.t(); here it is a second W.t().t(), which ends up being the function's
+    own copy of W: nothing is made for it.
+    """
+    a, g, operands = [], [], []
+    for i, (lora_a, lora_b, x, dy) in enumerate(zip(adapters[::2], adapters[1::2], inputs, dys, strict=True)):
         at, bt = lora_a.to(x.dtype).t(), lora_b.to(x.dtype).t()
-        found.append((at.t() @ rows(x).t(), dy @ bt.t(), at.t()))
-    return found
+        a.append(at.t() @ rows(x).t())
+        g.append(dy @ bt.t())
+        operands += [at.t(), bt.t()] if i == twice else [at.t()]
+    return a, g, operands
 
 
-def _noted(ctx: Any, result: Any, adapters: Sequence[Tensor], products: list[Any], scales: Sequence[float]) -> Any:
+def _noted(
+    ctx: Any,
+    result: Any,
+    adapters: Sequence[Tensor],
+    products: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    scales: Sequence[float],
+) -> Any:
     """The function's result, of which one adapter's gradient, the first that is needed, goes through the operator."""
-    for at in range(FIRST, FIRST + 5 * len(products), 5):  # A; x's W, quantisation, A, B and s follow one another
+    a, g, operands = products
+    for at in range(FIRST, FIRST + 5 * len(a), 5):  # A; x's W, quantisation, A, B and s follow one another
         if ctx.needs_input_grad[at]:
+            taken = [product.reshape(-1) for product in (*a, *g)]
+            noted_fused(result[at], list(adapters[::2]), taken, [float(s) for s in scales], operands)
             break
-    else:
-        return result
-    a, g, operands = (list(each) for each in zip(*products, strict=True))
-    taken = [product.reshape(-1) for product in (*a, *g)]
-    # A.t().t() is simplified to A before the search for common subexpressions, unless A.t() has another reader. In the
-    # functions it has one (dL/dx), which B.t() mostly has not; here it is a second A.t().t(), for the operator, and in
-    # the end the function's own copy of A: nothing is made for it.
-    noted_fused(result[at], list(adapters[::2]), taken, [float(s) for s in scales], operands)
     return result
 
 

@@ -15,9 +15,13 @@ def _linear(x, w, a, b, s):
     return x @ w.t() + s * (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
 
 
-def gradients(x, dy, w, a, b, s):
+def _turned(x, *adapters):
+    """Each adapter, in x's precision and transposed, as Unsloth's backward begins."""
+    return [w.to(x.dtype).t() for w in adapters]
+
+
+def gradients(x, dy, w, at, bt, s):
     """Gradients of `_linear` for x, a and b, by the products that Unsloth takes."""
-    at, bt = a.to(x.dtype).t(), b.to(x.dtype).t()
     da, db = torch.empty_like(at), torch.empty_like(bt)
     inner = dy @ bt.t()
     da.addmm_(x.t(), inner, alpha=s, beta=0)
@@ -25,9 +29,9 @@ def gradients(x, dy, w, a, b, s):
     return (dy @ w).addmm_(inner, at.t(), alpha=s), da.t(), db.t()
 
 
-def gradients_otherwise(x, dy, w, a, b, s):
+def gradients_otherwise(x, dy, w, at, bt, s):
     """The same by other products: of s dL/dy, and of x on the left."""
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    a, b = at.t(), bt.t()
     inner = s * dy @ b
     return dy @ w + inner @ a, inner.t() @ x, s * dy.t() @ (x @ a.t())
 
@@ -46,7 +50,7 @@ class LoRA_W(torch.autograd.Function):
         W, _, S = ctx.custom_saved_tensors
         A, B, X = ctx.saved_tensors
         flat, outer = X.reshape(-1, X.shape[-1]), dY.reshape(-1, dY.shape[-1])
-        dX, dA, dB = gradients(flat, outer, W, A, B, S)
+        dX, dA, dB = gradients(flat, outer, W, *_turned(X, A, B), S)
         return dX.view_as(X), None, None, dA, dB, None
 
 
@@ -65,7 +69,7 @@ class LoRA_QKV(torch.autograd.Function):
         X, QA, QB, KA, KB, VA, VB = ctx.saved_tensors
         flat = X.reshape(-1, X.shape[-1])
         found = [
-            gradients(flat, dy.reshape(-1, dy.shape[-1]), w, a, b, s)
+            gradients(flat, dy.reshape(-1, dy.shape[-1]), w, *_turned(X, a, b), s)
             for dy, w, a, b, s in ((dQ, QW, QA, QB, QS), (dK, KW, KA, KB, KS), (dV, VW, VA, VB, VS))
         ]
         dX = sum(f[0] for f in found).view_as(X)
@@ -102,7 +106,8 @@ class LoRA_MLP(torch.autograd.Function):
         gW, _, gS, uW, _, uS, dW, _, dS, kernel = ctx.custom_saved_tensors
         gA, gB, uA, uB, dA, dB, X, e, g = ctx.saved_tensors
         X2, dY2 = X.reshape(-1, X.shape[-1]), dY.reshape(-1, dY.shape[-1])
-        DW = dY2 @ dW + dS * (dY2 @ dB.to(dY.dtype).t().t()) @ dA.to(dY.dtype)
+        gA, gB, uA, uB, dA, dB = _turned(X, gA, gB, uA, uB, dA, dB)
+        DW = dY2 @ dW + dS * (dY2 @ dB.t()) @ dA.t()
         h, df, de = kernel(DW, e.reshape(-1, e.shape[-1]), g.reshape(-1, g.shape[-1]))
         _, downA, downB = gradients(h, dY2, dW, dA, dB, dS)
         x_up, upA, upB = gradients(X2, df, uW, uA, uB, uS)
