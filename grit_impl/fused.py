@@ -55,8 +55,7 @@ def fused_functions() -> Any | None:
     if blocks is not None and torch.cuda.is_available() and BLOCK_COMPILE not in os.environ:
         raise GRITError(
             f"unsloth {version} compiles whole decoder layers where nobody says otherwise: before its import set "
-            f"{BLOCK_COMPILE} to 0 (what that costs: docs/gpu.md), or to 1 for statistics inside compiled layers, "
-            "which was not measured on a GPU yet"
+            f"{BLOCK_COMPILE} to 0, or to 1 for statistics inside compiled layers (what either costs: docs/gpu.md)"
         )
     return module
 
