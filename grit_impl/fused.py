@@ -236,12 +236,13 @@ class FusedTap:
             products: A x' (r, tokens) of each, then dL/dy B (tokens, r) of each, as one row.
             scales: Of each, not applied yet.
         """
+        context = self._loss.context
+        if context is None or not self._statistics.collecting:
+            return any(map(self.owns, lora_a))
         layers = self._adapters.layers(lora_a)
         if layers is None:
             return False
-        context, n = self._loss.context, len(layers)
-        if context is None or not self._statistics.collecting:
-            return True
+        n = len(layers)
         alike = len({product.numel() for product in products}) == 1
         for each in [slice(0, n)] if alike else [slice(i, i + 1) for i in range(n)]:
             values = torch.stack(products[each] + products[n:][each]).view(2, each.stop - each.start, -1)

@@ -79,7 +79,8 @@ def dropped(replay: Any, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx:
     if mask is None:
         return x
     p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
-    result: Tensor = replay(x.reshape(mask.shape), mask, p)
+    # As rows, which is how the functions replay it: only what is written alike is common to two places.
+    result: Tensor = replay(rows(x), rows(mask), p)
     return result
 
 

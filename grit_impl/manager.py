@@ -207,6 +207,8 @@ class GRITManager:
     def _before_forward(self) -> None:
         """At each forward: gradients that are gone mean that a new window begins (a scaler may have skipped a step)."""
         self.statistics.flush()
+        if self._fused is not None:
+            self._fused.refresh()  # adapters may have moved, and one to another's old place
         if not self._window_open or self._no_gradients():
             self.begin_window()
 

@@ -233,16 +233,45 @@ def test_only_whose_layers_they_are() -> None:
 
 
 def test_frozen_adapters() -> None:
-    """Those of one layer belong to nobody's: an error in compiled layers, as without a compiler, and no silence."""
+    """Those of one layer belong to nobody's: an error in compiled layers, as without a compiler, where statistics are
+    collected."""
     for backend in (None, "aot_eager"):
         model = _model(2, backend)
         for name, parameter in model.named_parameters():
             if "layers.0.q_proj.lora_" in name:
                 parameter.requires_grad_(False)
         manager = GRITManager(model, GRITConfig()).attach()
+        statistics = manager.statistics
+        nobody_asks = model.register_forward_hook(lambda *_, s=statistics: setattr(s, "collecting", False))
+        _backward(model)
+        nobody_asks.remove()
+        manager.begin_window()
         with pytest.raises(GRITError, match="in none of the model's LoRA layers"):
             _backward(model)
         manager.detach()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_adapters_that_trade_places(backend: Any, relative: Any) -> None:
+    """Oracle: the same adapters that stay. Each A is found by its address, which may become another's."""
+    found = []
+    for trade in (False, True):
+        model = _model(3, backend)
+        manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
+        for step in range(3):
+            if trade and step == 2:
+                same = [layer.a for layer in manager.layers if layer.path.endswith("q_proj")]
+                places, values = [a.data for a in same], [a.detach().clone() for a in same]
+                for i, (a, value) in enumerate(zip(same, values, strict=True)):
+                    a.data = places[i - 1]
+                    a.data.copy_(value)
+            model.zero_grad()
+            _backward(model)
+            sums = manager.statistics.sums.clone()
+            manager.precondition()
+        manager.detach()
+        found.append(sums)
+    assert relative(*found) < SAME
 
 
 def test_the_compiled_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@
 
 Needs Unsloth (`requirements/gpu.txt`) and a C++ compiler, no GPU: plain torch takes the place of its Triton kernel for
 SwiGLU and of attention. Four Llama layers in float32, three batches of two lengths with padding; peft's modules are the
-oracle of the statistics and the gradients, dA A' = B' dB of what was noted. Ends with status 1 where something differs.
+oracle of the statistics and the gradients, dA A' = B' dB of what was noted. At last, whether a second model of another
+size still compiles in the process. Ends with status 1 where something differs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import unsloth  # before the libraries that it patches
 import torch
 import torch._dynamo
 import unsloth.kernels.fast_lora as fast_lora
+import unsloth.kernels.utils as utils
 import unsloth.models._block_compile as block_compile
 from fused_functions import _swiglu, _swiglu_backward
 from peft import LoraConfig, get_peft_model
@@ -61,10 +63,15 @@ modeling_llama.LlamaAttention.forward = attention
 STOCK = modeling_llama.LlamaDecoderLayer.forward
 
 
-def make(fused: bool, compiled: bool, reentrant: bool | None) -> Any:
+def make(fused: bool, compiled: bool, reentrant: bool | None, width: int = 32) -> Any:
     """A Llama with LoRA; `reentrant` None: without checkpointing."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width // 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, use_cache=False, **sizes))
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(base, lora)
@@ -116,6 +123,42 @@ def measure(fused: bool, compiled: bool, reentrant: bool | None) -> tuple[list[A
     return found, float(manager.completeness.max()), compiled_layers(model), graphs[1], graphs[3] - graphs[1]
 
 
+@torch.library.custom_op("unsloth_on_cpu::dequantize", mutates_args=())
+def dequantize(weight: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """A weight in its shape."""
+    return weight.reshape(shape).clone()
+
+
+dequantize.register_fake(lambda weight, shape: weight.new_empty(shape))
+
+
+def fast_dequantize(weight: Any, state: Any = None, **_: Any) -> Any:
+    """In place of Unsloth's: what matters is that a state says the shape."""
+    if state is None:
+        return weight
+    found = dequantize(weight, list(state.shape))
+    return found.t() if weight.shape[0] == 1 else found  # the packed column was given transposed
+
+
+def second_model(reset: bool) -> int:
+    """Layers that run compiled in a model that another one of half its width came before; weights as NF4 keeps them."""
+    torch._dynamo.reset()
+    first: Any = None
+    for width in (16, 32):
+        model = make(True, True, True, width)
+        for module in [m for m in model.modules() if hasattr(m, "base_layer")]:
+            weight = module.base_layer.weight
+            module.base_layer.weight = torch.nn.Parameter(weight.detach().reshape(-1, 1), requires_grad=False)
+            module.base_layer.weight.quant_state = types.SimpleNamespace(shape=weight.shape)
+        # Unsloth wraps the class once.
+        first = first or modeling_llama.LlamaDecoderLayer.forward
+        modeling_llama.LlamaDecoderLayer.forward = first
+        backward(model)
+        if reset:
+            torch.compiler.reset()
+    return compiled_layers(model)
+
+
 def main() -> int:
     """Print a line per case."""
     wrong = 0
@@ -133,6 +176,11 @@ def main() -> int:
                 f"S_a {apart[1]:.1e}, S_g {apart[2]:.1e}, gradients {max(apart[3:]):.1e}, completeness {error:.1e}"
                 f"{'' if good else '  WRONG'}"
             )
+    fast_lora.fast_dequantize = utils.fast_dequantize = fast_dequantize
+    for reset in (False, True):
+        layers = second_model(reset)
+        wrong += reset and layers < LAYERS
+        print(f"after a smaller model{', forgotten' if reset else ''}: {layers} of {LAYERS} layers compiled")
     return int(wrong > 0)
 
 
