@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grit_impl.autograd import RankStatistics
 from grit_impl.errors import GRITError
 from grit_impl.factors import world_size
+from grit_impl.rank_statistics import RankStatistics
 
 if TYPE_CHECKING:
     from grit_impl.manager import LoRAFactorPair

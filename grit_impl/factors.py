@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grit_impl.autograd import RankStatistics
 from grit_impl.config import GRITConfig
+from grit_impl.rank_statistics import RankStatistics
 
 # A mean square below this is zero: inverses and the norms of what they multiply must stay within float32.
 TRACE_FLOOR = 1e-26

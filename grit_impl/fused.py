@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from grit_impl import compiled
-from grit_impl.autograd import LossTap, RankStatistics
+from grit_impl.autograd import LossTap
 from grit_impl.errors import GRITError
 from grit_impl.fused_traced import dropped, rows, traced
 from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.products import Products
+from grit_impl.rank_statistics import RankStatistics
 
 if TYPE_CHECKING:
     from grit_impl.manager import LoRAFactorPair

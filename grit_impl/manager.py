@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from grit_impl.autograd import LossTap, ModuleTap, RankStatistics
+from grit_impl.autograd import LossTap, ModuleTap
 from grit_impl.completeness import completeness_errors
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.factors import READY, STATUS, KroneckerFactors, world_size
 from grit_impl.fused import FusedAdapters, FusedTap, fused_functions
 from grit_impl.rank import Reprojection
+from grit_impl.rank_statistics import RankStatistics
 from grit_impl.spectra import SpectrumHistory, effective_rank, eigvalsh
 from grit_impl.stacks import GradientStacks
 from grit_impl.update_rules import make_rule

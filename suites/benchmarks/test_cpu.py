@@ -273,8 +273,8 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
     """Seconds of what GRIT adds, on tensors of these sizes."""
     import torch
 
-    from grit_impl.autograd import ForwardContext, RankStatistics
     from grit_impl.factors import KroneckerFactors
+    from grit_impl.rank_statistics import ForwardContext, RankStatistics
     from grit_impl.stacks import GradientStacks
 
     def with_gradient(*shape: int) -> torch.nn.Parameter:

@@ -19,12 +19,12 @@ from fused_functions import Decoder
 from peft import LoraConfig, get_peft_model
 
 from grit_impl import fused
-from grit_impl.autograd import ForwardContext, RankStatistics
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.fused import FUNCTIONS, MODULE
 from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.manager import GRITManager
+from grit_impl.rank_statistics import ForwardContext, RankStatistics
 
 pytestmark = pytest.mark.usefixtures("counters")
 

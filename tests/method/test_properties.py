@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grit_impl.autograd import ForwardContext, RankStatistics
 from grit_impl.config import GRITConfig
 from grit_impl.factors import READY, KroneckerFactors
 from grit_impl.rank import rank_rule
+from grit_impl.rank_statistics import ForwardContext, RankStatistics
 
 # Sums of up to 60 products per entry in the accumulator's dtype; half precision inputs are exact in float32.
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
