@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +24,6 @@ from grit_impl import compiled
 from grit_impl.autograd import LossTap
 from grit_impl.errors import GRITError
 from grit_impl.fused_traced import dropped, rows, traced
-from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.products import Products
 from grit_impl.rank_statistics import RankStatistics
 
@@ -51,12 +49,6 @@ def fused_functions() -> Any | None:
         raise GRITError(
             f"GRIT cannot take statistics from unsloth {version}: {MODULE} has no {', '.join(missing)}; use a version "
             "from 2025.10 to 2026.10, or train without Unsloth (--arm pure)"
-        )
-    blocks = sys.modules.get("unsloth.models._block_compile")
-    if blocks is not None and torch.cuda.is_available() and BLOCK_COMPILE not in os.environ:
-        raise GRITError(
-            f"unsloth {version} compiles whole decoder layers where nobody says otherwise: before its import set "
-            f"{BLOCK_COMPILE} to 0, or to 1 for statistics inside compiled layers (what either costs: docs/gpu.md)"
         )
     return module
 

@@ -27,8 +27,8 @@ PACKAGES = (
     "scipy",
 )
 
-BLOCK_COMPILE = "UNSLOTH_BLOCK_COMPILE"
-"""Unsloth's own switch, to be set before its import: 1 compiles each decoder layer as one region."""
+COMPILE_SWITCHES = {"UNSLOTH_BLOCK_COMPILE": "1", "UNSLOTH_COMPILE_DISABLE": "0", "UNSLOTH_BLOCK_CUDAGRAPHS": "0"}
+"""Unsloth's own switches of its compiled decoder layers, and what they are where nobody sets them."""
 
 
 def versions() -> dict[str, str]:
@@ -41,9 +41,9 @@ def versions() -> dict[str, str]:
 
 
 def switches() -> dict[str, str]:
-    """Those of Unsloth's compiled decoder layers that are set: they change what a run computes, by rounding."""
-    names = (BLOCK_COMPILE, "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_BLOCK_CUDAGRAPHS")
-    return {name: asked for name in names if (asked := os.environ.get(name, "0")) != "0"}
+    """Those of `COMPILE_SWITCHES` that are set otherwise: they change what a run computes, by rounding."""
+    asked = {name: os.environ.get(name, usual) for name, usual in COMPILE_SWITCHES.items()}
+    return {name: value for name, value in asked.items() if value != COMPILE_SWITCHES[name]}
 
 
 def has_gpu() -> bool:

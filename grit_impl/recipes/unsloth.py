@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.machine import BLOCK_COMPILE
 from grit_impl.recipes.lora import LoRASettings
 
 if TYPE_CHECKING:
@@ -25,8 +23,6 @@ def import_unsloth() -> Any:
     early = [name for name in PATCHED if name in sys.modules] if "unsloth" not in sys.modules else []
     if early:
         raise GRITError(f"unsloth must be imported before {', '.join(early)}: run this arm in a process of its own")
-    # GRIT works in compiled layers too, at a higher price: 1.064 x of a step with them (docs/gpu.md).
-    os.environ.setdefault(BLOCK_COMPILE, "0")
     try:
         import unsloth  # type: ignore[import-not-found]
     except ImportError as error:

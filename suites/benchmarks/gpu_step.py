@@ -188,6 +188,8 @@ def load(stack: str, folder: Path, shape: str) -> Any:
         from grit_impl.recipes.arms import TrainingSettings
         from grit_impl.recipes.unsloth import load_unsloth
 
+        # Every cell would compile the layers anew, with GRIT and without; gpu_blocks.py measures compiled ones.
+        os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")
         settings = TrainingSettings(precision="bf16", gradient_checkpointing=True, max_length=2048)
         return load_unsloth(str(folder / shape), LoRASettings(r=16, alpha=16), settings, 3407)[0]
     from peft import prepare_model_for_kbit_training

@@ -55,17 +55,22 @@ def test_step_time_names_how_many_ratios_would_decide(ratios, least):
 
 
 def test_compiled_layers_are_named(tmp_path):
-    """Oracle: by hand: what was measured inside Unsloth's compiled decoder layers says so, in both kinds of claims."""
+    """Oracle: by hand: what was measured on Unsloth says in how many compiled decoder layers, or that there were none;
+    plain peft has none."""
     evidence, report = _costs([1.01] * 6), {"completeness_error": 0.004, "statuses": {}, "layers": [], "spectra": []}
     for layers in (0, 32):
         for cell in evidence.costs["unsloth"]["cells"]:
             cell["compiled_layers"] = layers
-        record = write_run(tmp_path / str(layers), "hybrid", grit_report=report, compiled_layers=layers)
+        record = write_run(tmp_path / str(layers), "hybrid", grit_report=report, compiled_layers=layers, unsloth=True)
         judged = [
             find("gpu.hybrid-step-time").judge(evidence),
             find("gpu.hybrid-all-layers").judge(Evidence(records={"hybrid": record})),
         ]
-        assert [f", in {layers} compiled decoder layers" in each.summary for each in judged] == [layers > 0] * 2
+        said = ", in 32 compiled decoder layers" if layers else ", in decoder layers that Unsloth did not compile"
+        assert [said in each.summary for each in judged] == [True] * 2
+        assert [" compiled decoder layers" in each.summary for each in judged] == [layers > 0] * 2
+    plain = write_run(tmp_path / "pure", "pure", grit_report=report, compiled_layers=0)
+    assert "decoder" not in find("gpu.pure-all-layers").judge(Evidence(records={"pure": plain})).summary
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.019, "supported"), (1.03, "refuted")])

@@ -87,14 +87,14 @@ def test_saving_interval_changes_nothing(arms):
 
 
 def test_compiled_layers_are_another_run(monkeypatch):
-    """Unsloth's switch changes what a run computes; unset it is 0 for this project."""
+    """Unsloth's switch changes what a run computes; unset it is 1."""
     spec, pure, found = RunSpec("hybrid"), spec_fingerprint(RunSpec("pure")), {}
     for value in (None, "0", "1"):
         monkeypatch.delenv("UNSLOTH_BLOCK_COMPILE", raising=False)
         if value is not None:
             monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", value)
         found[value] = spec_fingerprint(spec)
-    assert found[None] == found["0"] != found["1"]
+    assert found[None] == found["1"] != found["0"]
     assert spec_fingerprint(RunSpec("pure")) == pure  # it never imports Unsloth
 
 

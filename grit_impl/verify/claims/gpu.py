@@ -20,14 +20,16 @@ def all_layers(arm: str) -> Callable[[Evidence], Judgement]:
     """Supported if every LoRA layer's factors were ready at the last inversion."""
 
     def decide(evidence: Evidence) -> Judgement:
-        report = evidence.records[arm].run["grit_report"]
+        run = evidence.records[arm].run
+        report = run["grit_report"]
         error = report["completeness_error"]
         ready, layers = report["statuses"].get("ready", 0), len(report["layers"])
         numbers = (
             Metric("layers_with_statistics", ready, n=layers, subject=arm),
             Metric("completeness_error", math.nan if error is None else error, subject=arm),
         )
-        text = f"{ready} of {layers} layers have statistics{_where(evidence.records[arm].run)}"
+        where = _where(run, bool(run.get("unsloth")))
+        text = f"{ready} of {layers} layers have statistics{where}"
         if error is None:
             return Judgement("inconclusive", f"{text}; they were never compared with the gradients", numbers)
         # GRIT itself stops a run whose error exceeds its tolerance.
@@ -36,10 +38,12 @@ def all_layers(arm: str) -> Callable[[Evidence], Judgement]:
     return decide
 
 
-def _where(found: Mapping[str, Any]) -> str:
-    """That Unsloth compiled decoder layers, and how many, which nobody would see otherwise."""
+def _where(found: Mapping[str, Any], unsloth: bool) -> str:
+    """Whether Unsloth compiled decoder layers, and how many, which nobody would see otherwise."""
     layers = found.get("compiled_layers")
-    return f", in {layers} compiled decoder layers" if layers else ""
+    if layers is None or not unsloth:
+        return ""
+    return f", in {layers} compiled decoder layers" if layers else ", in decoder layers that Unsloth did not compile"
 
 
 def used_unsloth(evidence: Evidence) -> Judgement:
@@ -70,7 +74,8 @@ def step_time(stack: str, length: int) -> Callable[[Evidence], Judgement]:
             method="median of the ratios of steps in turn, order statistics",
             subject=f"{stack}, {length} tokens",
         )
-        text = f"a step with GRIT takes {number} of one without{_where(cell)}; at most {STEP_TIME:g} x was asked for"
+        where = _where(cell, stack == "unsloth")
+        text = f"a step with GRIT takes {number} of one without{where}; at most {STEP_TIME:g} x was asked for"
         if found.n < ENOUGH_RATIOS:
             return Judgement("inconclusive", text, (number,), needed=ENOUGH_RATIOS)
         if found.low <= STEP_TIME < found.high:
