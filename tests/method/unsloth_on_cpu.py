@@ -4,7 +4,8 @@
 
 Needs Unsloth (`requirements/gpu.txt`) and a C++ compiler, no GPU: plain torch takes the place of its Triton kernel for
 SwiGLU and of attention. Four Llama layers in float32, three batches of two lengths with padding; peft's modules are the
-oracle of the statistics and the gradients, dA A' = B' dB of what was noted. At last, whether a second model of another
+oracle of the statistics and the gradients, dA A' = B' dB of what was noted. Once q, k and v are left to peft's modules,
+as Unsloth does where they have biases (Qwen) or not all of them adapters. At last, whether a second model of another
 size still compiles in the process. Ends with status 1 where something differs.
 """
 
@@ -46,7 +47,7 @@ def attention(self: Any, hidden_states: Any, position_embeddings: Any = None, **
     batch, length, _ = hidden_states.shape
     q, k, v = (
         fast_lora.apply_lora_qkv(self, hidden_states)
-        if self.fused
+        if self.fused_qkv
         else (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
     )
     q, k, v = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
@@ -55,7 +56,7 @@ def attention(self: Any, hidden_states: Any, position_embeddings: Any = None, **
     future = torch.full((length, length), -1e9, dtype=q.dtype).triu(1)
     weights = (q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + future).softmax(-1)
     out = (weights @ v).transpose(1, 2).reshape(batch, length, -1).contiguous()
-    return (fast_lora.apply_lora_o(self, out) if self.fused else self.o_proj(out)), None
+    return (fast_lora.apply_lora_o(self, out) if self.fused_o else self.o_proj(out)), None
 
 
 fast_lora.swiglu_fg_kernel, fast_lora.swiglu_DWf_DW_dfg_kernel = _swiglu, _swiglu_backward
@@ -63,8 +64,8 @@ modeling_llama.LlamaAttention.forward = attention
 STOCK = modeling_llama.LlamaDecoderLayer.forward
 
 
-def make(fused: bool, compiled: bool, reentrant: bool | None, width: int = 32) -> Any:
-    """A Llama with LoRA; `reentrant` None: without checkpointing."""
+def make(fused: bool, compiled: bool, reentrant: bool | None, *, qkv: bool = True, width: int = 32) -> Any:
+    """A Llama with LoRA; `reentrant` None: without checkpointing; `qkv` False: those three are peft's modules."""
     torch.manual_seed(0)
     sizes = {
         "hidden_size": width,
@@ -79,7 +80,7 @@ def make(fused: bool, compiled: bool, reentrant: bool | None, width: int = 32) -
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     for layer in model.base_model.model.model.layers:
-        layer.self_attn.fused = fused
+        layer.self_attn.fused_qkv, layer.self_attn.fused_o = fused and qkv, fused
         if fused:
             layer.mlp.forward = types.MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
     modeling_llama.LlamaDecoderLayer.forward = STOCK
@@ -99,11 +100,13 @@ def backward(model: Any) -> None:
         model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
 
 
-def measure(fused: bool, compiled: bool, reentrant: bool | None) -> tuple[list[Any], float, int, int, int]:
+def measure(
+    fused: bool, compiled: bool, reentrant: bool | None, *, qkv: bool = True
+) -> tuple[list[Any], float, int, int, int]:
     """Tokens, sums and gradients; completeness error; layers that ran compiled; graphs; graphs that came later."""
     torch._dynamo.reset()
     counters.clear()
-    model = make(fused, compiled, reentrant)
+    model = make(fused, compiled, reentrant, qkv=qkv)
     manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
     for _ in range(2):  # a function's first call outside compiled layers is counted by products of its own
         model.zero_grad()
@@ -145,7 +148,7 @@ def second_model(reset: bool) -> int:
     torch._dynamo.reset()
     first: Any = None
     for width in (16, 32):
-        model = make(True, True, True, width)
+        model = make(True, True, True, width=width)
         for module in [m for m in model.modules() if hasattr(m, "base_layer")]:
             weight = module.base_layer.weight
             module.base_layer.weight = torch.nn.Parameter(weight.detach().reshape(-1, 1), requires_grad=False)
@@ -163,10 +166,11 @@ def main() -> int:
     """Print a line per case."""
     wrong = 0
     print(f"unsloth {unsloth.__version__}, torch {torch.__version__}; relative to peft's modules")
-    for reentrant, name in ((None, "no checkpointing"), (True, "reentrant"), (False, "not reentrant")):
+    cases = [(None, True, "no checkpointing"), (True, True, "reentrant"), (False, True, "not reentrant")]
+    for reentrant, qkv, name in [*cases, (True, False, "reentrant, q, k and v peft's modules")]:
         truth, *_ = measure(False, False, reentrant)
         for compiled in (False, True):
-            found, error, layers, graphs, later = measure(True, compiled, reentrant)
+            found, error, layers, graphs, later = measure(True, compiled, reentrant, qkv=qkv)
             apart = [float((ours - t).norm() / t.norm()) for ours, t in zip(found, truth, strict=True)]
             good = apart[0] == 0 and max(apart) < SAME and error < SAME and later == 0
             good = good and layers == (LAYERS if compiled else 0)
