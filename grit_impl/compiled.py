@@ -1,8 +1,8 @@
 """Capture inside compiled models: operators, where a hook would cut the graph at every layer.
 
 A compiler traces tensors and operators, no Python objects. So each `lora_A` carries a tensor of two numbers, its tap's
-and its layer's, and what it returns goes through `grit::note`, whose gradient is `grit::noted`: there the layer's a and
-g meet, when the compiled code runs. A tensor, because a number would be a constant of the graph, and every decoder
+and its layer's, and what it returns goes through `note`, whose gradient goes through `grit::noted`: there the layer's a
+and g meet, when the compiled code runs. A tensor, because a number would be a constant of the graph, and every decoder
 layer a graph of its own.
 
 Unsloth's fused functions hold tensors alone: what compiled code takes in them goes through `grit::noted_fused`, and the
@@ -38,7 +38,19 @@ def register(tap: ModuleTap) -> int:
     return number
 
 
-@torch.library.custom_op("grit::note", mutates_args=(), tags=_UNRECORDED)
+class _Note(torch.autograd.Function):
+    """The identity, whose gradient is noted."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, where: Tensor) -> Tensor:
+        ctx.save_for_backward(output, where)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _noted_operator(g, *ctx.saved_tensors), None
+
+
 def note(output: Tensor, where: Tensor) -> Tensor:
     """What `lora_A` returned, itself; its gradient is noted.
 
@@ -46,12 +58,12 @@ def note(output: Tensor, where: Tensor) -> Tensor:
         output: (..., r).
         where: (2,) int64 on the CPU: the tap's number, the layer's index.
     """
-    return output.clone()
+    result: Tensor = _Note.apply(output, where)  # type: ignore[no-untyped-call]
+    return result
 
 
-@torch.library.custom_op("grit::noted", mutates_args=(), tags=_UNRECORDED)
 def _noted(g: Tensor, a: Tensor, where: Tensor) -> Tensor:
-    """The gradient at `note`.
+    """The gradient at `note`, as a tensor of its own, which makes it an operator that cannot be left out.
 
     An output of a compiled layer that nothing uses gets a gradient of zeros, and its tokens count; without a compiler
     they get none, and do not.
@@ -61,17 +73,9 @@ def _noted(g: Tensor, a: Tensor, where: Tensor) -> Tensor:
     context = None if tap is None else tap.loss.context
     if tap is not None and context is not None and tap.statistics.collecting:
         # Copies: compiled code uses memory again as soon as it has no reader left.
-        tap.statistics.add(layer, a.clone(), g.clone(), context)
+        values = torch.stack((a, g))
+        tap.statistics.add(layer, values[0], values[1], context)
     return g.clone()
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-note.register_fake(lambda output, where: torch.empty_like(output))
-_noted.register_fake(lambda g, a, where: torch.empty_like(g))
-note.register_autograd(lambda ctx, g: (_noted(g, *ctx.saved_tensors), None), setup_context=_keep)
 
 
 def fused_tap(lora_a: Sequence[Tensor | None]) -> FusedTap | None:
@@ -98,8 +102,13 @@ def _noted_fused(
             return
 
 
-# By its parts: `custom_op` takes three times as long per call, and this one is called three times per decoder layer,
-# where on a fast GPU the host sets the pace. So do a copy of the gradient, and of each product for a layout of its own.
+# By their parts: `custom_op` takes three times as long per call, and these are called three to seven times per decoder
+# layer, where on a fast GPU the host sets the pace.
+torch.library.define("grit::noted", "(Tensor g, Tensor a, Tensor where) -> Tensor", tags=_UNRECORDED)
+torch.library.impl("grit::noted", "CompositeExplicitAutograd", _noted)
+torch.library.register_fake("grit::noted", lambda g, a, where: torch.empty_like(g))
+_noted_operator = torch.ops.grit.noted.default
+# That it seems to write to a gradient spares a copy of it, and `flexible_layout` one of each product.
 torch.library.define(
     "grit::noted_fused",
     "(Tensor(a!) gradient, Tensor[] lora_a, Tensor[] products, float[] scales, Tensor[] operands) -> ()",
