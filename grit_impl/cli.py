@@ -12,9 +12,9 @@ from grit_impl.errors import GRITError
 # name: (module, attribute, one line for `grit --help`)
 COMMANDS = {
     "verify": ("grit_impl.verify.commands", "verify", "Train, export, evaluate and judge all arms (runs pytest)."),
-    "train": ("grit_impl.verify.commands_train", "train", "Train one arm and leave a run record."),
+    "train": ("grit_impl.runs.commands", "train", "Train one arm and leave a run record."),
     "export": ("grit_impl.export.commands", "export", "Write a run as GGUF, adapter or Ollama model, and verify it."),
-    "serve": ("grit_impl.export.commands", "serve", "Serve GGUF files through Ollama's API."),
+    "serve": ("grit_impl.serve.commands", "serve", "Serve GGUF files through Ollama's API."),
     "deploy": ("grit_impl.export.commands", "deploy", "Create a model in a real Ollama."),
     "evaluate": ("grit_impl.evaluate.commands", "evaluate", "Evaluate models behind an Ollama API."),
     "alignment-index": (
@@ -22,9 +22,9 @@ COMMANDS = {
         "alignment_index",
         "How far apart a model keeps safe and unsafe prompts.",
     ),
-    "compare": ("grit_impl.verify.commands_compare", "compare", "Compare runs that already exist, from their logs."),
-    "probe": ("grit_impl.verify.commands_probe", "probe", "Show which callback events and hooks fire, in which order."),
-    "faults": ("grit_impl.verify.faults", "faults", "Print the confusion matrix of the fault zoo."),
+    "compare": ("grit_impl.curves.commands", "compare", "Compare runs that already exist, from their logs."),
+    "probe": ("grit_impl.probe.commands", "probe", "Show which callback events and hooks fire, in which order."),
+    "faults": ("grit_impl.zoo.matrix", "faults", "Print the confusion matrix of the fault zoo."),
     "sweep": ("grit_impl.sweep.commands", "sweep", "Compare update rules over many small trainings, by a plan."),
     "report": ("grit_impl.verify.commands", "report", "Write the report again, or against an earlier one."),
     "baseline": ("grit_impl.verify.commands", "baseline", "Promote results to the baseline of later reports."),

@@ -16,10 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.manager import GRITManager
-from grit_impl.optim import GRITOptimizer
-from grit_impl.rank import save_adapter
-from grit_impl.update_rules.base import UpdateRule
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.optimizer import GRITOptimizer
+from grit_impl.method.reprojection import save_adapter
+from grit_impl.method.rules.base import UpdateRule
 
 STATE_FILE = "grit_state.pt"
 SHRUNK_FOLDER = ("grit", "adapter")

@@ -24,21 +24,22 @@ from pathlib import Path
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
 
-from grit_impl.verify.statistics import wilson
+from grit_impl.statistics.methods import wilson
 
 ROOT = Path(__file__).parents[1]
-VERIFY, TESTS = Path("grit_impl/verify"), Path("tests")
+IMPL, TESTS = Path("grit_impl"), Path("tests")
 # What decides, and the tests that are answerable for it.
 MODULES = {
-    VERIFY / "statistics.py": [
-        TESTS / "verify/curves/test_statistics.py",
-        TESTS / "verify/curves/test_statistics_exact.py",
+    IMPL / "statistics/methods.py": [
+        TESTS / "statistics/test_statistics.py",
+        TESTS / "statistics/test_statistics_exact.py",
     ],
-    VERIFY / "curves.py": [TESTS / "verify/curves/test_curves.py", TESTS / "verify/curves/test_curves_exact.py"],
-    VERIFY / "verdict.py": [TESTS / "verify/test_detectors.py"],
-    VERIFY / "detectors.py": [TESTS / "verify/test_detectors.py"],
-    VERIFY / "findings.py": [TESTS / "verify/test_detectors.py"],
-    VERIFY / "claims/base.py": [TESTS / "results/test_claims.py"],
+    IMPL / "statistics/decision.py": [TESTS / "verify/test_claims.py"],
+    IMPL / "curves/noise.py": [TESTS / "curves/test_curves.py", TESTS / "curves/test_curves_exact.py"],
+    IMPL / "ledger/verdict.py": [TESTS / "ledger/test_detectors.py"],
+    IMPL / "ledger/detectors.py": [TESTS / "ledger/test_detectors.py"],
+    IMPL / "ledger/findings.py": [TESTS / "ledger/test_detectors.py"],
+    IMPL / "verify/claims/base.py": [TESTS / "verify/test_claims.py"],
 }
 COPIED = ("grit_impl", "tests", "fixtures", "conftest.py", "pyproject.toml")
 SECONDS = 20.0

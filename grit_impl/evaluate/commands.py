@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
+from grit_impl.files import FIXTURES
 
 
 @click.command()

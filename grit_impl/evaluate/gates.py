@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.metrics import GATE_ALPHA, Comparison, paired
-from grit_impl.evaluate.power import detectable_difference
 from grit_impl.evaluate.results import Evaluation
-from grit_impl.verify.claims.base import Judgement, Metric, decide_at_least
-from grit_impl.verify.statistics import Interval, clopper_pearson
+from grit_impl.statistics.decision import Judgement, Metric, decide_at_least
+from grit_impl.statistics.methods import Interval, clopper_pearson
+from grit_impl.statistics.power import detectable_difference
 
 SESSION_ALPHA = 1e-3
 """Probability that any gate of a session decides wrongly, in whichever direction."""

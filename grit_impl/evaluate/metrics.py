@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from grit_impl.evaluate.power import detectable_difference
-from grit_impl.verify.statistics import Interval, paired_difference_interval, wilson
+from grit_impl.statistics.methods import Interval, paired_difference_interval, wilson
+from grit_impl.statistics.power import detectable_difference
 
 GATE_ALPHA = 1e-4
 """Error of one gate, in both directions together: ten of them are then wrong in one session of a thousand. Twenty gates

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate import speed
-from grit_impl.evaluate.client import Endpoint, Unanswered
 from grit_impl.evaluate.items import ItemSet, load_aqi, load_knowledge
 from grit_impl.evaluate.results import SCORE_FIELD, Evaluation, read_lines
 from grit_impl.evaluate.scoring import AQI_METRICS, score_aqi, score_knowledge
 from grit_impl.record import fingerprint, write_atomic
+from grit_impl.serve.client import Endpoint, Unanswered
 
 Row = dict[str, Any]
 SWEEPS = 2

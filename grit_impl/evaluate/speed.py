@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grit_impl.evaluate.client import Endpoint, Reply, Unanswered
 from grit_impl.evaluate.metrics import GATE_ALPHA, speed_difference
+from grit_impl.serve.client import Endpoint, Reply, Unanswered
 
 Row = dict[str, Any]
 

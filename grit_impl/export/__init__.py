@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grit_impl.export.metadata import read_metadata
-    from grit_impl.export.modelfile import read_modelfile, write_modelfile
-    from grit_impl.export.writer import Export, check_same_base, export_adapter, export_merged
+    from grit_impl.export.writer import Export, export_adapter, export_merged
+    from grit_impl.gguf.encoding import check_same_base
+    from grit_impl.gguf.metadata import read_metadata
+    from grit_impl.gguf.modelfile import read_modelfile, write_modelfile
 
 __all__ = [
     "Export",
@@ -22,10 +23,15 @@ __all__ = [
     "read_modelfile",
     "write_modelfile",
 ]
-_HOMES = {"read_metadata": "metadata", "read_modelfile": "modelfile", "write_modelfile": "modelfile"}
+_HOMES = {
+    "check_same_base": "gguf.encoding",
+    "read_metadata": "gguf.metadata",
+    "read_modelfile": "gguf.modelfile",
+    "write_modelfile": "gguf.modelfile",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'writer')}"), name)
+    return getattr(importlib.import_module(f"grit_impl.{_HOMES.get(name, 'export.writer')}"), name)

@@ -15,9 +15,10 @@ from grit_impl.export.architecture import gguf_name, permute, rope_factors, rope
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.findings import Finding
 from grit_impl.export.lora import Adapter
-from grit_impl.export.metadata import read_metadata
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
-from grit_impl.export.writer import EMBEDDING, FINGERPRINT_KEY
+from grit_impl.export.writer import EMBEDDING
+from grit_impl.gguf.encoding import FINGERPRINT_KEY
+from grit_impl.gguf.metadata import read_metadata
 
 if TYPE_CHECKING:
     import torch

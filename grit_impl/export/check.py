@@ -17,14 +17,14 @@ from grit_impl.errors import GRITError
 from grit_impl.export import audit
 from grit_impl.export.checkpoint import Checkpoint
 from grit_impl.export.findings import MODES, Finding, from_load_error
-from grit_impl.export.gotemplate import Template, TemplateError
-from grit_impl.export.llamacpp import LlamaCpp
 from grit_impl.export.lora import Adapter
-from grit_impl.export.metadata import read_metadata
-from grit_impl.export.modelfile import read_modelfile
 from grit_impl.export.reference import Reference
 from grit_impl.export.vocabulary import read_vocabulary
 from grit_impl.export.writer import EMBEDDING
+from grit_impl.gguf.gotemplate import Template, TemplateError
+from grit_impl.gguf.llamacpp import LlamaCpp
+from grit_impl.gguf.metadata import read_metadata
+from grit_impl.gguf.modelfile import read_modelfile
 
 if TYPE_CHECKING:
     import torch

@@ -1,9 +1,8 @@
-"""`grit export`, `grit serve`, `grit deploy`."""
+"""`grit export` and `grit deploy`."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +75,8 @@ class Source:
 def export(run: Path, target: str, dtype: str, **options: Any) -> None:
     """Write RUN (a run record, a PEFT adapter folder, or a base model folder) for llama.cpp and Ollama."""
     source = _source(run, options["base_spec"], options["out"], options["qlora"])
-    from grit_impl.export.modelfile import write_modelfile
     from grit_impl.export.writer import export_adapter, export_merged
+    from grit_impl.gguf.modelfile import write_modelfile
 
     modelfile = source.folder / "Modelfile"
     sampling = {key: options[key] for key in ("temperature", "min_p", "num_ctx")}
@@ -123,50 +122,6 @@ def export(run: Path, target: str, dtype: str, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]FILE...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=11434, show_default=True, help="Port; 0 takes a free one."
-)
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per model.")
-@click.option(
-    "--parallel", type=click.IntRange(1, 64), default=1, show_default=True, help="Requests computed at once per model."
-)
-@click.option(
-    "--context", type=click.IntRange(4), default=4096, show_default=True, help="Default context window in tokens."
-)
-@click.option("--keep-models", type=click.IntRange(1), default=8, show_default=True, help="Models loaded at once.")
-def serve(
-    models: tuple[str, ...], host: str, port: int, threads: int, parallel: int, context: int, keep_models: int
-) -> None:
-    """Serve GGUF files, Modelfiles or run folders through Ollama's API until ctrl-C."""
-    import signal
-
-    from grit_impl.evaluate.server import EmbeddedOllama
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    chosen = dict(_named(text) for text in models)
-    server = EmbeddedOllama(
-        chosen, host=host, port=port, threads=threads, parallel=parallel, context=context, most=keep_models
-    )
-    try:
-        server.__enter__()
-        click.echo(f"Ollama's API at {server.url} with {', '.join(chosen)}; ctrl-C ends it")
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            click.echo(f"warning: everybody who reaches {host} can use and change these models", err=True)
-        server.wait()
-    except KeyboardInterrupt:
-        click.echo("stopped")
-    finally:
-        if not server.close():
-            # A thread that waits for a hanging model would keep the process; the models end with it.
-            os._exit(1)
-
-
-@click.command()
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--name", default=None, help="Name in Ollama.  [default: grit-FOLDER]")
 @click.option("--quantize", default=None, metavar="TYPE", help="Let Ollama quantise, e.g. q4_K_M (from f16 or bf16).")
@@ -177,45 +132,23 @@ def deploy(
 ) -> None:
     """Create MODEL (a Modelfile, or a run with one) in a real Ollama, and check what arrived."""
     if remove is not None:
-        from grit_impl.evaluate.client import server_url
         from grit_impl.export.deploy import delete
+        from grit_impl.serve.client import server_url
 
         delete(server_url(ollama_url), remove)
         click.echo(f"deleted {remove}")
         return
     if model is None:
         raise GRITError("nothing to deploy: give a Modelfile or a run folder, or --delete NAME")
-    modelfile = _modelfile(model)
+    from grit_impl.gguf.modelfile import find_modelfile
+
+    modelfile = find_modelfile(model)
     folder = modelfile.parent.parent if modelfile.parent.name == "gguf" else modelfile.parent
     _deploy(ollama_url, name or f"grit-{folder.resolve().name}".lower(), modelfile, quantize)
 
 
-def resolve_base(spec: str) -> Path:
-    """The folder of a base model: `tiny`, a folder, or a hub id, which is downloaded if the hub is reachable.
-
-    Raises:
-        GRITError: there is no such model.
-    """
-    from grit_impl.recipes.bases import TINY
-
-    folder = TINY if spec == "tiny" else Path(spec)
-    if folder.is_dir():
-        return folder
-    if spec.startswith("random:"):
-        raise GRITError(f"{spec} has no files: save it with python -m grit_impl.recipes.random_base {spec} FOLDER")
-    if spec.count("/") != 1 or spec.startswith((".", "~")):
-        raise GRITError(f"unknown base model {spec!r}: there is no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise GRITError(
-            f"base model {spec!r} is neither a folder nor on the hub ({str(error).splitlines()[0]})"
-        ) from error
-
-
 def _source(run: Path, base: str | None, out: Path | None, four_bit: bool | None) -> Source:
+    from grit_impl.recipes.bases import resolve_base
     from grit_impl.record import RunRecord
 
     if (run / "run.json").is_file():
@@ -238,29 +171,9 @@ def _source(run: Path, base: str | None, out: Path | None, four_bit: bool | None
     raise GRITError(f"{run} is no run record, no PEFT adapter and no model folder")
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    source = Path(path if equals else text)
-    found = _modelfile(source)
-    if equals:
-        return name, found
-    if source.is_dir():
-        return source.resolve().name.lower(), found
-    return (source.stem if source.suffix == ".gguf" else source.resolve().parent.name).lower(), found
-
-
-def _modelfile(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for candidate in (path / "Modelfile", path / "gguf" / "Modelfile"):
-        if candidate.is_file():
-            return candidate
-    raise GRITError(f"{path} is no GGUF file, no Modelfile, and no folder with one: run grit export first")
-
-
 def _deploy(url: str | None, name: str, modelfile: Path, quantize: str | None) -> None:
-    from grit_impl.evaluate.client import server_url
     from grit_impl.export.deploy import deploy as send
+    from grit_impl.serve.client import server_url
 
     address = server_url(url)
     with _progress(f"uploading to {address}") as progress:

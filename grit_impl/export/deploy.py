@@ -16,9 +16,9 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from grit_impl.errors import GRITError
-from grit_impl.export.gotemplate import Template
-from grit_impl.export.modelfile import Modelfile, read_modelfile
-from grit_impl.export.writer import check_same_base
+from grit_impl.gguf.encoding import check_same_base
+from grit_impl.gguf.gotemplate import Template
+from grit_impl.gguf.modelfile import Modelfile, read_modelfile
 from grit_impl.record import sha256_file
 
 CHUNK = 1 << 20

@@ -24,15 +24,12 @@ from grit_impl.export.architecture import gguf_name, permute, rope_factors, rota
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.lora import Adapter
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
+from grit_impl.gguf.encoding import DTYPES, FILE_TYPES, FINGERPRINT_KEY, encode
 
 if TYPE_CHECKING:
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
-# llama.cpp's LLAMA_FTYPE numbers.
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-FINGERPRINT_KEY = "grit.base_fingerprint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Numbers that are in float32 at once: 1 MiB, so that quantising, which takes a few times that, stays in the cache.
@@ -175,19 +172,6 @@ def export_adapter(
     items = list(_adapter_items(model, lora, alpha))
     sha256 = _stream(writer, items, Path(out), kinds, progress)
     return _finished(out, sha256, "adapter", dtype, len(items), fingerprint, lora, "stored", vocabulary)
-
-
-def check_same_base(model: Path | str, adapter: Path | str) -> None:
-    """Refuse an adapter file made for another base than a model file.
-
-    Raises:
-        GRITError: the fingerprints differ. Files without a fingerprint (made elsewhere) pass: nothing is known.
-    """
-    from grit_impl.export.metadata import read_metadata
-
-    ours, theirs = (read_metadata(Path(p)).get(FINGERPRINT_KEY) for p in (model, adapter))
-    if ours and theirs and ours != theirs:
-        raise GRITError(f"wrong-base: {adapter} was trained on {theirs[:12]}, {model} is {ours[:12]}")
 
 
 def _check_dtype(dtype: str) -> dict[str, GGMLQuantizationType]:
@@ -340,28 +324,6 @@ def _encoded(item: Item, kind: GGMLQuantizationType) -> Iterator[Any]:
             if not np.isfinite(full.numpy()).all():
                 raise GRITError(f"cannot export {item.name}: it holds NaN or infinite values")
             yield encode(full, kind.name).flatten().view(torch.uint8).numpy()
-
-
-def encode(rows: torch.Tensor, kind: str) -> torch.Tensor:
-    """Finite float32 numbers (rows, columns) as GGUF's F32, F16, BF16 or Q8_0, bit for bit as `gguf.quants` has them.
-
-    Q8_0 is 32 numbers to a block: their largest magnitude over 127 as float16, then 32 multiples of it as int8. Here it
-    takes a third of the time.
-    """
-    import torch
-
-    if kind != "Q8_0":
-        return rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
-    blocks = rows.view(-1, 32)
-    scale = blocks.abs().amax(1, keepdim=True).div_(127)
-    # In float32, as the scale is stored in less.
-    multiples = blocks * torch.where(scale == 0, 0.0, 1 / scale)
-    # Halves go away from zero. Adding 0.5 itself would round the number below a half up to 1.
-    multiples += torch.copysign(torch.tensor(0.49999997), multiples)
-    out = torch.empty(len(blocks), 17, dtype=torch.int16)
-    out[:, :1] = scale.half().view(torch.int16)
-    out[:, 1:] = multiples.to(torch.int8).view(torch.int16)
-    return out
 
 
 def _finished(

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from grit_impl.data import FIXTURES
 from grit_impl.errors import GRITError
+from grit_impl.files import FIXTURES
 
 if TYPE_CHECKING:
     import torch
@@ -234,3 +234,26 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     tokenizer.save_pretrained(folder)
     config = Path(folder, "tokenizer_config.json")
     config.write_bytes(config.read_bytes().replace(b"TokenizersBackend", b"PreTrainedTokenizerFast"))
+
+
+def resolve_base(spec: str) -> Path:
+    """The folder of a base model: `tiny`, a folder, or a hub id, which is downloaded if the hub is reachable.
+
+    Raises:
+        GRITError: there is no such model.
+    """
+    folder = TINY if spec == "tiny" else Path(spec)
+    if folder.is_dir():
+        return folder
+    if spec.startswith("random:"):
+        raise GRITError(f"{spec} has no files: save it with python -m grit_impl.recipes.random_base {spec} FOLDER")
+    if spec.count("/") != 1 or spec.startswith((".", "~")):
+        raise GRITError(f"unknown base model {spec!r}: there is no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise GRITError(
+            f"base model {spec!r} is neither a folder nor on the hub ({str(error).splitlines()[0]})"
+        ) from error

@@ -169,7 +169,7 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
             raise RunFailed(str(error)) from error
     seconds = time.perf_counter() - began
 
-    from grit_impl.rank import save_adapter
+    from grit_impl.method.reprojection import save_adapter
     from grit_impl.recipes.unsloth import compiled_layers
 
     manager = grit()

@@ -16,9 +16,7 @@ from typing import Any
 from scipy import stats  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.sweep.plan import BASE_ARM
-from grit_impl.sweep.store import choose_trial
-from grit_impl.verify.statistics import (
+from grit_impl.statistics.methods import (
     Interval,
     holm,
     minimum_detectable_effect,
@@ -26,6 +24,8 @@ from grit_impl.verify.statistics import (
     sign_flip_test,
     t_interval,
 )
+from grit_impl.sweep.plan import BASE_ARM
+from grit_impl.sweep.store import choose_trial
 
 ALPHA = 0.05
 SMALLEST_EFFECT = 2.0

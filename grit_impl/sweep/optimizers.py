@@ -12,7 +12,7 @@ from grit_impl.config import GRITConfig
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grit_impl.manager import GRITManager
+    from grit_impl.method.manager import GRITManager
 
 WEIGHT_DECAY = 0.01
 """AdamW's default, the same in every arm."""
@@ -55,8 +55,8 @@ def build_optimizer(
         inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
     if grit is None:
         return inner, None
-    from grit_impl.manager import GRITManager
-    from grit_impl.optim import GRITOptimizer
+    from grit_impl.method.manager import GRITManager
+    from grit_impl.method.optimizer import GRITOptimizer
 
     manager = GRITManager(model, grit).attach()
     return GRITOptimizer(inner, manager, max_grad_norm), manager

@@ -14,8 +14,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in (
     "peft.optimizers",
     "transformers.models.llama.modeling_llama",
-    "grit_impl.manager",
-    "grit_impl.optim",
+    "grit_impl.method.manager",
+    "grit_impl.method.optimizer",
     "grit_impl.sweep.run",
 ):
     importlib.import_module(_name)

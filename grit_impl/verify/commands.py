@@ -14,10 +14,10 @@ import click
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
 from grit_impl.verify.options import Options
-from grit_impl.verify.store import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import JudgedClaim, Session, Store
 
 if TYPE_CHECKING:
-    from grit_impl.verify.history import Answers
+    from grit_impl.verify.store.history import Answers
 
 HELP = {"help_option_names": ["-h", "--help"]}
 REPORTS = click.option(
@@ -55,8 +55,8 @@ def report(reports_dir: Path, name: str | None, against: str | None, fail_if_wor
     --against takes a session's number, a git revision, or `baseline`; with a path to another reports folder, its
     latest session. Where both sessions kept answers, models are compared item by item (McNemar).
     """
-    from grit_impl.verify.history import compare_items, compare_sessions, find_session
     from grit_impl.verify.report import write_report
+    from grit_impl.verify.store.history import compare_items, compare_sessions, find_session
 
     with Store(reports_dir / "results.db", readonly=True) as store:
         number = find_session(store, name or _latest(store))
@@ -87,7 +87,7 @@ def _latest(store: Store) -> str:
 
 
 def _other(store: Store, name: str) -> tuple[str, dict[str, Judgement], Answers]:
-    from grit_impl.verify.history import find_session
+    from grit_impl.verify.store.history import find_session
 
     folder = Path(name)
     if (folder / "results.db").is_file():
@@ -101,7 +101,7 @@ def _other(store: Store, name: str) -> tuple[str, dict[str, Judgement], Answers]
 
 def load_session(store: Store, number: int, folder: Path) -> tuple[Session, list[JudgedClaim], Evidence]:
     """A stored session with its claims, and the evidence that still lies in `folder`."""
-    from grit_impl.verify.stored import stored_evidence
+    from grit_impl.verify.evidence.stored import stored_evidence
 
     row = next(row for row in store.sessions() if row["id"] == number)
     options = json.loads(row["options"])
@@ -139,7 +139,7 @@ def baseline() -> None:
 @click.option("--force", is_flag=True, help="Promote it although a gating claim is not supported.")
 def promote(reports_dir: Path, session: str | None, force: bool) -> None:
     """Make SESSION (default: the latest) the baseline; a number, a label or a git revision."""
-    from grit_impl.verify.history import BASELINE, find_session
+    from grit_impl.verify.store.history import BASELINE, find_session
 
     with Store(reports_dir / "results.db") as store:
         number = find_session(store, session or _latest(store))
@@ -158,7 +158,7 @@ def promote(reports_dir: Path, session: str | None, force: bool) -> None:
 @REPORTS
 def show(reports_dir: Path) -> None:
     """Say which session is the baseline."""
-    from grit_impl.verify.history import BASELINE, find_session
+    from grit_impl.verify.store.history import BASELINE, find_session
 
     with Store(reports_dir / "results.db", readonly=True) as store:
         number = find_session(store, BASELINE)

@@ -110,9 +110,9 @@ def grit_options(pytestconfig: pytest.Config) -> Options:
 @pytest.fixture(scope="session")
 def evidence(request: pytest.FixtureRequest, grit_options: Options) -> Evidence:
     """Evidence that trains, exports and evaluates what a claim needs. Override it to judge your own runs."""
+    from grit_impl.runs.progress import ProgressLine
     from grit_impl.verify.claims import catalogue
-    from grit_impl.verify.evidence import LiveEvidence
-    from grit_impl.verify.progress import ProgressLine
+    from grit_impl.verify.evidence.live import LiveEvidence
 
     found = LiveEvidence(grit_options, progress=ProgressLine())
     request.config.stash[_evidence] = found
@@ -167,7 +167,7 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 @pytest.fixture
 def gradient_ledger(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
     """`with gradient_ledger(model) as ledger: trainer.train()` records what happens to the LoRA gradients."""
-    from grit_impl.verify.ledger import gradient_ledger as record
+    from grit_impl.ledger.recorder import gradient_ledger as record
 
     def open_ledger(model: Any, path: Path | None = None, **options: Any) -> AbstractContextManager[Any]:
         return record(model, path or tmp_path / "ledger.jsonl.gz", **options)
@@ -192,7 +192,7 @@ def as_evidence(subject: Any, options: Options) -> Evidence:
     if isinstance(subject, Evidence):
         return subject
     if not hasattr(subject, "cause"):
-        from grit_impl.verify.verdict import judge_ledger
+        from grit_impl.ledger.verdict import judge_ledger
 
         subject = judge_ledger(subject)
     return Evidence(options, verdicts={"trainer": subject})
@@ -284,7 +284,7 @@ class _Controller:
 
     def _evidence(self) -> Evidence:
         """The evidence that tests used: this process's own, or, under xdist, found again in the reports folder."""
-        from grit_impl.verify.stored import stored_evidence
+        from grit_impl.verify.evidence.stored import stored_evidence
 
         found = self.config.stash.get(_evidence, None)
         if found is not None:

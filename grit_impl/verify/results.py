@@ -12,9 +12,9 @@ from pathlib import Path
 from grit_impl.machine import git_commit, versions
 from grit_impl.record import write_atomic
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
-from grit_impl.verify.junit import TestOutcome, junit_xml
 from grit_impl.verify.options import Options
-from grit_impl.verify.store import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import JudgedClaim, Session, Store
+from grit_impl.verify.store.junit import TestOutcome, junit_xml
 
 
 def now() -> str:

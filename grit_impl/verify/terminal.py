@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from grit_impl.verify.claims import OUTCOMES, Outcome
-from grit_impl.verify.junit import TestOutcome
 from grit_impl.verify.results import Results, census
+from grit_impl.verify.store.junit import TestOutcome
 
 if TYPE_CHECKING:
     import pytest

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from grit_impl.cost.bench import Figure, Growth, Spread, render, write_section
+from grit_impl.cost.performance import Performance, write_performance
 from grit_impl.machine import git_commit, versions
-from grit_impl.verify.cost import Figure, Growth, Spread, render, write_section
 from grit_impl.verify.options import Options
-from grit_impl.verify.performance import Performance, write_performance
 from grit_impl.verify.results import now
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"

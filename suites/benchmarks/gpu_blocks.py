@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from grit_impl.cost.bench import forget_grit, frozen_objects, in_turn, ratios, spread
 from grit_impl.errors import GRITError
-from grit_impl.verify.cost import forget_grit, frozen_objects, in_turn, ratios, spread
 
 PAIRS = (("compiled grit", "compiled"), ("grit", "compiled"), ("grit", "plain"), ("plain", "compiled"))
 
@@ -35,8 +35,8 @@ def work(pipe: Connection, folder: str, stack: str, blocks: str) -> None:
     ("length", n) -> layers that run compiled and of how many, peaks, what GRIT has seen; ("step", grit) -> seconds.
     """
     os.environ["UNSLOTH_BLOCK_COMPILE"] = blocks
+    from grit_impl.cost.measure import bench_of, load
     from grit_impl.recipes.unsloth import compiled_layers
-    from grit_impl.verify.cost_run import bench_of, load
 
     try:
         model = load(folder, stack)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu_table import line, table
 
-from grit_impl.verify.cost import Bench, forget_grit, in_turn, ledger_blocks, ratios
+from grit_impl.cost.bench import Bench, forget_grit, in_turn, ledger_blocks, ratios
 
 SPECS = {"8b": "random:llama-3-8b", "8l": "random:llama-3-8b-8-layers", "1b": "random:llama-1b"}
 KEEP_FOR_TABLE = 10.0

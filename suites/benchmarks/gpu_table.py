@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grit_impl.verify.cost import ENOUGH_RATIOS, TARGETS, misses, spread
+from grit_impl.cost.bench import ENOUGH_RATIOS, TARGETS, misses, spread
 
 
 def line(row: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def process(folder: Path, world: int, rank: int) -> NoReturn:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from grit_impl.config import GRITConfig
-    from grit_impl.manager import GRITManager
+    from grit_impl.method.manager import GRITManager
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def main(out: Path, sizes: list[int]) -> None:
     import torch.profiler  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import grit_impl.manager  # noqa: F401
+    import grit_impl.method.manager  # noqa: F401
 
     found = {}
     fork = multiprocessing.get_context("fork")

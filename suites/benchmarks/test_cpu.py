@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grit_impl.config import GRITConfig
-from grit_impl.verify.cost import TARGETS, Bench, Growth, exponent, in_turn, ledger_blocks, ratios, spread
+from grit_impl.cost.bench import TARGETS, Bench, Growth, exponent, in_turn, ledger_blocks, ratios, spread
 
 # Collecting the suites imports no torch: each function imports what it measures.
 if TYPE_CHECKING:
@@ -273,9 +273,9 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
     """Seconds of what GRIT adds, on tensors of these sizes."""
     import torch
 
-    from grit_impl.factors import KroneckerFactors
-    from grit_impl.rank_statistics import ForwardContext, RankStatistics
-    from grit_impl.stacks import GradientStacks
+    from grit_impl.method.capture.rank_statistics import ForwardContext, RankStatistics
+    from grit_impl.method.factors import KroneckerFactors
+    from grit_impl.method.stacks import GradientStacks
 
     def with_gradient(*shape: int) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.randn(shape))

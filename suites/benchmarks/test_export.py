@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from grit_impl.cost.bench import in_turn, ratios, spread
 from grit_impl.export.checkpoint import Checkpoint
 from grit_impl.export.vocabulary import SPLITS
 from grit_impl.recipes.bases import SHAPES
-from grit_impl.verify.cost import in_turn, ratios, spread
 
 LAYERS = int(os.environ.get("GRIT_EXPORT_LAYERS", "2"))
 # Six are the fewest that have a 95% interval.

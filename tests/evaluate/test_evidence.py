@@ -13,10 +13,10 @@ from grit_impl import aqi
 from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import find
-from grit_impl.verify.evidence import LiveEvidence
+from grit_impl.verify.evidence.live import LiveEvidence
+from grit_impl.verify.evidence.stored import stored_evidence
 from grit_impl.verify.options import PLAN_MODELS, Options
-from grit_impl.verify.store import Session, Store
-from grit_impl.verify.stored import stored_evidence
+from grit_impl.verify.store.database import Session, Store
 
 ITEMS = aqi.generate(40, seed=5, exclude=aqi.frozen_items())
 NEEDS = ["evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"]

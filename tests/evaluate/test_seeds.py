@@ -138,7 +138,7 @@ def test_seeds_are_required_only_where_several_were_asked_for() -> None:
 def test_the_report_shows_every_seed(tmp_path) -> None:
     """Oracle: the planted differences, in the page and in the summary; without seeds no such section."""
     from grit_impl.verify.report import write_report
-    from grit_impl.verify.store import JudgedClaim, Session
+    from grit_impl.verify.store.database import JudgedClaim, Session
 
     claim, evidence = find("hypotheses.pure-beats-lora"), _evidence((4, 6, 5, 7, 3, 5))
     session = Session("a", "2026-01-01T00:00:00+00:00", None, Options(seeds=6).to_dict(), {})

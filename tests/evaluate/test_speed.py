@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from grit_impl.evaluate import speed
-from grit_impl.evaluate.client import Endpoint, Reply, Unanswered
 from grit_impl.evaluate.metrics import GATE_ALPHA, median
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.evaluate.speed import LOOKS, Schedule
+from grit_impl.serve.client import Endpoint, Reply, Unanswered
 
 MODELS = {"base": "base", "pure": "pure"}
 DIGESTS = {"base:latest": "d0", "pure:latest": "d1"}

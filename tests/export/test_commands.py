@@ -17,9 +17,9 @@ import tiny
 from click.testing import CliRunner, Result
 
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.server import EmbeddedOllama
 from grit_impl.export import commands, export_merged, read_metadata
 from grit_impl.record import RunRecord
+from grit_impl.serve.server import EmbeddedOllama
 
 ROOT = Path(__file__).resolve().parents[2]
 

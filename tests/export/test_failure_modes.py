@@ -19,7 +19,7 @@ from grit_impl.export import export_adapter, export_merged, read_metadata, read_
 from grit_impl.export.check import PROMPTS, Verification, verify_export
 from grit_impl.export.deploy import deploy
 from grit_impl.export.findings import MODES
-from grit_impl.export.requantize import rewrite
+from grit_impl.gguf.requantize import rewrite
 
 FEW = (PROMPTS[5], PROMPTS[11])
 TESTED: set[str] = set()

@@ -21,8 +21,8 @@ from grit_impl.errors import GRITError
 from grit_impl.export import export_adapter, export_merged, read_metadata
 from grit_impl.export.check import PROMPTS, verify_export
 from grit_impl.export.checkpoint import Checkpoint
-from grit_impl.export.llamacpp import LlamaCpp
-from grit_impl.export.writer import encode
+from grit_impl.gguf.encoding import encode
+from grit_impl.gguf.llamacpp import LlamaCpp
 from grit_impl.record import sha256_file
 
 # Enough to tell every planted fault from rounding; the full set runs once per base below.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_impl.config import GRITConfig
-from grit_impl.manager import GRITManager
+from grit_impl.method.manager import GRITManager
 
 HIDDEN, LAYERS, VOCABULARY, RANK = 32, 2, 48, 4
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]

@@ -10,7 +10,7 @@ import torch
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.manager import GRITManager
+from grit_impl.method.manager import GRITManager
 
 # The same float32 sums in another order over some tens of tokens: measured 1e-7 to 4e-7.
 SAME = 1e-6
@@ -242,7 +242,7 @@ def test_a_skipped_step_leaves_nothing_behind(llama: Any, sequences: Any, collat
     model = llama()
     expected = collect(model, [collate(sequences(4))])
     for clear in ("model", "optimizer"):
-        from grit_impl.optim import GRITOptimizer
+        from grit_impl.method.optimizer import GRITOptimizer
 
         manager = GRITManager(model, GRITConfig(factor_decay=0.0)).attach()
         optimizer = GRITOptimizer(torch.optim.SGD(model.parameters(), 0.1), manager)

@@ -11,8 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.manager import GRITManager
-from grit_impl.optim import GRITOptimizer
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.optimizer import GRITOptimizer
 
 STEP = ["backward", "backward", "precondition", "clip", "step"]
 # clip_grad_norm_ adds 1e-6 to the norm; the rest is float32 rounding of a sum of some thousand squares.

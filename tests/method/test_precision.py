@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from grit_impl.config import GRITConfig
-from grit_impl.factors import READY
-from grit_impl.manager import GRITManager
-from grit_impl.optim import GRITOptimizer
+from grit_impl.method.factors import READY
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.optimizer import GRITOptimizer
 
 # bfloat16 has 8 bits: 2^-9 per rounding, through two layers and a squared quantity; measured 0.01 to 0.03.
 BFLOAT16 = 0.08

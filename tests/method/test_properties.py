@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grit_impl.config import GRITConfig
-from grit_impl.factors import READY, KroneckerFactors
-from grit_impl.rank import rank_rule
-from grit_impl.rank_statistics import ForwardContext, RankStatistics
+from grit_impl.method.capture.rank_statistics import ForwardContext, RankStatistics
+from grit_impl.method.factors import READY, KroneckerFactors
+from grit_impl.method.reprojection import rank_rule
 
 # Sums of up to 60 products per entry in the accumulator's dtype; half precision inputs are exact in float32.
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -147,7 +147,7 @@ class Layer:
 def test_reprojection_properties(seed: int, n: int, ranks: list[int], dtype: Any, k: int, two_sided: bool) -> None:
     """Oracle d: ranks are min(k, r); projectors are symmetric, idempotent, of rank k and inside a layer's own block;
     k >= r changes nothing; the shrunk factors have the same product."""
-    from grit_impl.rank import Reprojection, shrunk_factors
+    from grit_impl.method.reprojection import Reprojection, shrunk_factors
 
     precision = accumulator(dtype)
     values = samples(seed, n, ranks, dtype)

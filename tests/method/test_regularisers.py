@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from grit_impl.config import GRITConfig
-from grit_impl.factors import READY, STARVED, STATUS, TOO_FEW, ZERO
-from grit_impl.manager import GRITManager
+from grit_impl.method.factors import READY, STARVED, STATUS, TOO_FEW, ZERO
+from grit_impl.method.manager import GRITManager
 
 # The same quadratic form through autograd, in float64.
 EXACT = 1e-11
@@ -171,7 +171,7 @@ def test_spectrum_log(llama: Any, sequences: Any, collate: Any) -> None:
 @pytest.mark.parametrize("inner", ["AdamW", "SGD", "fused"])
 def test_any_inner_optimizer(inner: str, llama: Any, sequences: Any, collate: Any, adapters: Any) -> None:
     """Oracle: the inner optimizer run by hand on the preconditioned gradients, to the bit; schedules reach it."""
-    from grit_impl.optim import GRITOptimizer
+    from grit_impl.method.optimizer import GRITOptimizer
 
     makers = {
         "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -208,7 +208,7 @@ def test_any_inner_optimizer(inner: str, llama: Any, sequences: Any, collate: An
 
 def test_a_closure_is_called_once_before_preconditioning(linear: Any, attach: Any) -> None:
     """optimizer.step(closure) evaluates, preconditions, steps."""
-    from grit_impl.optim import GRITOptimizer
+    from grit_impl.method.optimizer import GRITOptimizer
 
     model = linear()
     manager = attach(model)

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from grit_impl import autograd, factors
 from grit_impl.config import GRITConfig
-from grit_impl.factors import READY, KroneckerFactors
-from grit_impl.manager import GRITManager
-from grit_impl.optim import GRITOptimizer
-from grit_impl.rank import Reprojection
-from grit_impl.rank_statistics import RankStatistics
+from grit_impl.method import factors
+from grit_impl.method.capture import modules as autograd
+from grit_impl.method.capture.rank_statistics import RankStatistics
+from grit_impl.method.factors import READY, KroneckerFactors
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.optimizer import GRITOptimizer
+from grit_impl.method.reprojection import Reprojection
 
 # Oracles in float64 hold to this or are off by their own size.
 EXACT = 1e-9

@@ -10,8 +10,8 @@ import torch
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
-from grit_impl.manager import GRITManager
-from grit_impl.rank import Reprojection, rank_rule, save_adapter
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.reprojection import Reprojection, rank_rule, save_adapter
 
 # Orthonormal bases from a float64 eigendecomposition; two products.
 EXACT = 1e-12

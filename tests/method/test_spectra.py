@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grit_impl.config import GRITConfig
-from grit_impl.manager import GRITManager
-from grit_impl.optim import GRITOptimizer
-from grit_impl.spectra import UNSOLVED_AT_MOST, SpectrumHistory, eigh, eigvalsh
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.optimizer import GRITOptimizer
+from grit_impl.method.spectra import UNSOLVED_AT_MOST, SpectrumHistory, eigh, eigvalsh
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ def train(out: Path, device: str, fault: str = "") -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-    from grit_impl import manager
     from grit_impl.config import GRITConfig
+    from grit_impl.method import manager
     from grit_impl.trainer import GRITTrainer
 
     if fault == "no-all-reduce":

@@ -74,8 +74,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, named):
 
 def test_the_default_preset_fits_the_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Oracle: the evidence's rule where GRIT is the optimizer, one that leaves the loop's alone in a callback."""
-    from grit_impl.verify import execute
-    from grit_impl.verify.commands_train import train
+    from grit_impl.runs import execute
+    from grit_impl.runs.commands import train
 
     seen: dict[str, Any] = {}
 

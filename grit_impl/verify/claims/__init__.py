@@ -6,16 +6,8 @@ import difflib
 from functools import cache
 
 from grit_impl.errors import GRITError
-from grit_impl.verify.claims.base import (
-    OUTCOMES,
-    Claim,
-    Evidence,
-    Judgement,
-    Metric,
-    Outcome,
-    decide_at_least,
-    items_to_decide,
-)
+from grit_impl.statistics.decision import OUTCOMES, Judgement, Metric, Outcome, decide_at_least, items_to_decide
+from grit_impl.verify.claims.base import Claim, Evidence
 
 __all__ = [
     "OUTCOMES",

@@ -5,15 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from grit_impl.verify.claims.base import (
-    Claim,
-    Evidence,
-    Judgement,
-    Metric,
-    Outcome,
-    decide_at_least,
-    supported_if,
-)
+from grit_impl.statistics.decision import Judgement, Metric, Outcome, decide_at_least, supported_if
+from grit_impl.verify.claims.base import Claim, Evidence
 
 SAME_FIRST_LOSS = 1e-3
 """Relative difference of the losses of step 1, before any update: only labels, data or the base can exceed it."""
@@ -95,8 +88,8 @@ def beyond_noise(arm: str) -> Callable[[Evidence], Judgement]:
     """Supported if `grit compare` calls the arm and the baseline different, with the rerun as its noise floor."""
 
     def decide(evidence: Evidence) -> Judgement:
-        from grit_impl.verify.compare import compare_records
-        from grit_impl.verify.logs import FEWEST_LOSSES
+        from grit_impl.curves.compare import compare_records
+        from grit_impl.curves.logs import FEWEST_LOSSES
 
         if len(evidence.records[arm].steps) < FEWEST_LOSSES:
             return Judgement("inconclusive", f"fewer than {FEWEST_LOSSES} steps to compare", needed=FEWEST_LOSSES)
@@ -130,7 +123,7 @@ def curves_agree(arm: str, threshold: float = 0.95) -> Callable[[Evidence], Judg
     """Supported if the loss curves correlate above the threshold, whatever happened to the gradients."""
 
     def decide(evidence: Evidence) -> Judgement:
-        from grit_impl.verify.statistics import correlation_interval
+        from grit_impl.statistics.methods import correlation_interval
 
         if len(evidence.records[arm].steps) < FEWEST_STEPS:
             return Judgement("inconclusive", f"fewer than {FEWEST_STEPS} steps", needed=FEWEST_STEPS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement
+from grit_impl.statistics.decision import Judgement
+from grit_impl.verify.claims.base import Claim, Evidence
 from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.options import PLAN_ARMS
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grit_impl.record import sha256_file
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric
+from grit_impl.statistics.decision import Judgement, Metric
+from grit_impl.verify.claims.base import Claim, Evidence
 from grit_impl.verify.options import PLAN_MODELS
 
 

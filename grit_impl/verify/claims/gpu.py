@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, items_to_decide, supported_if
-from grit_impl.verify.cost import ENOUGH_RATIOS
-from grit_impl.verify.cost_run import LENGTHS
+from grit_impl.cost.bench import ENOUGH_RATIOS
+from grit_impl.cost.measure import LENGTHS
+from grit_impl.statistics.decision import Judgement, Metric, items_to_decide, supported_if
+from grit_impl.verify.claims.base import Claim, Evidence
 
 STEP_TIME, PEAK_MEMORY = 1.05, 1.02
 """What the plan allows GRIT to cost, against steps that differ in GRIT alone."""
@@ -58,7 +59,7 @@ def step_time(stack: str, length: int) -> Callable[[Evidence], Judgement]:
     """Supported if a step with GRIT takes at most `STEP_TIME` times one without, at so many tokens per sequence."""
 
     def decide(evidence: Evidence) -> Judgement:
-        from grit_impl.verify.cost import spread
+        from grit_impl.cost.bench import spread
 
         cell = next((cell for cell in evidence.costs[stack]["cells"] if cell["length"] == length), None)
         if cell is None:

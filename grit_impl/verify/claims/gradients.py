@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, Outcome, supported_if
+from grit_impl.statistics.decision import Judgement, Metric, Outcome, supported_if
+from grit_impl.verify.claims.base import Claim, Evidence
 
 LATE = "modified-too-late"
 UNTOUCHED = "no-modifier"
@@ -44,7 +45,7 @@ def moment_reaches(arm: str) -> Callable[[Evidence], Judgement]:
     """Supported if the probe that the arm ran first found nothing that a preconditioning callback cannot rely on."""
 
     def decide(evidence: Evidence) -> Judgement:
-        from grit_impl.verify.probe import FILE, Probe
+        from grit_impl.probe.findings import FILE, Probe
 
         path = evidence.records[arm].path / FILE
         if not path.is_file():

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, decide_at_least
+from grit_impl.statistics.decision import Judgement, Metric, decide_at_least
+from grit_impl.verify.claims.base import Claim, Evidence
 from grit_impl.verify.claims.measures import detectable, over_seeds, paired_difference, seed_metrics, unanswered
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def _differences(evidence: Evidence, found: SeedEffect) -> dict[str, Any]:
 def pure_learns_faster(evidence: Evidence) -> Judgement:
     """Mean paired loss difference over the last quarter of the run, baseline minus pure, above zero."""
     from grit_impl.evaluate.seeds import effect
+    from grit_impl.statistics.methods import effective_sample_size, t_interval
     from grit_impl.verify.claims.curves import losses
-    from grit_impl.verify.statistics import effective_sample_size, t_interval
 
     what = "training loss that pure GRIT saves over the last quarter"
     runs = [each.records for each in evidence.seeds.values()] or [evidence.records]

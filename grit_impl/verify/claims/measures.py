@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.verify.claims.base import Evidence, Metric
+from grit_impl.statistics.decision import Metric
+from grit_impl.verify.claims.base import Evidence
 
 if TYPE_CHECKING:
     from grit_impl.evaluate.seeds import SeedEffect
@@ -75,7 +76,7 @@ def paired_difference(evidence: Evidence, first: str, second: str, suite: str = 
         GRITError: the two have no answered item in common.
     """
     ours, theirs = _common(evidence, first, second, suite)
-    from grit_impl.verify.statistics import paired_difference_interval
+    from grit_impl.statistics.methods import paired_difference_interval
 
     interval = paired_difference_interval(ours, theirs).scaled(100)
     return as_metric(f"{suite}_difference", interval, unit="points", subject=f"{first} - {second}")
@@ -84,7 +85,7 @@ def paired_difference(evidence: Evidence, first: str, second: str, suite: str = 
 def detectable(evidence: Evidence, first: str, second: str, suite: str = "aqi") -> float:
     """Smallest difference in points that the common items find with 80% power at alpha .05."""
     from grit_impl.evaluate.metrics import discordant
-    from grit_impl.evaluate.power import detectable_difference
+    from grit_impl.statistics.power import detectable_difference
 
     ours, theirs = _common(evidence, first, second, suite)
     return 100 * detectable_difference(len(ours), sum(discordant(ours, theirs)) / len(ours))

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
-from grit_impl.verify.claims.base import Claim, Evidence, Judgement, Metric, decide_at_least, supported_if
+from grit_impl.statistics.decision import Judgement, Metric, decide_at_least, supported_if
+from grit_impl.verify.claims.base import Claim, Evidence
 from grit_impl.verify.claims.curves import losses
 
 LEARNED = 0.95
@@ -65,7 +66,7 @@ def overhead(arm: str, against: str = "baseline", bound: float = OVERHEAD) -> Ca
     """
 
     def decide(evidence: Evidence) -> Judgement:
-        from grit_impl.verify.statistics import t_interval
+        from grit_impl.statistics.methods import t_interval
 
         mine, base = (
             {row["step"]: row["seconds"] for row in evidence.records[name].steps if row.get("seconds")}

@@ -8,7 +8,7 @@ from typing import Any
 
 from grit_impl.record import write_atomic
 from grit_impl.verify.claims import Evidence
-from grit_impl.verify.store import JudgedClaim, Session
+from grit_impl.verify.store.database import JudgedClaim, Session
 
 
 def write_report(

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grit_impl.data import FIXTURES
+from grit_impl.cost.performance import read_performance
 from grit_impl.errors import GRITError
+from grit_impl.files import FIXTURES
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
 from grit_impl.verify.claims.curves import losses
 from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.options import PLAN_MODELS
-from grit_impl.verify.performance import read_performance
-from grit_impl.verify.store import JudgedClaim
+from grit_impl.verify.store.database import JudgedClaim
 
 DASH = "\N{EN DASH}"
 GIB = 2**30

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from grit_impl.verify import cost
+from grit_impl.cost import bench as cost
+from grit_impl.curves.noise import MARGIN, rms
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.claims.curves import losses
-from grit_impl.verify.curves import MARGIN, rms
 
 INK, FAINT = "#010101", "#020202"
 """Stand-ins that become the page's text and grid colours."""
@@ -222,7 +222,7 @@ def fisher_spectra(evidence: Evidence) -> str | None:
 
 def provenance(evidence: Evidence) -> str | None:
     """Per arm and step: share of LoRA gradients that were turned at the optimizer's entry, and changed too late."""
-    from grit_impl.verify.findings import facts
+    from grit_impl.ledger.findings import facts
 
     tables = {arm: facts(record) for arm, record in evidence.records.items() if record.ledger.is_file()}
     tables = {arm: table for arm, table in tables.items() if len(table.tensors)}

@@ -11,7 +11,7 @@ import jinja2
 
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.report import content
-from grit_impl.verify.store import JudgedClaim, Session
+from grit_impl.verify.store.database import JudgedClaim, Session
 
 _FAULTS = (
     "Every known way to lose a gradient, planted on purpose: {named} of {fault_runs} runs with a fault were named "

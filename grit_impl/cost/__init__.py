@@ -1,0 +1,1 @@
+"""What GRIT and its ledger cost, as ratios of things measured in turn."""

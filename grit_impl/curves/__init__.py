@@ -1,0 +1,1 @@
+"""Training logs of any origin, and what two loss curves can say about each other."""

@@ -1,0 +1,161 @@
+"""`grit compare`: two trainings that already exist, from their logs. Heavy imports stay inside; torch is not needed."""
+
+from __future__ import annotations
+
+import glob
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grit_impl.errors import GRITError
+
+if TYPE_CHECKING:
+    from grit_impl.curves.compare import Comparison
+    from grit_impl.ledger.verdict import Verdict
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[A B]")
+@click.option(
+    "--rerun",
+    "reruns",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A trained again: the noise floor. Repeatable; 3 are best.",
+)
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Another run on the same batches (their difficulty), e.g. of another optimizer. Repeatable.",
+)
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A run of an arm, or a quoted pattern of several. Repeatable; the first arm is the reference.",
+)
+@click.option("--until", type=click.IntRange(min=8), help="Ignore everything after this step.")
+@click.option(
+    "--first-update",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Step of the first update that can differ (the first preconditioned one).",
+)
+@click.option("--anyway", is_flag=True, help="Go on where the comparison is not fair; the report says so.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--html", "html_out", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page."
+)
+@click.option("--plot", "plot_out", type=click.Path(path_type=Path, dir_okay=False), help="Write the plots as one SVG.")
+def compare(
+    runs: tuple[Path, ...],
+    reruns: tuple[Path, ...],
+    references: tuple[Path, ...],
+    arms: tuple[str, ...],
+    until: int | None,
+    first_update: int,
+    anyway: bool,
+    as_json: bool,
+    html_out: Path | None,
+    plot_out: Path | None,
+) -> None:
+    """Compare two trainings by their logs: are they comparable, the same, decorrelated, and is one better?
+
+    A run is a TensorBoard folder or event file, a trainer_state.json or the output folder it lies in, a CSV or JSONL
+    with columns step and loss (grad_norm, learning_rate, tokens if there), or a run record of grit.
+
+    \b
+      grit compare out/lora out/grit --rerun out/lora-again
+      grit compare --arm "lora=runs/lora-seed*" --arm "grit=runs/grit-seed*" --html grit.html
+
+    Two curves on the same batches correlate whatever the optimizers do, so correlation is described and never
+    decides. What decides "same or different" is the paired difference against the difference between reruns: train
+    one arm twice. What decides "better" is several seeds per arm, at least 7. Two run records with gradient ledgers are
+    compared tensor by tensor as well, which curves cannot do.
+
+    Exit status: 0 answered, 1 refused as incomparable, 2 unusable input.
+    """
+    from grit_impl.curves import report as compare_report
+    from grit_impl.record import write_atomic
+
+    results = _from_arms(arms, until, first_update, anyway) if arms else None
+    if results is None:
+        if len(runs) != 2:
+            raise GRITError(f"grit compare takes two runs, A and B, got {len(runs)}; see `grit compare --help`")
+        results = [_from_runs(runs, reruns, references, until, first_update, anyway)]
+    elif runs or reruns or references:
+        raise GRITError("give either two runs (with --rerun, --reference) or --arm options, not both")
+    if html_out:
+        write_atomic(html_out, compare_report.page(results))
+    if plot_out:
+        if len(results) > 1:
+            raise GRITError("--plot draws one pair of arms; use --html for more")
+        write_atomic(plot_out, compare_report.figure_svg(results[0]))
+    gradients = _gradients(runs)
+    if as_json:
+        data = [r.to_dict() | ({"gradients": asdict(gradients)} if gradients else {}) for r in results]
+        click.echo(json.dumps(data if arms else data[0], indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for result in results:
+            compare_report.to_terminal(result, console)
+        if gradients:
+            console.print(f"gradients: {gradients}", markup=False, soft_wrap=True)
+    if any(r.verdict == "incomparable" for r in results):
+        raise SystemExit(1)
+
+
+def _gradients(runs: tuple[Path, ...]) -> Verdict | None:
+    """What the ledgers of B and A say about each other, if both have one."""
+    from grit_impl.record import RunRecord
+
+    ledgers = [RunRecord(path).ledger for path in runs]
+    if len(ledgers) != 2 or not all(map(Path.is_file, ledgers)):
+        return None
+    from grit_impl.ledger.verdict import judge_pair
+
+    return judge_pair(ledgers[1], ledgers[0])
+
+
+def _from_runs(
+    runs: tuple[Path, ...],
+    reruns: tuple[Path, ...],
+    references: tuple[Path, ...],
+    until: int | None,
+    first_update: int,
+    anyway: bool,
+) -> Comparison:
+    from grit_impl.curves.compare import compare_logs
+    from grit_impl.curves.logs import read_log
+
+    a, b = (read_log(path, until=until) for path in runs)
+    if a.name == b.name:
+        a, b = (read_log(path, until=until, name=str(path)) for path in runs)
+    again, others = ([read_log(p, until=until) for p in paths] for paths in (reruns, references))
+    return compare_logs(a, b, again, others, first_update=first_update, anyway=anyway)
+
+
+def _from_arms(arms: tuple[str, ...], until: int | None, first_update: int, anyway: bool) -> list[Comparison]:
+    from grit_impl.curves.arms import compare_arms
+    from grit_impl.curves.logs import RunLog, read_log
+
+    found: dict[str, list[RunLog]] = {}
+    for arm in arms:
+        name, equals, value = arm.partition("=")
+        if not equals or not name or not value:
+            raise GRITError(f"--arm {arm!r}: expected NAME=DIR, e.g. --arm grit=runs/grit-seed1")
+        for pattern in value.split(","):
+            paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+            if not paths:
+                raise GRITError(f"--arm {name}: nothing matches {pattern}")
+            found.setdefault(name, []).extend(read_log(path, until=until) for path in paths)
+    return compare_arms(found, first_update=first_update, anyway=anyway)

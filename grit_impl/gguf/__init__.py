@@ -1,0 +1,1 @@
+"""GGUF files and Modelfiles as formats, and llama.cpp, which runs them."""

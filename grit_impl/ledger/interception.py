@@ -1,0 +1,173 @@
+"""Standing in front of the functions that every training loop passes through, and stepping aside again."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from grit_impl.ledger.timeline import CLIP, CLIP_VALUE, SCALER, ZERO_GRAD
+
+GRADIENT_EVENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_step_begin")
+LIBRARIES = ("transformers.", "trl.", "accelerate.")
+
+
+class Listener(Protocol):
+    """Who is told; `GradientLedger` is the one."""
+
+    @property
+    def active(self) -> bool: ...
+    @property
+    def stepped(self) -> bool: ...
+    def backward_begins(self) -> None: ...
+    def backward_ended(self) -> None: ...
+    def clips(self, maximum: float | None, value: float | None) -> None: ...
+    def unscales(self, inverse: Tensor) -> None: ...
+    def clears(self) -> None: ...
+    def passed(self, who: str) -> None: ...
+    def event_begins(self, event: str, who: str) -> None: ...
+    def event_ends(self, reads: int) -> None: ...
+    def scaler_stepped(self, stepped_before: bool) -> None: ...
+
+
+class Interception:
+    """Wraps the functions while a ledger is open; `remove` restores what it replaced."""
+
+    def __init__(self, ledger: Listener) -> None:
+        self._ledger = ledger
+        self._undo: list[tuple[Any, str, Any, Any]] = []
+        self._depth = self._zeroing = 0
+        self._wrap(torch.autograd, "backward", self._backward)
+        for space in (torch.nn.utils, torch.nn.utils.clip_grad):
+            self._wrap(space, "clip_grad_norm_", self._clip_norm)
+            self._wrap(space, "clip_grad_value_", self._clip_value)
+        self._wrap(torch.amp.GradScaler, "unscale_", self._unscale)
+        self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
+        self._wrap(torch.optim.Optimizer, "zero_grad", self._zero_grad)
+        self._wrap(nn.Module, "zero_grad", self._zero_grad)
+        if "transformers" in sys.modules:
+            from transformers.trainer_callback import CallbackHandler
+
+            self._wrap(CallbackHandler, "call_event", self._call_event)
+
+    def remove(self) -> None:
+        """Restore the originals, unless someone else has wrapped ours since."""
+        for owner, name, original, wrapper in reversed(self._undo):
+            if getattr(owner, name) is wrapper:
+                setattr(owner, name, original)
+        self._undo = []
+
+    def _wrap(self, owner: Any, name: str, inner: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            # A wrapper that someone kept beyond our context is a plain call.
+            return inner(original, *args, **kwargs) if self._undo else original(*args, **kwargs)
+
+        setattr(owner, name, wrapper)
+        self._undo.append((owner, name, original, wrapper))
+
+    def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Reentrant checkpointing runs backward passes inside a backward pass.
+        if self._depth == 0:
+            self._ledger.backward_begins()
+        self._depth += 1
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            self._depth -= 1
+        if self._depth == 0:
+            self._ledger.backward_ended()
+        return result
+
+    def _clip_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._ledger.active:
+            return original(*args, **kwargs)
+        maximum = float(kwargs.get("max_norm", args[1] if len(args) > 1 else float("inf")))
+        p = float(kwargs.get("norm_type", args[2] if len(args) > 2 else 2.0))
+        self._ledger.clips(maximum if p == 2.0 else None, None)
+        result = original(*args, **kwargs)
+        self._ledger.passed(CLIP)
+        return result
+
+    def _clip_value(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._ledger.active:
+            return original(*args, **kwargs)
+        self._ledger.clips(None, float(kwargs.get("clip_value", args[1] if len(args) > 1 else float("inf"))))
+        result = original(*args, **kwargs)
+        self._ledger.passed(CLIP_VALUE)
+        return result
+
+    def _unscale(self, original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> Any:
+        scale = getattr(scaler, "_scale", None)
+        if scale is None or not self._ledger.active:
+            return original(scaler, *args, **kwargs)
+        self._ledger.unscales(scale.reciprocal())
+        result = original(scaler, *args, **kwargs)
+        self._ledger.passed(SCALER)
+        return result
+
+    def _scaler_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self._ledger.stepped
+        result = original(*args, **kwargs)
+        self._ledger.scaler_stepped(before)
+        return result
+
+    def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._zeroing or not self._ledger.active:
+            return original(*args, **kwargs)
+        self._zeroing += 1
+        try:
+            self._ledger.clears()
+            result = original(*args, **kwargs)
+            self._ledger.passed(ZERO_GRAD)
+        finally:
+            self._zeroing -= 1
+        return result
+
+    def _call_event(self, original: Callable[..., Any], handler: Any, event: str, *args: Any, **kwargs: Any) -> Any:
+        names = foreign_listeners(handler, event) if event in GRADIENT_EVENTS and self._ledger.active else []
+        if not names:
+            return original(handler, event, *args, **kwargs)
+        self._ledger.event_begins(event, ", ".join(names))
+        with _GradientReads() as reads:
+            result = original(handler, event, *args, **kwargs)
+        self._ledger.event_ends(reads.missing)
+        return result
+
+
+def foreign_listeners(handler: Any, event: str) -> list[str]:
+    """Class names of callbacks, other than the libraries' own, that implement an event."""
+    from transformers import TrainerCallback
+
+    default = getattr(TrainerCallback, event, None)
+    return [
+        type(c).__name__
+        for c in handler.callbacks
+        if not type(c).__module__.startswith(LIBRARIES) and getattr(type(c), event, default) is not default
+    ]
+
+
+class _GradientReads:
+    """Counts reads of missing gradients: a modifier that comes after zero_grad finds nothing, and says nothing."""
+
+    missing = 0
+
+    def __enter__(self) -> _GradientReads:
+        plain: Any = Tensor.grad
+
+        def read(parameter: nn.Parameter) -> Tensor | None:
+            grad: Tensor | None = plain.__get__(parameter)
+            self.missing += grad is None and parameter.requires_grad
+            return grad
+
+        nn.Parameter.grad = property(read, plain.__set__, plain.__delete__)  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del nn.Parameter.grad

@@ -1,0 +1,229 @@
+"""The ledger's file: JSON objects, one per line, gzipped. `pandas.read_json(path, lines=True)` reads it.
+
+Rows of kind `run` (one, first), `step` (one per optimizer step), `tensor` (one per step and tensor), `factors`
+(the preconditioner's own report, at a few steps), `end` (one, last: the number of the run's last step). A key that
+does not apply is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from grit_impl.errors import GRITError
+from grit_impl.ledger.timeline import short
+
+# One encoder for all rows: json.dumps would make one for each. Level 4 takes 60% of the time of 6 for 10% more bytes.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+LEVEL = 4
+# 2: steps are numbered like the run's, also after it was resumed.
+SCHEMA = 2
+
+
+class RowWriter:
+    """Keeps rows in memory, or streams them to a temporary file that replaces `path` when it is closed.
+
+    What was flushed is also called `path`.partial and outlives the process: a run that is killed and resumed keeps what
+    its ledger saw. Several processes with one path do not disturb each other; the last one to close wins.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self._rows: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        self._temporary: Path | None = None
+
+    def open(self, resume_from: int = 0) -> bool:
+        """Start; a second call starts over.
+
+        Args:
+            resume_from: Rows of an interrupted run up to this step are kept; 0: none.
+
+        Returns:
+            Whether there were any (a header among them).
+        """
+        self._rows, kept = [], []
+        if self.path is None:
+            return False
+        with self._errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_from:
+                kept = [row for row in salvage(self.path) if row["kind"] != "end" and row.get("step", 0) <= resume_from]
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.{os.getpid()}.")
+            os.close(handle)
+            self._temporary = Path(name)
+            self._file = gzip.open(name, "wt", compresslevel=LEVEL)  # noqa: SIM115 (open for the length of the run)
+        self.write(kept)
+        if kept:
+            self.flush()
+        return bool(kept)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows."""
+        if self._file is None:
+            self._rows += rows
+            return
+        with self._errors():
+            self._file.write("".join([_encode(row) + "\n" for row in rows]))
+
+    def flush(self) -> None:
+        """What was written so far can be salvaged, whatever happens to this process."""
+        if self._file is None or self.path is None or self._temporary is None:
+            return
+        with self._errors():
+            self._file.flush()
+            if not _same(self._temporary, partial(self.path)):
+                # Only now does an earlier process's file go: until here it was the only copy.
+                _forget(self.path)
+                link = self._temporary.with_name(f"{self._temporary.name}.link")
+                os.link(self._temporary, link)
+                link.replace(partial(self.path))
+
+    def close(self) -> None:
+        """Put the file in place."""
+        if self._file is None or self.path is None or self._temporary is None:
+            return
+        try:
+            with self._errors():
+                self._file.close()
+                self._temporary.chmod(0o644)
+                self._temporary.replace(self.path)
+                if _same(self.path, partial(self.path)):
+                    partial(self.path).unlink()
+        except GRITError:
+            self.discard()
+            raise
+        self._file = self._temporary = None
+
+    def discard(self) -> None:
+        """Leave nothing behind but what was flushed for a run that may be resumed."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk says so once more
+                self._file.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+        self._file = self._temporary = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was written."""
+        return self._rows if self.path is None else read_rows(self.path)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def partial(path: Path) -> Path:
+    """Where the rows of a ledger are that was flushed and not closed."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _forget(path: Path) -> None:
+    """Remove the temporary file of a process that is gone and left a partial one: the same file by another name."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if _same(left, partial(path)) and not _alive(int(left.name.removeprefix(f".{path.name}.").split(".")[0])):
+            left.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def salvage(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows that an interrupted process left, as far as they are whole; none where it left nothing.
+
+    A process that ends after its ledger was closed, and before its run was complete, leaves the whole ledger.
+    """
+    left = partial(path) if partial(path).exists() else path
+    try:
+        with gzip.open(left, "rt") as handle:
+            for line in handle:
+                if not line.endswith("\n"):
+                    return
+                yield json.loads(line)
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, zlib.error):
+        return
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a ledger's file.
+
+    Raises:
+        GRITError: it is missing, cannot be read, or is not a ledger; names the file and the line.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        with gzip.open(path, "rt") as handle:
+            for line in handle:
+                row = json.loads(line)
+                row["kind"]
+                rows.append(row)
+    except FileNotFoundError:
+        raise GRITError(f"no gradient ledger at {path}") from None
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise GRITError(f"corrupt gradient ledger: {path}, line {len(rows) + 1}: {error}") from error
+    if not rows or rows[0]["kind"] != "run":
+        raise GRITError(f"corrupt gradient ledger: {path} does not begin with a row of kind 'run'")
+    return rows
+
+
+def run_row(names: Sequence[str], parameters: Sequence[Any], sample: Container[int], every: int) -> dict[str, Any]:
+    """The row of kind `run`: which tensors there are, and what is looked at.
+
+    Args:
+        names: Of the parameters.
+        parameters: In the same order.
+        sample: Indices of those that are followed in full.
+        every: Steps between two that are seen.
+    """
+    tensors = [
+        {"name": n, "shape": list(p.shape), "trainable": p.requires_grad, "sampled": i in sample}
+        for i, (n, p) in enumerate(zip(names, parameters, strict=True))
+    ]
+    return {"kind": "run", "schema": SCHEMA, "every": every, "tensors": tensors}
+
+
+def factor_row(model: Any, manager: Any | None, step: int) -> dict[str, Any] | None:
+    """The row of kind `factors`: what the preconditioner says of itself.
+
+    Args:
+        model: Where GRIT leaves its manager, on the model or on what that wraps.
+        manager: If not None, that one instead.
+        step: The last optimizer step.
+
+    Returns:
+        The row, or None where there is no preconditioner.
+    """
+    if manager is None:
+        owners = (model, getattr(model, "base_model", None), getattr(model, "model", None))
+        manager = next((m for o in owners if (m := getattr(o, "_grit_manager", None)) is not None), None)
+    if manager is None:
+        return None
+    report = manager.factor_report()
+    keys = ["name", "status", "samples", "trace_a", "trace_g", "condition_a", "condition_g"]
+    keys += ["identity_distance_a", "identity_distance_g"]
+    layers = [
+        {k: short(v) if isinstance(v, float) else v for k in keys if (v := row.get(k)) is not None}
+        for row in report.get("layers", [])
+    ]
+    return {"kind": "factors", "step": step, "statuses": report.get("statuses", {}), "layers": layers}

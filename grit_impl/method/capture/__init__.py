@@ -1,0 +1,1 @@
+"""Rank-space statistics, taken wherever a LoRA layer is computed: modules, compiled layers, fused functions."""

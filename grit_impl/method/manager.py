@@ -1,0 +1,352 @@
+"""GRITManager: factors -> inverses -> preconditioning -> reprojection -> rank adaptation, for one model.
+
+Derivation. With dA = sum_t g_t x_t' and dB = sum_t dy_t s a_t', the Fisher block of A is, in K-FAC's approximation,
+E[x x'] (x) S_g and that of B is S_a (x) E[dy dy']. Preconditioning with the r x r side of each gives the natural
+gradient in rank space: dA <- (S_g + d I)^-1 dA and dB <- dB (S_a + d I)^-1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from grit_impl.config import GRITConfig
+from grit_impl.errors import GRITError
+from grit_impl.method.capture.completeness import completeness_errors
+from grit_impl.method.capture.fused import FusedAdapters, FusedTap, fused_functions
+from grit_impl.method.capture.modules import LossTap, ModuleTap
+from grit_impl.method.capture.rank_statistics import RankStatistics
+from grit_impl.method.factors import READY, STATUS, KroneckerFactors, world_size
+from grit_impl.method.layers import find_layers
+from grit_impl.method.reprojection import Reprojection
+from grit_impl.method.rules import make_rule
+from grit_impl.method.spectra import SpectrumHistory, effective_rank, eigvalsh
+from grit_impl.method.stacks import GradientStacks
+
+
+class GRITManager:
+    """Everything GRIT keeps about a model.
+
+    Attach it, train, and call `precondition` once per optimizer step when the gradients are ready, then
+    `after_step` when the parameters have moved. `GRITOptimizer`, `GRITTrainer` and `GRITCallback` do this.
+
+    Args:
+        model: A PEFT model with LoRA adapters.
+        config: The hyperparameters.
+        capture: `auto` takes statistics wherever the layers are computed, and checks once that they are
+            complete. `modules` hooks the modules only and checks nothing: the mistake that fused kernels turn into
+            starvation, kept so that it can be reproduced.
+
+    Attributes:
+        layers: The layers, in order; every stacked tensor uses this order.
+        checks_completeness: Compare the statistics with the gradients once. Only where `precondition` runs before
+            the parameters move: the comparison needs the weights that the gradients belong to.
+        step: Optimizer steps preconditioned so far.
+        applied: (2, L) optimizer steps in which the gradient of A (0) or B (1) met a ready inverse.
+        completeness: (L,) relative errors of the check that every token of every layer was seen; None: not yet done.
+
+    Raises:
+        GRITError: the model has no LoRA layer, or one of a kind that GRIT does not support.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GRITConfig | None = None,
+        capture: Literal["auto", "modules"] = "auto",
+    ) -> None:
+        self.model, self.config, self.capture = model, config or GRITConfig(), capture
+        self.checks_completeness = capture == "auto"
+        self.layers = find_layers(model)
+        ranks = [layer.rank for layer in self.layers]
+        self.rank = max(ranks)
+        device = self.layers[0].a.device
+        # float32 whatever the model's precision, unless that is higher.
+        dtype = torch.promote_types(torch.float32, self.layers[0].a.dtype)
+        self.statistics = RankStatistics(len(ranks), self.rank, device, dtype)
+        self.factors = KroneckerFactors(ranks, self.config, device, dtype)
+        self._gradients = GradientStacks(self.layers)
+        self.reprojection = Reprojection(self.layers, self.config, self.factors)
+        self.rule = make_rule(self.config, self.layers, self.factors)
+        self.step = 0
+        # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
+        self.applied = torch.zeros(2, len(ranks), device=device)
+        self.completeness: Tensor | None = None
+        self._spectra = SpectrumHistory(self.config.log_top_eigs)
+        self._window_open = False
+        self._loss_tokens: float | None = None
+        self._taps: list[Any] = []
+        self._fused: FusedAdapters | None = None
+
+    @property
+    def loss_tokens(self) -> float | None:
+        """Tokens that the loss is averaged over, for training loops whose model returns no loss; None: found out."""
+        return self._loss_tokens
+
+    @loss_tokens.setter
+    def loss_tokens(self, value: float | None) -> None:
+        self._loss_tokens = value
+        for tap in self._taps:
+            if isinstance(tap, LossTap):
+                tap.loss_tokens = value
+
+    def attach(self) -> GRITManager:
+        """Put the hooks in place; a second call does nothing, and another manager of this model is detached."""
+        if not self._taps:
+            previous = getattr(self.model, "_grit_manager", None)
+            if isinstance(previous, GRITManager):
+                previous.detach()
+            loss = LossTap(self.model, self._before_forward)
+            loss.loss_tokens = self._loss_tokens
+            self._taps = [loss, *self._statistics_taps(loss)]
+            # A pointer that observers may read; nothing in training depends on it.
+            self.model._grit_manager = self  # type: ignore[assignment]
+        return self
+
+    def _statistics_taps(self, loss: LossTap) -> list[Any]:
+        """Hooks on the modules, and where Unsloth is loaded inside its fused functions: a call goes one way only."""
+        modules = ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
+        fused = fused_functions() if self.capture == "auto" else None
+        if fused is None:
+            return [modules]
+        if self._fused is None:
+            self._fused = FusedAdapters(self.layers)
+        self._fused.refresh()
+        return [modules, FusedTap(self._fused, self.statistics, loss, fused)]
+
+    def detach(self) -> None:
+        """Remove the hooks; factors and counts stay."""
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
+
+    def begin_window(self) -> None:
+        """A new accumulation window: forget statistics of gradients that nobody stepped on."""
+        self.statistics.reset()
+        self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
+        self.statistics.check_completeness = self.checks_completeness and self.completeness is None
+        self._window_open = True
+
+    def _before_forward(self) -> None:
+        """At each forward: gradients that are gone mean that a new window begins (a scaler may have skipped a step)."""
+        self.statistics.flush()
+        if self._fused is not None:
+            self._fused.refresh()  # adapters may have moved, and one to another's old place
+        if not self._window_open or self._no_gradients():
+            self.begin_window()
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Update the factors and replace the gradients of all layers, in place.
+
+        Call it once per optimizer step, after the last backward and before clipping. Waits for the device only in
+        the first steps, until `completeness` is known.
+
+        Raises:
+            GRITError: GRIT is detached, its adapter is not the active one, its update rule has no optimizer, or the
+                statistics do not add up to the gradients (a layer was bypassed).
+        """
+        self._check_active()
+        if not self._window_open:  # no forward was seen: the gradients of one that was not must not pass unchecked
+            self.begin_window()
+        if self.statistics.collecting:
+            if self.statistics.check_completeness:
+                errors = completeness_errors(self.statistics, self.layers)
+                # A fused function's first call is counted by products of our own: its noted ones are checked next time.
+                self.completeness = None if self._fused is not None and self._fused.tried else errors
+            if self._fused is not None:
+                self._fused.tried = False
+            self.factors.absorb(self.statistics)
+        self.statistics.reset()
+        self._window_open = False
+        self.step += 1
+        # One all-reduce per inversion; a regulariser reads the factors at every step.
+        if world_size() > 1 and (self._inversion_due() or self.config.lambda_kfac):
+            self.factors.merge()
+        if self._inversion_due():
+            self.factors.invert()
+            self.factors.inversions += 1
+            if self.config.log_fisher_spectrum:
+                self._spectra.note(self.step, self.factors.covariances())
+        self._regularise()
+        warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
+        if self.rule is not None:
+            self.rule.write(refresh=warm and self._inversion_due())
+            self._count_applied()
+        elif warm:
+            self._apply()
+
+    def _inversion_due(self) -> bool:
+        # A rule that keeps moments needs its basis before they fill: steps 1, 2, 4, 8, ... until the first regular one.
+        early = self.rule is not None and self.step & (self.step - 1) == 0 and self.step < self.config.kfac_update_freq
+        return early or self.step % self.config.kfac_update_freq == 0
+
+    def _check_active(self) -> None:
+        if not self._taps:
+            raise GRITError(
+                "GRIT is not attached to the model (another GRITManager may have taken over): call attach()"
+            )
+        for layer in self.layers:
+            if layer.adapter not in layer.module.active_adapters:
+                raise GRITError(
+                    f"GRIT was set up for adapter {layer.adapter!r}, which is no longer active in {layer.path}: switch "
+                    "back before the optimizer steps, or build a GRITManager for the adapter that is trained now"
+                )
+        if self.rule is not None:
+            self.rule.require_optimizer()
+
+    def _no_gradients(self) -> bool:
+        return all(layer.a.grad is None and layer.b.grad is None for layer in self.layers)
+
+    def require_gradients(self) -> None:
+        """Where an optimizer is about to step.
+
+        Raises:
+            GRITError: no LoRA layer has a gradient, so that GRIT would do nothing.
+        """
+        if self._no_gradients():
+            raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
+
+    def _sides(self) -> tuple[int, int]:
+        """Which factor (0: S_a, 1: S_g) preconditions A and which B."""
+        return (1, 0) if self.config.pairing == "fisher" else (0, 1)
+
+    def _apply(self) -> None:
+        side_a, side_b = self._sides()
+        inverse, keep_norm = self.factors.inverse, self.config.renormalise == "gradient_norm"
+        # Nothing there after zero_grad: a mistake that GRITCallback can be told to make.
+        if self._gradients.multiply(inverse[side_a], inverse[side_b], keep_norm=keep_norm):
+            self._count_applied()
+
+    def _count_applied(self) -> None:
+        ready = self.factors.status == READY
+        self.applied += torch.stack([ready[side] for side in self._sides()])
+
+    def _regularise(self) -> None:
+        """Add the gradient of lambda_kfac [tr(A' S_g A) + tr(B S_a B')] + lambda_reproj [|(I-P)A|^2 + |B(I-P)|^2]."""
+        config = self.config
+        if not (config.lambda_kfac or config.lambda_reproj):
+            return
+        warm = min(1.0, self.step / config.regularizer_warmup_steps) if config.regularizer_warmup_steps else 1.0
+        kfac, reproj = 2 * warm * config.lambda_kfac, 2 * warm * config.lambda_reproj
+        s, p = self.factors.covariances(), self.factors.projector
+        # Gradients of both terms are one r x r matrix times A (left) or B (right).
+        left = kfac * s[1] + reproj * (self.factors.eye - p[0])
+        right = kfac * s[0] + reproj * (self.factors.eye - p[1])
+        self._gradients.add(left, right)
+
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After the parameters have moved: reproject when due, and keep dropped directions dropped.
+
+        Args:
+            optimizer: The optimizer whose moments are projected with the parameters.
+        """
+        if self._spectra.full:
+            self._spectra.rows()
+        if self.reprojection.due(self.step) and self.factors.inversions:
+            self.reprojection.reproject(self.step, optimizer)
+            if self.rule is not None:
+                self.rule.project()
+        else:
+            self.reprojection.enforce()
+
+    def factor_report(self) -> dict[str, Any]:
+        """The state of every factor, for people and for the ledger; waits for the device.
+
+        Returns:
+            `step`, `inversions`, `coverage` (share of A and B gradients per step that a ready inverse changed),
+            `statuses` (counts), and `layers`: per layer name, samples (tokens), trace, condition number of the
+            damped factor, distance from c x identity (0: no preconditioning), effective rank, rank kept, status.
+        """
+        s = self.factors.covariances()
+        damped = s + self.factors.damping(s)[..., None, None] * self.factors.eye
+        # One copy to the host for all layers: each one waits for the device.
+        traces = s.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
+        effective = effective_rank(eigvalsh(s))
+        damped, inverse, status = damped.cpu().double(), self.factors.inverse.cpu().double(), self.factors.status.cpu()
+        counts = torch.stack([self.factors.seen, self.factors.dropped, *self.applied]).T.tolist()
+        rows = [
+            {
+                "name": f"{layer.path}:{layer.adapter}",
+                "samples": seen,
+                "rank": self.reprojection.ranks[i],
+                "dropped_steps": dropped,
+                "applied_a": applied_a,
+                "applied_b": applied_b,
+            }
+            for i, (layer, (seen, dropped, applied_a, applied_b)) in enumerate(zip(self.layers, counts, strict=True))
+        ]
+        for rank in {layer.rank for layer in self.layers}:
+            mine = [i for i, layer in enumerate(self.layers) if layer.rank == rank]
+            eye = torch.eye(rank, dtype=torch.float64)
+            for side, key in ((0, "a"), (1, "g")):
+                values = eigvalsh(damped[side, mine, :rank, :rank])
+                kept = inverse[side, mine, :rank, :rank]
+                mean = kept.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+                distances = torch.linalg.matrix_norm(kept / mean - eye) / eye.norm()
+                conditions = torch.where(values[:, 0] > 0, values[:, -1] / values[:, 0], torch.inf)
+                for i, condition, distance in zip(mine, conditions.tolist(), distances.tolist(), strict=True):
+                    rows[i][f"trace_{key}"] = float(traces[side, i])
+                    rows[i][f"condition_{key}"] = condition
+                    rows[i][f"identity_distance_{key}"] = distance
+                    rows[i][f"effective_rank_{key}"] = float(effective[side, i])
+                    rows[i][f"status_{key}"] = STATUS[int(status[side, i])]
+        for row in rows:
+            both = {row["status_a"], row["status_g"]}
+            row["status"] = "ready" if both == {"ready"} else next(x for x in STATUS[1:] if x in both)
+        total = max(1, self.step) * 2 * len(self.layers)
+        return {
+            "step": self.step,
+            "inversions": self.factors.inversions,
+            "reprojections": self.reprojection.count,
+            "coverage": float(self.applied.sum()) / total,
+            "completeness_error": float(self.completeness.max()) if self.completeness is not None else None,
+            "statuses": dict(Counter(row["status"] for row in rows)),
+            "layers": rows,
+        }
+
+    def spectrum_history(self) -> list[dict[str, Any]]:
+        """The factors' spectra, a row per inversion (`SpectrumHistory.rows`); waits for the device."""
+        return self._spectra.rows()
+
+    def state_dict(self) -> dict[str, Any]:
+        """GRIT's state for a checkpoint: tensors and plain values only."""
+        return {
+            "layers": [f"{layer.path}:{layer.adapter}" for layer in self.layers],
+            "step": self.step,
+            "applied": self.applied,
+            "factors": self.factors.state_dict(),
+            "reprojection": self.reprojection.state_dict(),
+            "completeness": self.completeness,
+            "spectra": self.spectrum_history(),
+            "update_rule": self.config.update_rule,
+            "rule": None if self.rule is None else self.rule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a checkpoint.
+
+        Raises:
+            GRITError: the checkpoint is of a model with other LoRA layers.
+        """
+        names = [f"{layer.path}:{layer.adapter}" for layer in self.layers]
+        if state["layers"] != names:
+            odd = min(set(state["layers"]) ^ set(names), default="their order")
+            raise GRITError(f"the GRIT checkpoint does not fit this model: they differ in {odd}")
+        written = state.get("update_rule", "precondition")
+        if written != self.config.update_rule:
+            raise GRITError(
+                f"the GRIT checkpoint was written with update_rule = {written!r}, this run has "
+                f"{self.config.update_rule!r}: resume with the same rule"
+            )
+        if self.rule is not None:
+            self.rule.load_state_dict(state["rule"])
+        self.step = state["step"]
+        self.applied = state["applied"].to(self.applied.device).clone()
+        self.factors.load_state_dict(state["factors"])
+        self.reprojection.load_state_dict(state["reprojection"])
+        self.completeness = state["completeness"]
+        self._spectra = SpectrumHistory(self.config.log_top_eigs, state["spectra"])

@@ -1,0 +1,66 @@
+"""Natural gradient with momentum, its length from a bound on the Kullback-Leibler divergence; no Adam.
+
+Derivation. To second order KL(p_theta || p_theta+D) = D' F D / 2 (Martens 2020, section 6). The step that lowers the
+linear model of the loss most within KL <= e^2 / 2 is D = -e v / sqrt(m' v), v = F^-1 m, m the gradient. With K-FAC's
+blocks, their long sides multiples of I (`metric`), v_A = (s_x (S_g + d))^-1 m_A and v_B = m_B (s_y (S_a + d))^-1: one
+length for the whole step, and no ratio of learning rates to tune. The learning rate is e, the radius: the predicted KL
+per token of a step is at most lr^2 / 2, and follows warm-up and decay. Where the unbounded step -v is shorter it is
+taken, D = -min(1, lr / sqrt(m' v)) v, as in K-FAC's trust region (Ba et al. 2017). m is the exponential average of the
+gradients (the group's first beta, bias-corrected), preconditioned after averaging, so that old gradients meet the
+present metric.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from grit_impl.errors import GRITError
+from grit_impl.method.rules.base import BETAS, A
+from grit_impl.method.rules.metric import MetricRule
+
+
+class TrustRegion(MetricRule):
+    """See the module. F is damped as the inverses are, so that the KL predicted is not below the undamped model's.
+
+    Memory, in float32: 4 bytes per trained parameter (the momentum; AdamW keeps 8) and the metric's 24 L.
+
+    Attributes:
+        decrement: 0-dim; m' F^-1 m of the last step, whose predicted KL is min(lr^2, decrement) / 2.
+    """
+
+    _STATE = (*MetricRule._METRIC_STATE, "exp_avg")
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self.exp_avg = [stack.zeros() for stack in self.stacks]
+        self.decrement = torch.zeros_like(self.scale[0, 0])
+        if any(stack.side is None for stack in self.stacks):
+            raise GRITError(
+                "update_rule = 'trust_region' knows a metric for LoRA factors only, and other parameters are trained "
+                "too: freeze them, or use update_rule = 'eigenbasis'"
+            )
+
+    def write(self, refresh: bool) -> None:
+        """The natural gradient of the averaged gradients, times the length that the bound allows."""
+        self.step += 1
+        scale, decrement = self._scales(refresh), torch.zeros_like(self.decrement)
+        for stack, m in zip(self.stacks, self.exp_avg, strict=True):
+            g = stack.gradients()
+            if g is None:
+                continue
+            beta = self.groups[stack.group].get("betas", BETAS)[0]
+            mean = m.lerp_(g, 1 - beta) / (1 - beta**self.step)
+            i, r, side = stack.layers, stack.rank, stack.side or A
+            natural = stack.turn(mean, self.factors.inverse[1 - side, i, :r, :r]) * scale[side, i, None, None]
+            decrement += (mean * natural).sum()
+            stack.write(natural)
+        radius = decrement.clamp_min(torch.finfo(decrement.dtype).tiny).rsqrt()
+        for stack in self.stacks:
+            rate = float(self.groups[stack.group]["lr"])
+            stack.scale((radius.clamp(max=1 / rate) if rate else radius).expand(stack.shape[0]))
+        self.decrement = decrement
+
+    def project(self) -> None:
+        """First moments into the projectors' spaces."""
+        for stack, m in zip(self.stacks, self.exp_avg, strict=True):
+            m.copy_(stack.turn(m, self.factors.projector[stack.side, stack.layers, : stack.rank, : stack.rank]))

@@ -1,0 +1,1 @@
+"""Which callback events and hooks fire with the installed versions, in which order."""

@@ -1,0 +1,277 @@
+"""Runs arms and measurements of cost, each in a process of its own, and finds again what is finished.
+
+An arm gets its own process because Unsloth patches transformers, peft and trl when it is imported, and because peak
+memory is a property of a process. This module is both sides: `run_arms` starts `python -m grit_impl.runs.execute`,
+which trains one arm under the gradient ledger; `run_cost` starts cost_run.py. The parent imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from grit_impl.cost.measure import LENGTHS, complete, read
+from grit_impl.errors import GRITError, RunFailed
+from grit_impl.imports import closure
+from grit_impl.machine import has_gpu, least_used, switches, versions, visible_gpus
+from grit_impl.processes import end_with_parent
+from grit_impl.recipes.arms import RunSpec, find_arm
+from grit_impl.recipes.bases import TINY
+from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
+
+Progress = Callable[[str, int, int], None]
+"""Called with a label, what is done and the total."""
+
+# What determines a result, by stage, with all that it imports: a change in a report must not train anything again.
+_TRAIN = ("grit_impl.recipes.train", "grit_impl.ledger.recorder", "grit_impl.probe.run")
+_STAGES = {
+    "train": _TRAIN,
+    "export": ("grit_impl.export.writer", "grit_impl.export.check", "grit_impl.gguf.modelfile"),
+    "evaluate": ("grit_impl.evaluate.session", "grit_impl.serve.server"),
+    "cost": (*_TRAIN, "grit_impl.cost.measure"),
+}
+_POLL_SECONDS = 0.5
+
+
+def source_fingerprint(stage: str = "train") -> str:
+    """Hash of the code that determines a stage's results: `train`, `export`, `evaluate` or `cost`."""
+    return fingerprint({name: sha256_file(path) for name, path in closure(*_STAGES[stage]).items()})
+
+
+def spec_fingerprint(spec: RunSpec) -> str:
+    """Hash of everything that determines a run: spec, base weights, data file, code, libraries, kind of device."""
+    base = TINY if spec.base_model == "tiny" else Path(spec.base_model)
+    weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    data = [Path(spec.dataset)] if Path(spec.dataset).is_file() else []
+    described = spec.to_dict()
+    del described["training"]["save_every"]  # how often a run is saved does not change what it learns
+    return fingerprint(
+        {
+            "spec": described,
+            "contents": [sha256_file(f) for f in (*weights, *data)],
+            "source": source_fingerprint(),
+            "versions": versions(),
+            "gpu": has_gpu(),
+            **(switches() if find_arm(spec.arm).unsloth else {}),
+        }
+    )
+
+
+def finished(path: Path, wanted: str | None) -> RunRecord | None:
+    """The complete record at `path`, if it is of the wanted fingerprint (None: of any)."""
+    record = RunRecord(path)
+    if not record.complete:
+        return None
+    if wanted is not None and (path / "COMPLETE").read_text().strip() != wanted:
+        return None
+    return record
+
+
+def run_arms(
+    specs: Iterable[RunSpec],
+    folder: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+    name: Callable[[RunSpec], str] = lambda spec: f"{spec.arm}-seed{spec.seed}",
+    ledger: bool = True,
+) -> dict[str, RunRecord | str]:
+    """Train the arms that have no finished record.
+
+    Args:
+        specs: What to train.
+        folder: Where run records are kept, each in a folder of its own.
+        jobs: Arms that train at the same time, spread over the GPUs there are.
+        progress: Told about optimizer steps.
+        name: The name of a run's folder.
+        ledger: Record what happens to the gradients.
+
+    Returns:
+        By arm, the complete record, or why there is none.
+
+    Raises:
+        GRITError: bad input, as the arm's process reported it.
+    """
+    results: dict[str, RunRecord | str] = {}
+    waiting: list[tuple[RunSpec, Path, str]] = []
+    for spec in specs:
+        path, wanted = folder / name(spec), spec_fingerprint(spec)
+        if (record := finished(path, wanted)) is not None:
+            results[spec.arm] = record
+        else:
+            waiting.append((spec, path, wanted))
+    running: dict[subprocess.Popen[bytes], tuple[RunSpec, Path, str | None]] = {}
+    gpus = visible_gpus() if waiting else []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                spec, path, wanted = waiting.pop(0)
+                gpu = least_used(gpus, (used for *_, used in running.values()))
+                running[_start(spec, path, wanted, ledger, gpu)] = (spec, path, gpu)
+            time.sleep(_POLL_SECONDS)
+            for process, (spec, path, _) in list(running.items()):
+                progress(f"training {spec.arm}", _steps_done(path), spec.training.steps)
+                if (status := process.poll()) is None:
+                    continue
+                del running[process]
+                if status == 2:
+                    raise GRITError(_last_line(path / "log.txt").removeprefix("error: "))
+                results[spec.arm] = finished(path, None) or _how_it_ended(status, path / "log.txt")
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    return results
+
+
+def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool, gpu: str | None) -> subprocess.Popen[bytes]:
+    """Start one arm. An unfinished run of the same fingerprint is continued, of another one removed.
+
+    A finished run of another fingerprint is moved aside: it may have taken hours.
+
+    Raises:
+        GRITError: the folder holds something that is no run record.
+    """
+    marker = path / "spec.json"
+    request = {"spec": spec.to_dict(), "fingerprint": wanted, "ledger": ledger}
+    if path.exists() and any(path.iterdir()):
+        if not (marker.is_file() or (path / "run.json").is_file()):
+            raise GRITError(f"{path} holds files but no run record: choose another folder")
+        if (path / "COMPLETE").exists():
+            before = (path / "COMPLETE").read_text().strip()[:8] or "unknown"
+            aside = path.with_name(f"{path.name}.{before}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        elif not marker.is_file() or json.loads(marker.read_text()).get("fingerprint") != wanted:
+            shutil.rmtree(path)
+    write_atomic(marker, json.dumps(request, indent=2))
+    threads = str(spec.training.threads)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+    }
+    command = [sys.executable, "-m", "grit_impl.runs.execute", str(path)]
+    with open(path / "log.txt", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _steps_done(path: Path) -> int:
+    try:
+        return (path / "steps.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _how_it_ended(status: int, log: Path) -> str:
+    return f"its process ended with status {status}: {_last_line(log)} (see {log})"
+
+
+def run_cost(
+    base: str, stack: str, target: Path, *, seconds: float, inputs: str, progress: Progress
+) -> dict[str, Any] | str:
+    """Measure the cost on one stack; lengths that an interrupted measurement finished are kept.
+
+    Args:
+        base: Folder of the base model.
+        stack: `unsloth` or `peft`.
+        target: The JSON file; what the process prints goes beside it.
+        seconds: For the rounds of each length.
+        inputs: Fingerprint of what the figures depend on: other figures are measured anew.
+        progress: Told about seconds of rounds.
+
+    Returns:
+        The content of the file, or why it is not whole.
+    """
+    log, total = target.with_suffix(".log"), round(len(LENGTHS) * seconds)
+    label = f"measuring the cost on {stack}, seconds"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "grit_impl.cost.measure", base, stack, str(target)]
+    command += ["--seconds", str(seconds), "--inputs", inputs]
+    with open(log, "wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        while (status := process.poll()) is None:
+            progress(label, min(_seconds_measured(read(target), process.pid, seconds, inputs), total - 1), total)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        process.terminate()
+        process.wait()
+    found = read(target)
+    if not complete(found, inputs):
+        return _how_it_ended(status, log)
+    progress(label, total, total)
+    return found
+
+
+def _seconds_measured(found: dict[str, Any], process: int, seconds: float, inputs: str) -> int:
+    if found.get("inputs") != inputs:  # of an earlier measurement, until the process replaces it
+        return 0
+    running = found.get("running") or {}
+    now = min(time.time() - running["since"], seconds) if running.get("process") == process else 0.0
+    return round(len(found["cells"]) * seconds + now)
+
+
+def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:
+    """Train one arm in this process, under the gradient ledger, and complete its record."""
+    arm, unsloth = find_arm(spec.arm), False
+    if arm.unsloth and spec.base_model != "tiny":
+        import torch
+
+        if unsloth := torch.cuda.is_available():
+            from grit_impl.recipes.unsloth import import_unsloth
+
+            import_unsloth()  # before transformers, peft and trl, which it patches
+    from grit_impl.ledger.recorder import gradient_ledger
+    from grit_impl.recipes.train import train
+
+    path.mkdir(parents=True, exist_ok=True)
+    if arm.grit == "callback":
+        from grit_impl.probe.run import require_probe
+
+        require_probe(path, spec.training, unsloth=unsloth)
+    target = RunRecord(path).ledger
+
+    def observer(model: Any, done: int) -> Any:
+        return gradient_ledger(model, path=target, resume_from=done)
+
+    record = train(spec, path, observer if ledger else None)
+    record.update(fingerprint=wanted)
+    record.finish()
+    return record
+
+
+def main() -> int:
+    """Entry of an arm's process: one argument, the record's folder with its `spec.json`."""
+    end_with_parent()
+    path = Path(sys.argv[1])
+    request = json.loads((path / "spec.json").read_text())
+    try:
+        run_here(path, RunSpec.from_dict(request["spec"]), request["fingerprint"], ledger=request["ledger"])
+    except RunFailed as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    except GRITError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

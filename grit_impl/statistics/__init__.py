@@ -1,0 +1,1 @@
+"""Small-sample statistics that claims, gates and sweeps share, and the decisions made from them."""

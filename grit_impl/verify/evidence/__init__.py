@@ -1,0 +1,1 @@
+"""Evidence for claims: made now, or as it lies in a reports folder."""

@@ -1,0 +1,1 @@
+"""What a verification found, kept: SQLite, JUnit XML, and what changed since."""

@@ -1,0 +1,181 @@
+"""Fingerprints, rank operators and optimizer shadows, each against a direct computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grit_impl.ledger.shadow import Shadows
+from grit_impl.ledger.sketches import Sketcher, hashes
+from grit_impl.ledger.structure import Grams, gram
+from grit_impl.ledger.timeline import turn
+
+
+def fingerprints(*tensors):
+    table = Sketcher(max(t.numel() for t in tensors if t is not None))(list(tensors))
+    return table, hashes(table)
+
+
+def test_norm_is_exact_and_none_is_nan():
+    """Oracle: torch.linalg.vector_norm."""
+    a, b = torch.randn(7, 30), torch.randn(50, 3)
+    table, _ = fingerprints(a, None, b)
+    torch.testing.assert_close(table[[0, 2], 1], torch.stack([a.double().norm(), b.double().norm()]))
+    assert table[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_hash_sees_one_bit(dtype):
+    """Oracle: bits. Equal tensors have equal hashes in any position; the smallest change of any one element is seen."""
+    x = torch.randn(5, 40, dtype=dtype)
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    for index in (0, 17, 199):
+        changed = x.clone()
+        changed.view(bits.dtype).view(-1)[index] ^= 1
+        _, h = fingerprints(x, changed, x.clone())
+        assert h[0] == h[2] != h[1]
+
+
+def test_hash_sees_order_and_sign():
+    """Oracle: norms cannot tell these apart."""
+    x = torch.randn(300)
+    _, h = fingerprints(x, -x, x.flip(0))
+    assert len(set(h.tolist())) == 3
+
+
+def test_chunks_and_size_do_not_matter():
+    """Oracle: the same tensors, sketched one by one with a larger sketcher."""
+    tensors = [torch.randn(4, 32) for _ in range(9)]
+    together = Sketcher(128, chunk=300)(tensors)
+    alone = torch.cat([Sketcher(70_000)([t]) for t in tensors])
+    torch.testing.assert_close(together[:, 1:], alone[:, 1:], rtol=1e-5, atol=1e-6)
+    assert torch.equal(hashes(together), hashes(alone))
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-2, 0.3, 1.5])
+def test_turn_estimates_the_cosine(angle):
+    """Oracle: the exact cosine; 1 - cos is known to about sqrt(2/16), so the mean of 200 pairs to a few percent."""
+    x, z = torch.randn(200, 512), torch.randn(200, 512)
+    z -= (z * x).sum(1, keepdim=True) / (x * x).sum(1, keepdim=True) * x
+    z *= x.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)
+    y = np.cos(angle) * x + np.sin(angle) * z
+    a, b = Sketcher(512)(list(x)), Sketcher(512)(list(y))
+    assert turn(a.numpy(), b.numpy()).mean() == pytest.approx(1 - np.cos(angle), rel=0.2)
+
+
+def test_scaling_is_no_turn():
+    """Oracle: cos = 1 up to rounding, in bfloat16 too."""
+    x = torch.randn(20, 512).bfloat16()
+    a, b = Sketcher(512)(list(x)), Sketcher(512)(list(x * 0.37))
+    assert turn(a.numpy(), b.numpy()).max() < 2e-5
+
+
+# Residuals come from inner products in float64: the square root of what cancels there.
+EXACT = 1e-7
+
+
+def grams(*gradients):
+    """Inner products of gradients given as arrays."""
+    return Grams(gram([torch.as_tensor(g) for g in gradients]).numpy())
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_rank_operator_is_recovered(side):
+    """Oracle: the matrix that made the gradient; a second, different change is not explained by it."""
+    rng = np.random.default_rng(0)
+    p, g = rng.normal(size=(4, 4)), rng.normal(size=(4, 30))
+    noisy, other = p @ g + 0.3 * rng.normal(size=g.shape), rng.normal(size=g.shape)
+    made = [g, p @ g, 3 * p @ p @ g, noisy, other]
+    found = grams(*(made if side == "A" else [np.ascontiguousarray(x.T) for x in made]))
+    operator = found.fit(0, 1)
+    np.testing.assert_allclose(operator.matrix, p, atol=1e-10)
+    assert operator.residual < EXACT
+    assert found.scaling_residual(1, 2, operator.matrix) < EXACT
+    assert found.scaling_residual(1, 3, operator.matrix) > 0.1
+    assert found.fit(0, 4).residual > 0.5
+    assert grams(4 * np.eye(4), 4 * np.eye(4)).fit(0, 1).identity_distance < 1e-12
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_inner_products_give_the_least_squares_solution(condition):
+    """Oracle: numpy's least squares on the gradients themselves, and residuals of the plain definition."""
+    rng = np.random.default_rng(1)
+    spread = np.diag(np.geomspace(1, 1 / condition, 16))
+    raw = spread @ rng.normal(size=(16, 700))
+    written = rng.normal(size=(16, 16)) @ raw + 0.1 * rng.normal(size=raw.shape)
+    matrix = np.linalg.lstsq(raw.T, written.T, rcond=None)[0].T
+    found = grams(raw, written)
+    operator = found.fit(0, 1)
+    np.testing.assert_allclose(operator.matrix, matrix, rtol=1e-6, atol=1e-6 * np.abs(matrix).max())
+    expected = np.linalg.norm(matrix @ raw - written) / np.linalg.norm(written)
+    assert operator.residual == pytest.approx(expected, rel=1e-6)
+    c = (raw * written).sum() / (raw**2).sum()
+    scaled = np.linalg.norm(written - c * raw) / np.linalg.norm(written)
+    assert found.scaling_residual(0, 1) == pytest.approx(scaled, rel=1e-6)
+
+
+def test_no_operator_where_the_gradient_does_not_determine_it():
+    """Oracle: zero, short of rank, not finite; nothing written."""
+    rng = np.random.default_rng(2)
+    g = rng.normal(size=(4, 30))
+    short, infinite = g.copy(), g.copy()
+    short[3] = short[2]
+    infinite[1, 1] = np.inf
+    found = grams(g, short, infinite, 0 * g)
+    assert found.fit(0, 1) is not None
+    for raw, written in ((1, 0), (2, 0), (0, 2), (3, 0), (0, 3)):
+        assert found.fit(raw, written) is None, (raw, written)
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, foreach=False),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shadows_against_real_optimizers(name):
+    """Oracle: two real optimizers, one given the written gradients and one the raw ones.
+
+    The replay must give the first one's update exactly. The raw shadow must give the second one's, whose parameters
+    are put on the first one's before each step.
+    """
+    torch.manual_seed(0)
+    p = [nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(4, 4))]
+    q = [nn.Parameter(x.detach().clone()) for x in p]
+    real, other = OPTIMIZERS[name](p), OPTIMIZERS[name](q)
+    shadows = Shadows(dict(enumerate(p)))
+    for _ in range(5):
+        raw = [torch.randn_like(x) for x in p]
+        for x, y, g in zip(p, q, raw, strict=True):
+            x.grad, y.grad = g.abs() * g, g.clone()
+            y.data.copy_(x.data)
+        start = [x.detach().clone() for x in p]
+        shadows.before(real)
+        real.step()
+        other.step()
+        found = shadows.after(real, dict(enumerate(raw)), None)
+        for row, x, y, s in zip(found, p, q, start, strict=True):
+            u, v = (x - s).flatten(), (y - s).flatten()
+            assert float(row[0]) == pytest.approx(float(u.norm()), rel=1e-4)
+            assert float(row[1]) == pytest.approx(float(v.norm()), rel=1e-4)
+            assert float(row[2]) == pytest.approx(float(torch.cosine_similarity(u, v, 0)), abs=1e-4)
+            assert float(row[3]) < 1e-6
+            assert float(row[4]) > 0.01
+    assert shadows.problem is None
+
+
+def test_an_optimizer_that_cannot_be_copied_is_reported():
+    """Oracle: LBFGS needs a closure; the observer must say so and stay silent."""
+    p = nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.LBFGS([p])
+    p.grad = torch.ones(3)
+    shadows = Shadows({0: p})
+    shadows.before(optimizer)
+    assert shadows.after(optimizer, {0: p.grad}, None) is None
+    assert "LBFGS" in shadows.problem
