@@ -2103,7 +2103,7 @@ def main() -> None:
         start, word = time.perf_counter(), "ok"
         try:
             case.run(contextlib.nullcontext)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             word = f"{type(error).__name__}: {error}"
         print(f"{case.kind:5} {case.name:45} {time.perf_counter() - start:6.2f} s  {word}")
 
