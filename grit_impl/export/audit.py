@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.export.architecture import gguf_name, permute, rope_factors, rope_settings, rotary_heads
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.findings import Finding
 from grit_impl.export.lora import Adapter
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
 from grit_impl.export.writer import EMBEDDING
+from grit_impl.gguf.architecture import gguf_name, permute, rope_factors, rope_settings, rotary_heads
 from grit_impl.gguf.encoding import FINGERPRINT_KEY
 from grit_impl.gguf.metadata import read_metadata
 
@@ -39,7 +39,7 @@ def audit_metadata(base: Checkpoint, gguf: Path) -> list[Finding]:
     metadata = read_metadata(gguf, arrays=True)
     vocabulary = read_vocabulary(base, base.shape(EMBEDDING)[0])
     rope = rope_settings(base.config)
-    theta = float(metadata.get("llama.rope.freq_base", 10000.0))
+    theta = float(metadata.get(f"{base.architecture.name}.rope.freq_base", 10000.0))
     if abs(theta - rope["theta"]) > 1e-3 * rope["theta"]:
         found.append(Finding("rope-parameters", f"rope.freq_base is {theta:g}, the base has {rope['theta']:g}"))
     ours = metadata.get(FINGERPRINT_KEY)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
+from grit_impl.gguf.architecture import architecture
 
 if TYPE_CHECKING:
     import torch
@@ -92,13 +93,13 @@ def safetensors_entries(path: Path) -> dict[str, TensorEntry]:
 
 
 class Checkpoint:
-    """A Hugging Face Llama folder: `config.json`, tokenizer files, and one or several safetensors files.
+    """A Hugging Face folder of a Llama or Qwen2: `config.json`, tokenizer files, one or several safetensors files.
 
     Args:
         folder: The folder.
 
     Raises:
-        GRITError: the folder is missing, or is no Llama, or holds no safetensors weights.
+        GRITError: the folder is missing, or is of another architecture, or holds no safetensors weights.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -106,11 +107,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise GRITError(f"base model {self.folder} is not a folder: give a folder saved by save_pretrained")
         self.config = read_json(self.folder / "config.json")
-        architecture = (self.config.get("architectures") or ["?"])[0]
-        if architecture != "LlamaForCausalLM":
-            raise GRITError(
-                f"cannot export {architecture} from {self.folder}: the exporter writes LlamaForCausalLM only"
-            )
+        self.architecture = architecture(self.config, self.folder)
         files = sorted(self.folder.glob("model*.safetensors"))
         if not files:
             raise GRITError(f"{self.folder} holds no model*.safetensors: save it with save_pretrained first")

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.export.checkpoint import Checkpoint, read_json
+from grit_impl.gguf.splits import split_name
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's names of the split expressions (llama-vocab.cpp). Digits are the only difference of the last two.
-SPLITS = {
-    _CONTRACTIONS + r"\p{N}{1,3}" + _TAIL: "llama-bpe",
-    _CONTRACTIONS + r"\p{N}" + _TAIL: "qwen2",
-}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
@@ -149,19 +143,11 @@ def _chat_template(base: Checkpoint, settings: dict[str, Any]) -> str | None:
 
 
 def _pre_tokenizer(data: dict[str, Any], path: str) -> str:
-    pre = data.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    kinds = [step.get("type") for step in steps]
-    regexes = [step["pattern"]["Regex"] for step in steps if step.get("type") == "Split" and "Regex" in step["pattern"]]
-    digits_apart = any(step.get("type") == "Digits" and step.get("individual_digits") for step in steps)
-    gpt2_split = any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps)
-    unknown = set(kinds) - {"Split", "ByteLevel", "Digits"}
-    if "ByteLevel" in kinds and not unknown and not (data.get("normalizer")):
-        if len(regexes) == 1 and not gpt2_split and regexes[0] in SPLITS:
-            # Digits cut apart first are what the one-digit split gives, too.
-            return SPLITS[_CONTRACTIONS + r"\p{N}" + _TAIL] if digits_apart else SPLITS[regexes[0]]
-        if not regexes and gpt2_split:
-            return "smollm" if digits_apart else "gpt-2"
-    raise GRITError(
-        f"pre-tokenizer: {path} splits text with {kinds}, for which llama.cpp has no name; use Llama 3's split"
-    )
+    found = split_name(data.get("pre_tokenizer"))
+    if found is None or data.get("normalizer"):
+        steps = (data.get("pre_tokenizer") or {}).get("pretokenizers", [data.get("pre_tokenizer") or {}])
+        raise GRITError(
+            f"pre-tokenizer: {path} splits text with {[step.get('type') for step in steps]}, for which llama.cpp has "
+            "no name; use Llama 3's split"
+        )
+    return found

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.export.architecture import gguf_name, permute, rope_factors, rotary_heads, write_architecture
 from grit_impl.export.checkpoint import Checkpoint, TensorReader
 from grit_impl.export.lora import Adapter
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
+from grit_impl.gguf.architecture import gguf_name, permute, rope_factors, rotary_heads, write_architecture
 from grit_impl.gguf.encoding import DTYPES, FILE_TYPES, FINGERPRINT_KEY, encode
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def export_merged(
 
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(None, "llama")
+    writer = GGUFWriter(None, model.architecture.name)
     writer.add_type("model")
     writer.add_name(model.folder.name)
     writer.add_file_type(FILE_TYPES[dtype])
@@ -160,7 +160,7 @@ def export_adapter(
 
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(None, "llama")
+    writer = GGUFWriter(None, model.architecture.name)
     writer.add_type("adapter")
     writer.add_name(lora.folder.name)
     writer.add_file_type(FILE_TYPES[dtype])

@@ -6,7 +6,9 @@ for Llama 3's 128,000 tokens; here only what is asked for is decoded.
 
 from __future__ import annotations
 
+import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,15 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 # A header that claims more than this is damaged: Llama 3 has 280,000 merges.
 _MOST = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: ggml's number of its type, its shape (rows, columns), and its first byte."""
+
+    kind: int
+    shape: tuple[int, ...]
+    start: int
 
 
 def read_metadata(path: Path, *, arrays: bool = False) -> dict[str, Any]:
@@ -28,6 +39,13 @@ def read_metadata(path: Path, *, arrays: bool = False) -> dict[str, Any]:
     Raises:
         GRITError: not a GGUF file, or a damaged one.
     """
+    metadata, entries = read_header(path, arrays=arrays)
+    count = sum(math.prod(entry.shape) for entry in entries.values())
+    return {**metadata, "n_parameters": count, "n_tensors": len(entries)}
+
+
+def read_header(path: Path, *, arrays: bool = False) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """The metadata of a GGUF file, and the table of its tensors. Arguments and errors as `read_metadata`."""
     try:
         with open(path, "rb") as handle:
             if handle.read(4) != b"GGUF":
@@ -36,19 +54,18 @@ def read_metadata(path: Path, *, arrays: bool = False) -> dict[str, Any]:
             if version not in (2, 3) or tensors > _MOST or pairs > _MOST:
                 raise GRITError(f"{path}: GGUF version {version} cannot be read, or the file is damaged")
             metadata = {_string(handle): _value(handle, arrays) for _ in range(pairs)}
-            count = 0
+            table = []
             for _ in range(tensors):
-                _string(handle)
+                name = _string(handle)
                 (n,) = struct.unpack("<I", handle.read(4))
                 shape = struct.unpack(f"<{n}Q", handle.read(8 * n))
-                handle.read(12)
-                size = 1
-                for length in shape:
-                    size *= length
-                count += size
-    except (OSError, struct.error, UnicodeDecodeError, MemoryError, OverflowError, KeyError) as error:
+                kind, offset = struct.unpack("<IQ", handle.read(12))
+                table.append((name, kind, shape[::-1], offset))
+            alignment = int(metadata.get("general.alignment", 32))
+            data = handle.tell() + -handle.tell() % alignment
+    except (OSError, struct.error, ValueError, MemoryError, OverflowError, KeyError, ZeroDivisionError) as error:
         raise GRITError(f"{path} is not a readable GGUF file ({error})") from error
-    return {**metadata, "n_parameters": count, "n_tensors": tensors}
+    return metadata, {name: TensorEntry(kind, shape, data + offset) for name, kind, shape, offset in table}
 
 
 def _string(handle: BinaryIO) -> str:

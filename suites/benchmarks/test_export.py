@@ -27,7 +27,7 @@ import pytest
 
 from grit_impl.cost.bench import in_turn, ratios, spread
 from grit_impl.export.checkpoint import Checkpoint
-from grit_impl.export.vocabulary import SPLITS
+from grit_impl.gguf.splits import SPLITS
 from grit_impl.recipes.bases import SHAPES
 
 LAYERS = int(os.environ.get("GRIT_EXPORT_LAYERS", "2"))

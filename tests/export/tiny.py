@@ -47,6 +47,20 @@ def make_tokenizer(folder: Path, vocab: int = 512, *, split: str = "llama3") -> 
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
+    elif split == "qwen2":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    elif split == "smollm":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,14 +96,19 @@ def make_base(
     seed: int = 0,
     vocab: int = 512,
     split: str = "llama3",
+    model: str = "Llama",
+    rope: dict[str, Any] | None = None,
     **config: Any,
 ) -> Path:
-    """A random Llama of about half a million parameters with grouped-query attention, in a Hugging Face folder."""
+    """A random Llama of about half a million parameters with grouped-query attention, in a Hugging Face folder.
+
+    With `model="Qwen2"` one with biases on queries, keys and values.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     tokenizer = make_tokenizer(folder, vocab, split=split)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 500000.0}
+    rope = rope or {"rope_type": "default", "rope_theta": 500000.0}
     if llama3_rope:
         rope = {
             "rope_type": "llama3",
@@ -117,16 +136,19 @@ def make_base(
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
-        # Norm weights of exactly 1 would hide a norm that is not exported.
-        for name, parameter in model.named_parameters():
+        configuration = getattr(transformers, f"{model}Config")(**{**settings, **config})
+        network = getattr(transformers, f"{model}ForCausalLM")(configuration)
+        # Norm weights of exactly 1, and biases of 0, would hide that they are not exported.
+        for name, parameter in network.named_parameters():
             if "norm" in name:
                 parameter.data.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.data.uniform_(-0.5, 0.5)
         # Random answers would be half characters, for which llama.cpp reports no probabilities: make them unlikely.
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
             if any(not 32 < ord(c) < 127 and c not in "ĠĊ" for c in token):
-                model.lm_head.weight.data[i] *= 0.3
-    model.save_pretrained(folder)
+                network.lm_head.weight.data[i] *= 0.3
+    network.save_pretrained(folder)
     return folder
 
 

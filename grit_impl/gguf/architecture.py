@@ -1,4 +1,4 @@
-"""How llama.cpp sees a Llama: names of tensors, order of rows in rotary layers, settings, frequency divisors.
+"""How llama.cpp sees a Llama or a Qwen2: names of tensors, order of rows in rotary layers, settings, divisors.
 
 Source: llama.cpp's `convert_hf_to_gguf.py`.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
@@ -16,10 +18,62 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """A model that can be written: its class in transformers, llama.cpp's name, and what the two do differently.
+
+    `permuted`: llama.cpp rotates neighbouring rows of queries and keys where transformers rotates the two halves.
+    `biases`: the projections that always have a bias; where the name is empty, the configuration says.
+    """
+
+    model: str
+    name: str
+    permuted: bool
+    biases: tuple[str, ...] = ()
+
+
+ARCHITECTURES = {
+    known.model: known
+    for known in (
+        Architecture("LlamaForCausalLM", "llama", permuted=True),
+        Architecture("Qwen2ForCausalLM", "qwen2", permuted=False, biases=("q_proj", "k_proj", "v_proj")),
+    )
+}
+_IN_LAYER = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+
+def architecture(config: dict[str, Any], where: Path | None = None) -> Architecture:
+    """The architecture that a model's configuration names. Raises `GRITError` if it cannot be written."""
+    named = (config.get("architectures") or ["?"])[0]
+    if named not in ARCHITECTURES:
+        place = f" from {where}" if where is not None else ""
+        raise GRITError(f"cannot export {named}{place}: the exporter writes {', '.join(ARCHITECTURES)} only")
+    return ARCHITECTURES[named]
+
+
+def parameter_names(layers: int) -> list[str]:
+    """All names that a parameter can have in transformers, biases and a head of its own included, layer after layer."""
+    inside = [f"model.layers.{i}.{part}.{kind}" for i in range(layers) for part in _IN_LAYER for kind in _kinds(part)]
+    return ["lm_head.weight", "model.embed_tokens.weight", *inside, "model.norm.weight"]
+
+
+def _kinds(part: str) -> tuple[str, ...]:
+    return ("weight",) if part.endswith("norm") else ("bias", "weight")
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """Numbers per attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def write_architecture(writer: GGUFWriter, config: dict[str, Any], rows: int) -> None:
     """The metadata that llama.cpp builds the model from; `rows` is the number of tokens with an embedding."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    heads, head_dim = int(config["num_attention_heads"]), head_size(config)
+    if config.get("use_sliding_window"):
+        raise GRITError("cannot export use_sliding_window=true: llama.cpp would attend to the whole text")
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
@@ -61,7 +115,7 @@ def rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
         return None
     import torch
 
-    dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    dim = head_size(config)
     frequencies = 1.0 / (rope["theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     context = float(rope["original_max_position_embeddings"])
@@ -84,8 +138,16 @@ def permute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
+def unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The way back from `permute`."""
+    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+
 def rotary_heads(name: str, config: dict[str, Any]) -> int | None:
-    """By how many heads a parameter's rows are to be permuted; None for all but queries and keys."""
+    """By how many heads a parameter's rows are to be permuted; None for all but a permuted model's queries and keys."""
+    if not architecture(config).permuted:
+        return None
     if ".q_proj" in name:
         return int(config["num_attention_heads"])
     if ".k_proj" in name:
@@ -94,15 +156,17 @@ def rotary_heads(name: str, config: dict[str, Any]) -> int | None:
 
 
 @functools.cache
-def _name_map(layers: int) -> Any:
-    from gguf import MODEL_ARCH, get_tensor_name_map
+def _name_map(name: str, layers: int) -> Any:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    return get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+    known = {text: arch for arch, text in MODEL_ARCH_NAMES.items()}
+    return get_tensor_name_map(known[name], layers)
 
 
 def gguf_name(name: str, config: dict[str, Any]) -> str:
-    """A Hugging Face parameter's name in a GGUF Llama. Raises `GRITError` if it has none."""
-    found = _name_map(int(config["num_hidden_layers"])).get_name(name, (".weight", ".bias"))
+    """A Hugging Face parameter's name in a GGUF file. Raises `GRITError` if it has none."""
+    ours = architecture(config)
+    found = _name_map(ours.name, int(config["num_hidden_layers"])).get_name(name, (".weight", ".bias"))
     if found is None:
-        raise GRITError(f"cannot export tensor {name}: it has no place in a GGUF Llama")
+        raise GRITError(f"cannot export tensor {name}: it has no place in a GGUF {ours.name}")
     return str(found)
