@@ -1,7 +1,12 @@
 """pytest plugin: claims as tests.
 
-    def test_pure_is_effective(judge):
-        judge("gradients.pure-effective")
+    @pytest.mark.parametrize("claim", family("gradients"))
+    def test_gradients(judge, claim):
+        judge(claim)
+
+Whatever these tests will ask for is trained and evaluated at once. A test that names its claims only in its body
+(`judge("gradients.pure-effective")`) gets what they need when it runs, or with the rest if it is marked with their ids:
+`@pytest.mark.claim("gradients.pure-effective")`.
 
 A gating claim that is refuted fails its test; one that is inconclusive or not exercised skips it with the reason, or
 fails it under `--strict-claims`. A hypothesis that is refuted is an expected failure. Bad input ends the session with
@@ -33,8 +38,6 @@ _judged = pytest.StashKey[list[dict[str, Any]]]()
 _error = pytest.StashKey[str]()
 _evidence = pytest.StashKey["Evidence"]()
 Judge = Callable[..., "Judgement"]
-TRAINER = {"verdict:trainer"}
-"""What only a test itself can bring."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,6 +76,7 @@ def _help(option: Field[Any]) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once; what cannot be read ends pytest here, before anything is collected."""
     config.addinivalue_line("markers", "verify: judges a claim on evidence; trains and evaluates what it needs")
+    config.addinivalue_line("markers", "claim(*ids): the claims that the test judges, where no parameter names them")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     # A conftest.py's `pytest_plugins` comes too late for command-line options; the configuration file's still count.
     given = {each.name: config.getoption(f"grit_{each.name}", default=None) for each in fields(Options)}
@@ -111,7 +115,7 @@ def grit_options(pytestconfig: pytest.Config) -> Options:
 def evidence(request: pytest.FixtureRequest, grit_options: Options) -> Evidence:
     """Evidence that trains, exports and evaluates what a claim needs. Override it to judge your own runs."""
     from grit_impl.runs.progress import ProgressLine
-    from grit_impl.verify.claims import catalogue
+    from grit_impl.verify.claims import TRAINER, catalogue
     from grit_impl.verify.evidence.live import LiveEvidence
 
     found = LiveEvidence(grit_options, progress=ProgressLine())
@@ -119,7 +123,7 @@ def evidence(request: pytest.FixtureRequest, grit_options: Options) -> Evidence:
     # Everything that the selected tests will ask for, at once: arms train side by side, models answer interleaved.
     named = {name for item in request.session.items for name in claims_named(item)}
     with _uncaptured(request.config):
-        found.gather({need for name in named for need in catalogue()[name].requires} - TRAINER)
+        found.gather({need for name in named for need in catalogue()[name].requires} - {TRAINER})
     return found
 
 
@@ -176,13 +180,12 @@ def gradient_ledger(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]
 
 
 def claims_named(item: pytest.Item) -> set[str]:
-    """The claims that a test names: as a literal in its body, or as a parameter."""
+    """The claims that a test is known to judge before it runs: its parameters, or the ids of its marker `claim`."""
     from grit_impl.verify.claims import catalogue
 
-    code = getattr(getattr(item, "function", None), "__code__", None)
-    constants = code.co_consts if code else ()
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-    return {value for value in (*constants, *parameters) if isinstance(value, str)} & catalogue().keys()
+    marked = (name for marker in item.iter_markers("claim") for name in marker.args)
+    return {value for value in (*parameters, *marked) if isinstance(value, str)} & catalogue().keys()
 
 
 def as_evidence(subject: Any, options: Options) -> Evidence:
@@ -247,7 +250,7 @@ class _Controller:
             known = {name: each[name] for name in ("id", "statement", "rationale", "gates")}
             claim = Claim(**known, requires=tuple(each["requires"]), decide=_decided_elsewhere)
             judgement = Judgement.from_dict(each["judgement"])
-            self.results.add(claim, judgement, report.nodeid)
+            self.results.add(claim, judgement, report.nodeid, live=each["live"])
             if each["live"] and judgement.verdict != "not exercised":
                 self.live |= set(claim.requires)
                 self.evaluation = self.evaluation or each["evaluation"]

@@ -35,24 +35,30 @@ class Results:
     Attributes:
         options: Of the session.
         started: ISO 8601, UTC.
-        judged: Claims in the order in which they were judged.
+        judged: What was judged, by claim and, where a test brought its own subject, by test.
         outcomes: How tests ended, by node id.
     """
 
     options: Options
     started: str = field(default_factory=now)
-    judged: list[JudgedClaim] = field(default_factory=list)
+    judged: dict[tuple[str, str], JudgedClaim] = field(default_factory=dict)
     outcomes: dict[str, TestOutcome] = field(default_factory=dict)
 
-    def add(self, claim: Claim, judgement: Judgement, node_id: str) -> None:
-        """Remember a judgement; a test that runs again (a rerun, a retry) replaces its own."""
-        self.judged = [each for each in self.judged if (each.claim.id, each.node_id) != (claim.id, node_id)]
-        self.judged.append(JudgedClaim(claim, judgement, node_id))
+    def add(self, claim: Claim, judgement: Judgement, node_id: str, *, live: bool = False) -> None:
+        """Remember a judgement; a test that runs again (a rerun, a retry) replaces its own.
+
+        On the session's own evidence (`live`) a claim is one, however many suites name it: the first test by name keeps
+        it, whoever ran first.
+        """
+        key = (claim.id, "" if live else node_id)
+        if key not in self.judged or node_id <= self.judged[key].node_id:
+            self.judged[key] = JudgedClaim(claim, judgement, node_id)
 
     def ordered(self) -> list[JudgedClaim]:
         """Judged claims in the catalogue's order, so that a report does not depend on who ran first."""
         place = {name: number for number, name in enumerate(catalogue())}
-        return sorted(self.judged, key=lambda each: (place.get(each.claim.id, len(place)), each.claim.id, each.node_id))
+        judged = self.judged.values()
+        return sorted(judged, key=lambda each: (place.get(each.claim.id, len(place)), each.claim.id, each.node_id))
 
     @property
     def report(self) -> Path:

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from grit_impl.verify.claims import family
+
 pytestmark = pytest.mark.verify
 
 
-def test_rerun_is_identical(judge):
-    judge("curves.rerun-identical")
-
-
-def test_losses_are_comparable(judge):
-    judge("curves.labels-comparable")
-
-
-def test_late_callback_changes_nothing(judge):
-    judge("curves.late-identical")
-
-
-@pytest.mark.parametrize("claim", ["curves.pure-beyond-noise", "curves.hybrid-beyond-noise"])
-def test_losses_differ_beyond_noise(judge, claim):
+@pytest.mark.parametrize("claim", family("curves"))
+def test_curves(judge, claim):
     judge(claim)
-
-
-def test_shape_proves_nothing(judge):
-    judge("curves.shape-proves-nothing")

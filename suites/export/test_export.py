@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from grit_impl.verify.claims import family
+
 pytestmark = pytest.mark.verify
 
 
-@pytest.mark.parametrize(
-    "claim",
-    ["export.base-generates", "export.baseline-generates", "export.hybrid-generates", "export.pure-generates"],
-)
-def test_export_generates(judge, claim):
+@pytest.mark.parametrize("claim", family("export"))
+def test_export(judge, claim):
     judge(claim)

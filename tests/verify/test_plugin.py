@@ -383,3 +383,47 @@ def test_collecting_the_claims_is_light(tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     assert HEAVY & set(seen["modules"]) == set()
     assert set(catalogue()) - set(seen["claims"]) == {"gradients.trainer-effective"}
+
+
+def test_claims_known_before_a_test_runs(project):
+    """Oracle: the parameter and the marker; what stands in a test's body is its own affair, and judged all the same."""
+    project.makeconftest(
+        CONFTEST
+        + """
+def pytest_collection_finish(session):
+    from grit_impl.verify.plugin import claims_named
+
+    print("KNOWN", [sorted(claims_named(item)) for item in session.items])
+"""
+    )
+    project.makepyfile(
+        test_it="""
+import pytest
+@pytest.mark.parametrize("claim", ["gradients.pure-effective"])
+def test_parameter(judge, claim): judge(claim)
+@pytest.mark.claim("gradients.pure-effective", "no.claim")
+def test_marker(judge): judge("gradients.pure-effective")
+def test_body(judge): judge("gradients.pure-effective")
+"""
+    )
+    result = project.run_grit("--strict-markers")
+    result.assert_outcomes(passed=3)
+    assert "KNOWN [['gradients.pure-effective'], ['gradients.pure-effective'], []]" in result.stdout.str()
+
+
+@pytest.mark.parametrize("distributed", [[], ["-p", "xdist", "-n", "2"]], ids=["one-process", "xdist"])
+def test_a_claim_that_two_suites_name_appears_once(project, distributed):
+    """Oracle: three tests pass, two of them on the same claim and evidence, one on a subject of its own."""
+    if distributed:
+        pytest.importorskip("xdist")
+    project.makepyfile(
+        test_a='def test_a(judge): judge("gradients.pure-effective")',
+        test_b="""
+def test_b(judge): judge("gradients.pure-effective")
+def test_own(judge, evidence): judge("gradients.pure-effective", evidence)
+""",
+        test_it="",
+    )
+    result = project.run_grit(*distributed)
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["2 claims: 2 supported"])

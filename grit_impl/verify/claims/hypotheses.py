@@ -8,26 +8,36 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.statistics.decision import Judgement, Metric, decide_at_least
-from grit_impl.verify.claims.base import Claim, Evidence
+from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.claims.measures import detectable, over_seeds, paired_difference, seed_metrics, unanswered
+from grit_impl.verify.claims.registry import claim
 
 if TYPE_CHECKING:
     from grit_impl.evaluate.seeds import SeedEffect
 
 EQUIVALENT = 5.0
 """Points of AQI accuracy within which two ways of applying GRIT count as the same."""
-SEEDS = "With one seed the interval covers test items, not training runs; with --seeds it covers training runs. "
+SEEDS = "With one seed the interval covers test items, not training runs; with --seeds it covers training runs."
+PURE_AND_LORA = ("evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure")
 ONE_SEED = "one seed: these models, not the method"
 
 
+@claim("hypotheses.pure-beats-lora", needs=PURE_AND_LORA, gates=False)
 def pure_beats_lora(evidence: Evidence) -> Judgement:
-    """AQI accuracy, pure minus baseline, above `--min-delta-over-baseline`."""
+    """Pure GRIT answers more AQI items correctly than plain LoRA.
+
+    {SEEDS} Published K-FAC and Riemannian LoRA results go both ways; this is reported, not assumed.
+    """
     bound = evidence.options.min_delta_over_baseline
     return _better(evidence, "aqi", bound, "AQI accuracy of pure GRIT over plain LoRA")
 
 
+@claim("hypotheses.pure-retains-more", needs=PURE_AND_LORA, gates=False)
 def pure_retains_more(evidence: Evidence) -> Judgement:
-    """Knowledge accuracy, pure minus baseline, above zero."""
+    """Pure GRIT keeps more general knowledge than plain LoRA.
+
+    {SEEDS} GRIT's reprojection is said to forget less.
+    """
     return _better(evidence, "knowledge", 0.0, "knowledge kept by pure GRIT over plain LoRA")
 
 
@@ -61,8 +71,16 @@ def _by_seeds(evidence: Evidence, found: SeedEffect, metrics: tuple[Metric, ...]
     return replace(judged, summary=found.statement, metrics=metrics, evidence=beside)
 
 
+@claim(
+    "hypotheses.hybrid-agrees-with-pure",
+    needs=["evaluation:hybrid", "evaluation:pure", "seeds:hybrid", "seeds:pure"],
+    gates=False,
+)
 def hybrid_agrees(evidence: Evidence) -> Judgement:
-    """Equivalence by interval inclusion: the whole interval within plus or minus `EQUIVALENT` points."""
+    """Hybrid and pure GRIT reach the same AQI accuracy within {EQUIVALENT:g} points.
+
+    {SEEDS} A missing significance is no sameness: the whole interval must lie within the margin.
+    """
     from grit_impl.evaluate.seeds import FEWEST
 
     if silent := unanswered(evidence, "aqi", "hybrid", "pure"):
@@ -97,8 +115,17 @@ def _differences(evidence: Evidence, found: SeedEffect) -> dict[str, Any]:
     return {"differences by seed": dict(zip(evidence.seeds, found.differences, strict=True))}
 
 
+@claim(
+    "hypotheses.pure-lower-loss",
+    needs=["record:baseline", "record:pure", "seeds:baseline", "seeds:pure"],
+    gates=False,
+)
 def pure_learns_faster(evidence: Evidence) -> Judgement:
-    """Mean paired loss difference over the last quarter of the run, baseline minus pure, above zero."""
+    """Pure GRIT ends at a lower training loss than plain LoRA on the same batches.
+
+    {SEEDS} Paired by step, so that a step's batch cancels.
+    """
+    # The mean paired difference over the last quarter of the run, baseline minus pure.
     from grit_impl.evaluate.seeds import effect
     from grit_impl.statistics.methods import effective_sample_size, t_interval
     from grit_impl.verify.claims.curves import losses
@@ -130,39 +157,3 @@ def pure_learns_faster(evidence: Evidence) -> Judgement:
     )
     judged = decide_at_least(metric, 0.0, what, strictly=True)
     return replace(judged, summary=f"{judged.summary}; {ONE_SEED}")
-
-
-CLAIMS = (
-    Claim(
-        "hypotheses.pure-beats-lora",
-        "Pure GRIT answers more AQI items correctly than plain LoRA.",
-        ("evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"),
-        SEEDS + "Published K-FAC and Riemannian LoRA results go both ways; this is reported, not assumed.",
-        pure_beats_lora,
-        gates=False,
-    ),
-    Claim(
-        "hypotheses.hybrid-agrees-with-pure",
-        f"Hybrid and pure GRIT reach the same AQI accuracy within {EQUIVALENT:g} points.",
-        ("evaluation:hybrid", "evaluation:pure", "seeds:hybrid", "seeds:pure"),
-        SEEDS + "A missing significance is no sameness: the whole interval must lie within the margin.",
-        hybrid_agrees,
-        gates=False,
-    ),
-    Claim(
-        "hypotheses.pure-retains-more",
-        "Pure GRIT keeps more general knowledge than plain LoRA.",
-        ("evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"),
-        SEEDS + "GRIT's reprojection is said to forget less.",
-        pure_retains_more,
-        gates=False,
-    ),
-    Claim(
-        "hypotheses.pure-lower-loss",
-        "Pure GRIT ends at a lower training loss than plain LoRA on the same batches.",
-        ("record:baseline", "record:pure", "seeds:baseline", "seeds:pure"),
-        SEEDS + "Paired by step, so that a step's batch cancels.",
-        pure_learns_faster,
-        gates=False,
-    ),
-)
