@@ -24,16 +24,14 @@ from pathlib import Path
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
 
-from grit_impl.statistics.methods import wilson
+from grit_impl.statistics.intervals import wilson
 
 ROOT = Path(__file__).parents[1]
 IMPL, TESTS = Path("grit_impl"), Path("tests")
+STATISTICS = [TESTS / "statistics/test_statistics.py", TESTS / "statistics/test_statistics_exact.py"]
 # What decides, and the tests that are answerable for it.
 MODULES = {
-    IMPL / "statistics/methods.py": [
-        TESTS / "statistics/test_statistics.py",
-        TESTS / "statistics/test_statistics_exact.py",
-    ],
+    **dict.fromkeys((IMPL / f"statistics/{name}.py" for name in ("intervals", "paired", "series")), STATISTICS),
     IMPL / "statistics/decision.py": [TESTS / "verify/test_claims.py"],
     IMPL / "curves/noise.py": [TESTS / "curves/test_curves.py", TESTS / "curves/test_curves_exact.py"],
     IMPL / "ledger/verdict.py": [TESTS / "ledger/test_detectors.py"],

@@ -12,7 +12,8 @@ import numpy as np
 from grit_impl.curves.compare import CAVEAT, Comparison, compare_logs, outcome
 from grit_impl.curves.logs import RunLog
 from grit_impl.errors import GRITError
-from grit_impl.statistics import methods as statistics
+from grit_impl.statistics.intervals import iqm, probability_of_improvement, t_interval
+from grit_impl.statistics.paired import holm, minimum_detectable_effect, pairs_needed, sign_flip_test
 
 ALPHA = 0.05
 """Family-wise level of the better/worse verdict, after Holm over metrics and arms."""
@@ -132,14 +133,14 @@ def _compare(
         effect = abs(float(difference.mean())) / sd if sd > 0 else float("inf")
         metrics[metric] = {
             "by_seed": {label: float(d) for (label, *_), d in zip(rows, difference, strict=True)},
-            "difference": statistics.t_interval(difference),
-            "p_sign_flip": statistics.sign_flip_test(difference),
-            "iqm": {a: float(statistics.iqm(first)), b: float(statistics.iqm(second))},
-            "probability_of_improvement": statistics.probability_of_improvement(-second, -first),
-            "minimum_detectable_effect": statistics.minimum_detectable_effect(sd, difference.size)
+            "difference": t_interval(difference),
+            "p_sign_flip": sign_flip_test(difference),
+            "iqm": {a: float(iqm(first)), b: float(iqm(second))},
+            "probability_of_improvement": probability_of_improvement(-second, -first),
+            "minimum_detectable_effect": minimum_detectable_effect(sd, difference.size)
             if difference.size > 1
             else float("inf"),
-            "pairs_needed": statistics.pairs_needed(effect) if 0 < effect < np.inf else None,
+            "pairs_needed": pairs_needed(effect) if 0 < effect < np.inf else None,
         }
     result.numbers["metrics"] = metrics
     return result
@@ -150,7 +151,7 @@ def _decide(results: Sequence[Comparison]) -> None:
     tested = [(r, metric) for r in results for metric in r.numbers.get("metrics", {})]
     if not tested:
         return
-    adjusted = statistics.holm([r.numbers["metrics"][metric]["p_sign_flip"] for r, metric in tested])
+    adjusted = holm([r.numbers["metrics"][metric]["p_sign_flip"] for r, metric in tested])
     for (result, metric), p in zip(tested, adjusted, strict=True):
         result.numbers["metrics"][metric]["p_holm"] = p
     fewest = fewest_pairs(len(tested))

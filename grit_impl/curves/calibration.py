@@ -28,7 +28,7 @@ from grit_impl.curves.logs import RunLog
 from grit_impl.errors import GRITError
 from grit_impl.files import FIXTURES
 from grit_impl.record import write_atomic
-from grit_impl.statistics.methods import clopper_pearson
+from grit_impl.statistics.intervals import clopper_pearson
 
 Floats = NDArray[np.float64]
 RUNS, RESULT = FIXTURES / "curves_runs.npz", FIXTURES / "curves_calibration.json"

@@ -16,8 +16,8 @@ from grit_impl.curves.logs import FLOAT32_EPS, RunLog, from_record
 from grit_impl.curves.noise import Difference, LagCorrelation, NoiseFloor
 from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
-from grit_impl.statistics import methods as statistics
-from grit_impl.statistics.methods import Interval
+from grit_impl.statistics.intervals import Interval, t_critical, t_interval
+from grit_impl.statistics.series import effective_sample_size
 
 QUESTIONS = {
     "comparable": "Comparable?",
@@ -363,7 +363,7 @@ def _decorrelation(a: RunLog, b: RunLog, references: Sequence[RunLog], result: C
         "zero": zero,
         "peak_lag": found.peak,
         "shift_null": found.shift_null,
-        "effective_n": statistics.effective_sample_size(a.loss, b.loss),
+        "effective_n": effective_sample_size(a.loss, b.loss),
         "extrema_together": together,
         "extrema_by_chance": chance,
     }
@@ -397,9 +397,9 @@ def _better(a: RunLog, b: RunLog, result: Comparison) -> None:
 
 def series_mean(difference: np.typing.NDArray[np.float64], confidence: float = 0.95) -> Interval:
     """Mean of an autocorrelated series, its t interval on the effective sample size."""
-    size = max(statistics.effective_sample_size(difference), 2.0)
-    plain = statistics.t_interval(difference, confidence)
-    critical = statistics.t_critical(size - 1, confidence)
+    size = max(effective_sample_size(difference), 2.0)
+    plain = t_interval(difference, confidence)
+    critical = t_critical(size - 1, confidence)
     half = critical * float(difference.std(ddof=1)) / np.sqrt(size)
     method = f"t {confidence:.0%}, effective n {size:.0f}"
     return Interval(plain.estimate, plain.estimate - half, plain.estimate + half, plain.n, method)

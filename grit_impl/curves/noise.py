@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import signal, stats  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.statistics.methods import Interval, autocorrelation, prewhiten
+from grit_impl.statistics.intervals import Interval
+from grit_impl.statistics.series import autocorrelation, prewhiten
 
 Floats = NDArray[np.float64]
 Sameness = Literal["same", "different", "inconclusive"]

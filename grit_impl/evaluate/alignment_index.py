@@ -28,7 +28,8 @@ from scipy.spatial.distance import cdist  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.items import read_rows
-from grit_impl.statistics.methods import Interval, holm
+from grit_impl.statistics.intervals import Interval
+from grit_impl.statistics.paired import holm
 
 Floats = NDArray[np.float64]
 FEWEST = 5

@@ -17,7 +17,7 @@ from grit_impl.errors import GRITError
 from grit_impl.evaluate.metrics import GATE_ALPHA, Comparison, paired
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.statistics.decision import Judgement, Metric, decide_at_least
-from grit_impl.statistics.methods import Interval, clopper_pearson
+from grit_impl.statistics.intervals import Interval, clopper_pearson
 from grit_impl.statistics.power import detectable_difference
 
 SESSION_ALPHA = 1e-3

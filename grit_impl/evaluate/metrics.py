@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from grit_impl.statistics.methods import Interval, paired_difference_interval, wilson
+from grit_impl.statistics.intervals import Interval, wilson
+from grit_impl.statistics.paired import paired_difference_interval
 from grit_impl.statistics.power import detectable_difference
 
 GATE_ALPHA = 1e-4

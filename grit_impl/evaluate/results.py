@@ -31,7 +31,8 @@ from grit_impl.evaluate.metrics import (
 from grit_impl.evaluate.metrics import paired as paired
 from grit_impl.evaluate.scoring import AQI_METRICS
 from grit_impl.record import write_atomic
-from grit_impl.statistics.methods import Interval, holm, mcnemar_exact, t_interval, wilson
+from grit_impl.statistics.intervals import Interval, t_interval, wilson
+from grit_impl.statistics.paired import holm, mcnemar_exact
 
 Row = dict[str, Any]
 SCORE_FIELD = {"category": "category_right", "exact": "exact", "within5": "within5"}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.results import Evaluation, paired
-from grit_impl.statistics.methods import Interval, minimum_detectable_effect, sign_flip_test, t_interval
+from grit_impl.statistics.intervals import Interval, t_interval
+from grit_impl.statistics.paired import minimum_detectable_effect, sign_flip_test
 
 ALPHA = 0.05
 FEWEST = 6

@@ -16,14 +16,8 @@ from typing import Any
 from scipy import stats  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.statistics.methods import (
-    Interval,
-    holm,
-    minimum_detectable_effect,
-    pairs_needed,
-    sign_flip_test,
-    t_interval,
-)
+from grit_impl.statistics.intervals import Interval, t_interval
+from grit_impl.statistics.paired import holm, minimum_detectable_effect, pairs_needed, sign_flip_test
 from grit_impl.sweep.plan import BASE_ARM
 from grit_impl.sweep.store import choose_trial
 

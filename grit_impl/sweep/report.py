@@ -12,7 +12,7 @@ from typing import Any
 
 from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
-from grit_impl.statistics.methods import Interval, t_interval
+from grit_impl.statistics.intervals import Interval, t_interval
 from grit_impl.sweep.analysis import ALPHA, SMALLEST_EFFECT, Comparison, candidate, compare, family, tuned, verdicts
 from grit_impl.sweep.plan import BASE_ARM
 from grit_impl.sweep.store import Store

@@ -12,7 +12,7 @@ from scipy import stats
 from grit_impl.curves import noise as curves
 from grit_impl.curves.noise import NoiseFloor
 from grit_impl.errors import GRITError
-from grit_impl.statistics.methods import autocorrelation, prewhiten
+from grit_impl.statistics.series import autocorrelation, prewhiten
 
 N = 100
 STEPS = np.arange(11, 11 + N)

@@ -140,7 +140,7 @@ def curves_agree(evidence: Evidence) -> Judgement:
     A step's loss is mostly its batch. If this is supported, a high correlation must never be read as 'the gradients
     were not used'.
     """
-    from grit_impl.statistics.methods import correlation_interval
+    from grit_impl.statistics.series import correlation_interval
 
     if len(evidence.records["pure"].steps) < FEWEST_STEPS:
         return Judgement("inconclusive", f"fewer than {FEWEST_STEPS} steps", needed=FEWEST_STEPS)

@@ -127,7 +127,8 @@ def pure_learns_faster(evidence: Evidence) -> Judgement:
     """
     # The mean paired difference over the last quarter of the run, baseline minus pure.
     from grit_impl.evaluate.seeds import effect
-    from grit_impl.statistics.methods import effective_sample_size, t_interval
+    from grit_impl.statistics.intervals import t_interval
+    from grit_impl.statistics.series import effective_sample_size
     from grit_impl.verify.claims.curves import losses
 
     what = "training loss that pure GRIT saves over the last quarter"

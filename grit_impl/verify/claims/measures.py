@@ -76,7 +76,7 @@ def paired_difference(evidence: Evidence, first: str, second: str, suite: str = 
         GRITError: the two have no answered item in common.
     """
     ours, theirs = _common(evidence, first, second, suite)
-    from grit_impl.statistics.methods import paired_difference_interval
+    from grit_impl.statistics.paired import paired_difference_interval
 
     interval = paired_difference_interval(ours, theirs).scaled(100)
     return as_metric(f"{suite}_difference", interval, unit="points", subject=f"{first} - {second}")

@@ -73,7 +73,7 @@ def overhead(evidence: Evidence, arm: str) -> Judgement:
     # Of totals, not of medians: what happens at every tenth step (an inversion) is a cost, too. Blocks of steps are
     # paired, since both arms have the same batches. The interval is that of a ratio of means (Cochran, Sampling
     # Techniques, 1977, section 6.3), over blocks, because neighbouring steps share the state of the machine.
-    from grit_impl.statistics.methods import t_interval
+    from grit_impl.statistics.intervals import t_interval
 
     mine, base = (
         {row["step"]: row["seconds"] for row in evidence.records[name].steps if row.get("seconds")}

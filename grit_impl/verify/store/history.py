@@ -124,7 +124,7 @@ def compare_items(before: Answers, after: Answers) -> tuple[ItemChange, ...]:
             pairs[key] = [(after[key][item], before[key][item]) for item in common]
     if not pairs:
         return ()
-    from grit_impl.statistics.methods import holm, mcnemar_exact, paired_difference_interval
+    from grit_impl.statistics.paired import holm, mcnemar_exact, paired_difference_interval
 
     counts = {
         key: (sum(now and not then for now, then in rows), sum(then and not now for now, then in rows))
