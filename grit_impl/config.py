@@ -6,14 +6,41 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from grit_impl.errors import GRITError
 
+UPDATE_RULES: dict[str, Any] = {}
+"""Classes by name, once their modules are imported; `grit_impl.method.rules.base.rule` registers them."""
 
-def _option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+@cache
+def _declared_rules() -> frozenset[str]:
+    """Names read off the source, because importing a rule imports torch."""
+    sources = [path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "method" / "rules").glob("*.py")]
+    return frozenset(re.findall(r'^@rule\("(\w+)"\)', "\n".join(sources), re.MULTILINE))
+
+
+def update_rules() -> list[str]:
+    """Names of all update rules."""
+    return sorted({*_declared_rules(), *UPDATE_RULES})
+
+
+def _option(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Callable[[], list[str]] | None = None,
+    rule: str | None = None,
+) -> Any:
+    """An option: what it accepts, and the update rule that alone reads it."""
+    about = {"help": help, "low": low, "high": high, "choices": choices, "rule": rule}
+    return field(default=default, metadata=about)
 
 
 # Options of the released code that are not GRIT's: where a user finds them here.
@@ -45,10 +72,11 @@ class GRITConfig:
     value raises `GRITError` with the option, the value and the accepted range.
     """
 
-    update_rule: Literal["precondition", "eigenbasis", "trust_region"] = _option(
+    update_rule: str = _option(
         "precondition",
         "precondition: K-FAC's gradient, then the inner optimizer; eigenbasis: Adam in the factors' eigenbasis; "
         "trust_region: natural gradient whose KL is at most lr^2 / 2; both in the inner AdamW's place",
+        choices=update_rules,
     )
     kfac_update_freq: int = _option(
         10, "optimizer steps between two inversions of the factors, or refreshes of the basis", 1
@@ -61,7 +89,9 @@ class GRITConfig:
     grit_cov_update_freq: int = _option(1, "optimizer steps between two collections of statistics", 1)
     factor_decay: float = _option(0.95, "weight of the past in the exponential average, per optimizer step", 0.0, 1.0)
     pairing: Literal["fisher", "released"] = _option(
-        "fisher", "fisher: (S_g+d)^-1 dA, dB (S_a+d)^-1; released: the published code's swapped factors"
+        "fisher",
+        "fisher: (S_g+d)^-1 dA, dB (S_a+d)^-1; released: the published code's swapped factors",
+        rule="precondition",
     )
     renormalise: Literal["gradient_norm", "none"] = _option(
         "gradient_norm",
@@ -86,11 +116,13 @@ class GRITConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            _check(f.name, getattr(self, f.name), hints[f.name], f.metadata["low"], f.metadata["high"])
+            value, about = getattr(self, f.name), f.metadata
+            choices = about["choices"]() if about["choices"] else [c for c in get_args(hints[f.name]) if type(c) is str]
+            _check(f.name, value, hints[f.name], choices, about["low"], about["high"])
+            if about["rule"] not in (None, self.update_rule) and value != f.default:
+                raise GRITError(f"update_rule = {self.update_rule!r} and {f.name} = {value!r} exclude each other")
         if self.reprojection_k is not None and self.enable_rank_adaptation:
             raise GRITError("reprojection_k and enable_rank_adaptation both choose the rank: set one of them")
-        if self.update_rule != "precondition" and self.pairing == "released":
-            raise GRITError(f"update_rule = {self.update_rule!r} and pairing = 'released' exclude each other")
         if self.kfac_inversion_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.kfac_inversion_device):
             raise GRITError(f"kfac_inversion_device = {self.kfac_inversion_device!r}: choose cpu, cuda or cuda:N")
 
@@ -178,11 +210,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _check(name: str, value: Any, hint: Any, low: float | None, high: float | None) -> None:
-    """Refuse a value of the wrong type or outside [low, high]."""
+def _check(name: str, value: Any, hint: Any, choices: list[str], low: float | None, high: float | None) -> None:
+    """Refuse a value of the wrong type, none of the choices, or outside [low, high]."""
     if value is None and type(None) in get_args(hint):
         return
-    choices = [c for c in get_args(hint) if isinstance(c, str)]
     if choices:
         if value not in choices:
             raise GRITError(f"{name} = {value!r}: choose one of {', '.join(choices)}")

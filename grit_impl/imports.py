@@ -22,7 +22,10 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imported(module: str) -> frozenset[str]:
-    """Modules of the package that a module imports, anywhere in it: inside functions and for type checkers, too."""
+    """Modules of the package that a module imports, anywhere in it: inside functions and for type checkers, too.
+
+    One that goes through its `__path__` imports whatever stands in its folder.
+    """
     known, names = modules(), set()
     for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
@@ -31,6 +34,8 @@ def imported(module: str) -> frozenset[str]:
                 names.add(full if full in known else str(node.module))
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.Name) and node.id == "__path__":
+            names.update(name for name in known if name.rpartition(".")[0] == module)
     return frozenset(names - {module})
 
 

@@ -19,7 +19,7 @@ from grit_impl.errors import GRITError
 from grit_impl.method.manager import GRITManager
 from grit_impl.method.optimizer import GRITOptimizer
 from grit_impl.method.reprojection import save_adapter
-from grit_impl.method.rules.base import UpdateRule
+from grit_impl.method.rules.base import WholeStep
 
 STATE_FILE = "grit_state.pt"
 SHRUNK_FOLDER = ("grit", "adapter")
@@ -114,7 +114,7 @@ class GRITCallback(TrainerCallback):
         self.manager = GRITManager(kw["model"], self.config, self.capture).attach()
         if self.moment != "on_pre_optimizer_step":
             self.manager.checks_completeness = False
-        if self.manager.rule is not None:
+        if isinstance(self.manager.rule, WholeStep):
             self._bind(self.manager.rule, args, kw["optimizer"])
         if state.global_step:
             file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
@@ -127,7 +127,7 @@ class GRITCallback(TrainerCallback):
             self._given_clip = vars(args).setdefault("_grit_max_grad_norm", args.max_grad_norm)
             args.max_grad_norm = MEASURE_ONLY
 
-    def _bind(self, rule: UpdateRule, args: TrainingArguments, optimizer: Any) -> None:
+    def _bind(self, rule: WholeStep, args: TrainingArguments, optimizer: Any) -> None:
         """A callback cannot replace the loop's optimizer: the rule's direction needs one that takes it as it is."""
         optimizer, name = getattr(optimizer, "optimizer", optimizer), f"update_rule = {self.config.update_rule!r}"
         plain = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
@@ -148,12 +148,12 @@ class GRITCallback(TrainerCallback):
         """Precondition and clip."""
         if self.manager is not None and self.moment == "on_pre_optimizer_step":
             self.manager.require_gradients()
-            if self.manager.rule is None:
-                self.manager.precondition()
+            if self.manager.rule.whole_step:
                 self._clip(kw["model"])
+                self.manager.precondition()
             else:
-                self._clip(kw["model"])
                 self.manager.precondition()
+                self._clip(kw["model"])
 
     def _clip(self, model: torch.nn.Module) -> None:
         if self._given_clip:

@@ -122,7 +122,7 @@ class Bench:
         from grit_impl.method.optimizer import GRITOptimizer
 
         # A rule takes an optimizer's groups for its own; the plain steps keep theirs.
-        inner = self.inner if self.manager.rule is None else self.optimizer(self.parameters)
+        inner = self.optimizer(self.parameters) if self.manager.rule.whole_step else self.inner
         return GRITOptimizer(inner, self.manager, MAX_GRAD_NORM)
 
     def wait(self) -> None:

@@ -1,9 +1,4 @@
-"""GRITManager: factors -> inverses -> preconditioning -> reprojection -> rank adaptation, for one model.
-
-Derivation. With dA = sum_t g_t x_t' and dB = sum_t dy_t s a_t', the Fisher block of A is, in K-FAC's approximation,
-E[x x'] (x) S_g and that of B is S_a (x) E[dy dy']. Preconditioning with the r x r side of each gives the natural
-gradient in rank space: dA <- (S_g + d I)^-1 dA and dB <- dB (S_a + d I)^-1.
-"""
+"""GRITManager: factors -> inverses -> update rule -> reprojection -> rank adaptation, for one model."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ from grit_impl.method.layers import find_layers
 from grit_impl.method.reprojection import Reprojection
 from grit_impl.method.rules import make_rule
 from grit_impl.method.spectra import SpectrumHistory, effective_rank, eigvalsh
-from grit_impl.method.stacks import GradientStacks
+from grit_impl.method.stacks import A, layer_stacks
 
 
 class GRITManager:
@@ -68,7 +63,7 @@ class GRITManager:
         dtype = torch.promote_types(torch.float32, self.layers[0].a.dtype)
         self.statistics = RankStatistics(len(ranks), self.rank, device, dtype)
         self.factors = KroneckerFactors(ranks, self.config, device, dtype)
-        self._gradients = GradientStacks(self.layers)
+        self._stacks = layer_stacks(self.layers)
         self.reprojection = Reprojection(self.layers, self.config, self.factors)
         self.rule = make_rule(self.config, self.layers, self.factors)
         self.step = 0
@@ -173,15 +168,14 @@ class GRITManager:
                 self._spectra.note(self.step, self.factors.covariances())
         self._regularise()
         warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
-        if self.rule is not None:
-            self.rule.write(refresh=warm and self._inversion_due())
-            self._count_applied()
-        elif warm:
-            self._apply()
+        self.rule.update(warm=warm, refresh=warm and self._inversion_due())
+        if (warm or self.rule.whole_step) and not self._no_gradients():
+            ready = self.factors.status == READY
+            self.applied += torch.stack([ready[side] for side in self.rule.sides])
 
     def _inversion_due(self) -> bool:
         # A rule that keeps moments needs its basis before they fill: steps 1, 2, 4, 8, ... until the first regular one.
-        early = self.rule is not None and self.step & (self.step - 1) == 0 and self.step < self.config.kfac_update_freq
+        early = self.rule.whole_step and self.step & (self.step - 1) == 0 and self.step < self.config.kfac_update_freq
         return early or self.step % self.config.kfac_update_freq == 0
 
     def _check_active(self) -> None:
@@ -195,8 +189,7 @@ class GRITManager:
                     f"GRIT was set up for adapter {layer.adapter!r}, which is no longer active in {layer.path}: switch "
                     "back before the optimizer steps, or build a GRITManager for the adapter that is trained now"
                 )
-        if self.rule is not None:
-            self.rule.require_optimizer()
+        self.rule.check_ready()
 
     def _no_gradients(self) -> bool:
         return all(layer.a.grad is None and layer.b.grad is None for layer in self.layers)
@@ -210,21 +203,6 @@ class GRITManager:
         if self._no_gradients():
             raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
 
-    def _sides(self) -> tuple[int, int]:
-        """Which factor (0: S_a, 1: S_g) preconditions A and which B."""
-        return (1, 0) if self.config.pairing == "fisher" else (0, 1)
-
-    def _apply(self) -> None:
-        side_a, side_b = self._sides()
-        inverse, keep_norm = self.factors.inverse, self.config.renormalise == "gradient_norm"
-        # Nothing there after zero_grad: a mistake that GRITCallback can be told to make.
-        if self._gradients.multiply(inverse[side_a], inverse[side_b], keep_norm=keep_norm):
-            self._count_applied()
-
-    def _count_applied(self) -> None:
-        ready = self.factors.status == READY
-        self.applied += torch.stack([ready[side] for side in self._sides()])
-
     def _regularise(self) -> None:
         """Add the gradient of lambda_kfac [tr(A' S_g A) + tr(B S_a B')] + lambda_reproj [|(I-P)A|^2 + |B(I-P)|^2]."""
         config = self.config
@@ -233,10 +211,10 @@ class GRITManager:
         warm = min(1.0, self.step / config.regularizer_warmup_steps) if config.regularizer_warmup_steps else 1.0
         kfac, reproj = 2 * warm * config.lambda_kfac, 2 * warm * config.lambda_reproj
         s, p = self.factors.covariances(), self.factors.projector
-        # Gradients of both terms are one r x r matrix times A (left) or B (right).
-        left = kfac * s[1] + reproj * (self.factors.eye - p[0])
-        right = kfac * s[0] + reproj * (self.factors.eye - p[1])
-        self._gradients.add(left, right)
+        # Gradients of both terms are one r x r matrix times A (from the left) or B (from the right).
+        matrices = kfac * s.flip(0) + reproj * (self.factors.eye - p)
+        for stack in self._stacks:
+            stack.add(stack.multiply(stack.values(), stack.of(matrices[stack.side or A])))
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After the parameters have moved: reproject when due, and keep dropped directions dropped.
@@ -248,8 +226,7 @@ class GRITManager:
             self._spectra.rows()
         if self.reprojection.due(self.step) and self.factors.inversions:
             self.reprojection.reproject(self.step, optimizer)
-            if self.rule is not None:
-                self.rule.project()
+            self.rule.project()
         else:
             self.reprojection.enforce()
 
@@ -323,7 +300,7 @@ class GRITManager:
             "completeness": self.completeness,
             "spectra": self.spectrum_history(),
             "update_rule": self.config.update_rule,
-            "rule": None if self.rule is None else self.rule.state_dict(),
+            "rule": self.rule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -336,14 +313,12 @@ class GRITManager:
         if state["layers"] != names:
             odd = min(set(state["layers"]) ^ set(names), default="their order")
             raise GRITError(f"the GRIT checkpoint does not fit this model: they differ in {odd}")
-        written = state.get("update_rule", "precondition")
-        if written != self.config.update_rule:
+        if state["update_rule"] != self.config.update_rule:
             raise GRITError(
-                f"the GRIT checkpoint was written with update_rule = {written!r}, this run has "
+                f"the GRIT checkpoint was written with update_rule = {state['update_rule']!r}, this run has "
                 f"{self.config.update_rule!r}: resume with the same rule"
             )
-        if self.rule is not None:
-            self.rule.load_state_dict(state["rule"])
+        self.rule.load_state_dict(state["rule"])
         self.step = state["step"]
         self.applied = state["applied"].to(self.applied.device).clone()
         self.factors.load_state_dict(state["factors"])

@@ -32,8 +32,7 @@ class GRITOptimizer(Optimizer):
 
     def __init__(self, inner: Optimizer, manager: GRITManager, max_grad_norm: float | None = None) -> None:
         # Optimizer.__init__ would build groups of its own; __setstate__ only installs the hooks and the profiler.
-        if manager.rule is not None:
-            inner = manager.rule.take_place_of(inner)
+        inner = manager.rule.take_place_of(inner)
         super().__setstate__({"inner": inner, "manager": manager, "max_grad_norm": max_grad_norm or 0.0})
 
     @property
@@ -83,12 +82,12 @@ class GRITOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.manager.require_gradients()
-        if self.manager.rule is None:
-            self.manager.precondition()
-            self._clip()
-        else:  # a rule computes the whole step from gradients that are clipped, like AdamW
+        if self.manager.rule.whole_step:  # from gradients that are clipped, like AdamW
             self._clip()
             self.manager.precondition()
+        else:
+            self.manager.precondition()
+            self._clip()
         self.inner.step()
         self.manager.after_step(self.inner)
         return loss

@@ -1,9 +1,10 @@
-"""Gradients of all layers, those of one shape handled as one tensor: few kernels, however many layers there are."""
+"""Parameters of one kind and shape, handled as one tensor: few kernels, however many layers there are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,76 +12,117 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
 
-# Elements that are stacked at once: temporaries of 16 MiB in float32, of which there are three.
-CHUNK = 1 << 22
+A, B = 0, 1
+# Elements that are stacked at once where three temporaries are needed: 16 MiB each in float32.
+LAYER_ELEMENTS = 1 << 22
 
 
-class _Stack(NamedTuple):
-    side: int  # 0: A, 1: B
-    rank: int
-    layers: list[int]
-    indices: Tensor  # the same, on the device
+class Stack:
+    """Some parameters and their gradients; n of them.
+
+    Args:
+        side: A (0), B (1), or None for trained parameters that are no LoRA factors.
+        members: (index of the layer, look-up of the parameter) each; peft may re-create parameters.
+        group: Index of their parameter group.
+
+    Attributes:
+        layers: (n,) indices of the layers, on the device.
+    """
+
+    def __init__(self, side: int | None, members: Sequence[tuple[int, Callable[[], nn.Parameter]]], group: int) -> None:
+        self.side, self.group = side, group
+        self._members = [look_up for _, look_up in members]
+        first = self._members[0]()
+        self.shape = (len(members), *first.shape)
+        self.rank = 0 if side is None else first.shape[side]
+        self.layers = torch.tensor([i for i, _ in members], device=first.device)
+        self.dtype = torch.promote_types(torch.float32, first.dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters, in order."""
+        return [look_up() for look_up in self._members]
+
+    def zeros(self) -> Tensor:
+        """(n, *shape) in float32 or better."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.layers.device)
+
+    def values(self) -> Tensor:
+        """(n, *shape) copies of the parameters."""
+        return torch.stack([p.detach() for p in self.parameters()]).to(self.dtype)
+
+    def gradients(self) -> Tensor | None:
+        """(n, *shape) copies; a missing one counts as zero. None: all are missing."""
+        parameters = self.parameters()
+        if all(p.grad is None for p in parameters):
+            return None
+        return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]).to(self.dtype)
+
+    def write(self, directions: Tensor) -> None:
+        """Put the directions (n, *shape) where the gradients were; nothing where there is none."""
+        torch._foreach_copy_(*self._there(directions))
+
+    def add(self, values: Tensor) -> None:
+        """Add (n, *shape) values to the gradients."""
+        grads, there = self._there(values)
+        if grads:
+            torch._foreach_add_(grads, [x.to(g.dtype) for g, x in zip(grads, there, strict=True)])
+
+    def scale(self, factors: Tensor) -> None:
+        """Multiply the gradients by (n,) factors."""
+        grads, there = self._there(factors)
+        if grads:
+            torch._foreach_mul_(grads, [f.to(g.dtype) for g, f in zip(grads, there, strict=True)])
+
+    def _there(self, values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients that there are, and what belongs to each."""
+        pairs = [(p.grad, v) for p, v in zip(self.parameters(), values.unbind(), strict=True) if p.grad is not None]
+        return [g for g, _ in pairs], [v for _, v in pairs]
+
+    def of(self, matrices: Tensor) -> Tensor:
+        """(n, r, r): of (L, r_max, r_max) matrices, one per layer, those of these layers."""
+        return matrices[self.layers, : self.rank, : self.rank]
+
+    def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """matrix x for A, x matrix for B: (n, *shape) times (n, r, r) on the r-side."""
+        return matrix @ x if self.side == A else x @ matrix
+
+    def turn(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """matrix' x for A, x matrix for B: the r-side of (n, *shape) in the coordinates of the columns of (n, r, r)."""
+        return self.multiply(x, matrix.mT if self.side == A else matrix)
 
 
-class GradientStacks:
-    """Multiplies the gradients of A from the left and those of B from the right, each layer by its own r x r matrix.
+def make_stacks(layers: Sequence[LoRAFactorPair], groups: Sequence[dict[str, Any]], elements: int) -> list[Stack]:
+    """Stacks of all parameters in an optimizer's groups; what is no LoRA factor has a stack of its own.
 
     Args:
         layers: The manager's layers, in order.
+        groups: An optimizer's `param_groups`.
+        elements: How many a stack may have, unless one parameter alone has more.
     """
-
-    def __init__(self, layers: Sequence[LoRAFactorPair]) -> None:
-        self._layers = layers
-        groups: dict[tuple[int, torch.Size], list[int]] = {}
-        for i, layer in enumerate(layers):
-            groups.setdefault((0, layer.a.shape), []).append(i)
-            groups.setdefault((1, layer.b.shape), []).append(i)
-        self._stacks = []
-        for (side, shape), members in groups.items():
-            size = max(1, CHUNK // shape.numel())
-            for start in range(0, len(members), size):
-                part = members[start : start + size]
-                self._stacks.append(_Stack(side, shape[side], part, torch.tensor(part, device=layers[0].a.device)))
-
-    def multiply(self, left: Tensor, right: Tensor, *, keep_norm: bool) -> bool:
-        """dA <- left dA and dB <- dB right, in place.
-
-        Args:
-            left: (L, r, r) for A.
-            right: (L, r, r) for B.
-            keep_norm: Scale every result to the norm of what it was made of; a gradient of zero stays zero.
-
-        Returns:
-            Whether there was any gradient.
-        """
-        found = False
-        for stack, parameters in self._with_gradients():
-            found = True
-            # A missing gradient counts as zero, and nothing is written for it.
-            raw = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]).to(left.dtype)
-            new = _product(stack, left, right, raw)
-            if keep_norm:
-                size = torch.linalg.vector_norm(new, dim=(1, 2), keepdim=True)
-                new *= torch.where(size > 0, torch.linalg.vector_norm(raw, dim=(1, 2), keepdim=True) / size, 0.0)
-            pairs = [(p.grad, x) for p, x in zip(parameters, new.unbind(), strict=True) if p.grad is not None]
-            torch._foreach_copy_([g for g, _ in pairs], [x for _, x in pairs])
-        return found
-
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """dA <- dA + left A and dB <- dB + B right, in place; shapes as in `multiply`."""
-        for stack, parameters in self._with_gradients():
-            new = _product(stack, left, right, torch.stack([p.detach() for p in parameters]).to(left.dtype))
-            pairs = [(p.grad, x.to(p.grad.dtype)) for p, x in zip(parameters, new, strict=True) if p.grad is not None]
-            torch._foreach_add_([g for g, _ in pairs], [x for _, x in pairs])
-
-    def _with_gradients(self) -> Iterator[tuple[_Stack, list[nn.Parameter]]]:
-        for stack in self._stacks:
-            # Looked up each time: peft may re-create parameters.
-            parameters = [self._layers[i].b if stack.side else self._layers[i].a for i in stack.layers]
-            if any(p.grad is not None for p in parameters):
-                yield stack, parameters
+    places: dict[int, tuple[int, int]] = {}
+    for i, layer in enumerate(layers):
+        places[id(layer.a)], places[id(layer.b)] = (A, i), (B, i)
+    alike: dict[Any, list[tuple[int, Callable[[], nn.Parameter]]]] = defaultdict(list)
+    for g, group in enumerate(groups):
+        for p in group["params"]:
+            side, i = places.get(id(p), (None, -1))
+            key = (g, None, id(p)) if side is None else (g, side, p.shape, p.dtype)
+            alike[key].append((i, _look_up(layers, side, i, p)))
+    stacks = []
+    for (g, side, *_), members in alike.items():
+        most = max(1, elements // members[0][1]().numel())
+        stacks += [Stack(side, members[i : i + most], g) for i in range(0, len(members), most)]
+    return stacks
 
 
-def _product(stack: _Stack, left: Tensor, right: Tensor, values: Tensor) -> Tensor:
-    matrices = (right if stack.side else left)[stack.indices, : stack.rank, : stack.rank]
-    return values @ matrices if stack.side else matrices @ values
+def layer_stacks(layers: Sequence[LoRAFactorPair]) -> list[Stack]:
+    """Stacks of all A and B."""
+    return make_stacks(layers, [{"params": [p for layer in layers for p in (layer.a, layer.b)]}], LAYER_ELEMENTS)
+
+
+def _look_up(
+    layers: Sequence[LoRAFactorPair], side: int | None, i: int, parameter: nn.Parameter
+) -> Callable[[], nn.Parameter]:
+    if side is None:
+        return lambda: parameter
+    return (lambda: layers[i].a) if side == A else (lambda: layers[i].b)

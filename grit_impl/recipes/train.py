@@ -277,7 +277,9 @@ def build_trainer(
         return trainer, lambda: manager
     from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
-    if arm.grit == "callback" and config.update_rule != "precondition":
+    from grit_impl.method.rules import rule_class
+
+    if arm.grit == "callback" and rule_class(config.update_rule).whole_step:
         arguments["optim"] = "sgd"  # takes the rule's directions as they are
     sft = SFTConfig(
         max_length=spec.training.max_length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments

@@ -230,10 +230,11 @@ class Bench:
 class Shell:
     """A case in the place of a GRITManager."""
 
-    rule = None
-
     def __init__(self, moments: Moments) -> None:
-        self.moments = moments
+        from grit_impl.config import GRITConfig
+        from grit_impl.method.rules import make_rule
+
+        self.moments, self.rule = moments, make_rule(GRITConfig(), (), cast(Any, None))
 
     def precondition(self) -> None:
         """GRIT's moment: before clipping and the optimizer."""

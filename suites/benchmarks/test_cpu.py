@@ -275,7 +275,7 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
 
     from grit_impl.method.capture.rank_statistics import ForwardContext, RankStatistics
     from grit_impl.method.factors import KroneckerFactors
-    from grit_impl.method.stacks import GradientStacks
+    from grit_impl.method.rules import make_rule
 
     def with_gradient(*shape: int) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.randn(shape))
@@ -285,7 +285,7 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
     statistics = RankStatistics(layers, rank, torch.device("cpu"))
     factors = KroneckerFactors([rank] * layers, GRITConfig(), torch.device("cpu"))
     pairs: Any = [SimpleNamespace(a=with_gradient(rank, width), b=with_gradient(width, rank)) for _ in range(layers)]
-    stacks = GradientStacks(pairs)
+    rule = make_rule(GRITConfig(), pairs, factors)
     a, g = torch.randn(tokens, rank), torch.randn(tokens, rank)
 
     def run() -> float:
@@ -296,7 +296,7 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
         with torch.no_grad():
             factors.absorb(statistics)
             factors.invert()
-            stacks.multiply(factors.inverse[1], factors.inverse[0], keep_norm=True)
+            rule.update(warm=True, refresh=True)
         statistics.reset()
         return time.perf_counter() - began
 

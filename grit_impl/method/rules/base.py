@@ -1,84 +1,45 @@
-"""What update rules have in common: the stacks they work on, and the optimizer whose place they take."""
+"""What update rules have in common.
+
+`UpdateRule` changes the gradients and leaves the step to the inner optimizer. `WholeStep` computes the step itself: it
+writes a direction into `.grad`, and plain SGD in the inner optimizer's place moves the parameters by
+-lr (direction + weight_decay * parameter), which is AdamW's decoupled decay. Learning rates, schedules, parameter
+groups and GradScaler therefore work as before.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from grit_impl.config import GRITConfig
+from grit_impl.config import UPDATE_RULES, GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.method.factors import KroneckerFactors
+from grit_impl.method.stacks import Stack, make_stacks
 
 if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
 
-# Tensors of one shape are stacked up to this many elements: few kernels, and temporaries of 32 MiB at most.
-STACK_ELEMENTS = 2**23
-A, B = 0, 1
+# A whole step needs fewer temporaries than a product: stacks of 32 MiB in float32.
+STACK_ELEMENTS = 1 << 23
 BETAS = (0.9, 0.999)  # for groups without betas, i.e. plain SGD's
+Rule = TypeVar("Rule", bound="type[UpdateRule]")
 
 
-class Stack:
-    """Parameters of one kind and shape, handled as one tensor.
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Register a class as the update rule of this name."""
 
-    Args:
-        side: A (0), B (1), or None for trained parameters that are no LoRA factors.
-        members: (index of the layer, look-up of the parameter) each; peft may re-create parameters.
-        group: Index of their parameter group.
+    def register(made: Rule) -> Rule:
+        UPDATE_RULES[name] = made
+        return made
 
-    Attributes:
-        layers: (n,) indices of the layers, on the device.
-    """
-
-    def __init__(self, side: int | None, members: Sequence[tuple[int, Callable[[], nn.Parameter]]], group: int) -> None:
-        self.side, self.group = side, group
-        self._members = [look_up for _, look_up in members]
-        first = self._members[0]()
-        self.shape = (len(members), *first.shape)
-        self.rank = 0 if side is None else first.shape[side]
-        self.layers = torch.tensor([i for i, _ in members], device=first.device)
-        self.dtype = torch.promote_types(torch.float32, first.dtype)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters, in order."""
-        return [look_up() for look_up in self._members]
-
-    def zeros(self) -> Tensor:
-        """(n, *shape) in float32 or better."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.layers.device)
-
-    def gradients(self) -> Tensor | None:
-        """(n, *shape) copies; a missing one counts as zero. None: all are missing."""
-        grads = [p.grad for p in self.parameters()]
-        if all(g is None for g in grads):
-            return None
-        filled = [torch.zeros(self.shape[1:], device=self.layers.device) if g is None else g for g in grads]
-        return torch.stack([g.to(self.dtype) for g in filled])
-
-    def write(self, directions: Tensor) -> None:
-        """Put the directions where the gradients were."""
-        pairs = [(p.grad, d) for p, d in zip(self.parameters(), directions.unbind(), strict=True) if p.grad is not None]
-        torch._foreach_copy_([g for g, _ in pairs], [d for _, d in pairs])
-
-    def scale(self, factors: Tensor) -> None:
-        """Multiply what was written by (n,) factors."""
-        pairs = [(p.grad, f) for p, f in zip(self.parameters(), factors.unbind(), strict=True) if p.grad is not None]
-        if pairs:
-            torch._foreach_mul_([g for g, _ in pairs], [f.to(g.dtype) for g, f in pairs])
-
-    def turn(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """matrix' x for A, x matrix for B: the r-side of (n, *shape) in the coordinates of the columns of (n, r, r)."""
-        return matrix.mT @ x if self.side == A else x @ matrix
+    return register
 
 
-class UpdateRule(ABC):
-    """Computes the whole step from gradients and factors.
+class UpdateRule:
+    """Changes the gradients before the inner optimizer uses them; `update` is all that one must have.
 
     Args:
         config: The hyperparameters.
@@ -86,41 +47,70 @@ class UpdateRule(ABC):
         factors: Their Kronecker factors.
 
     Attributes:
-        stacks: What is trained, once the optimizer is known.
+        stacks: What the rule changes.
+        sides: Which factor (0: S_a, 1: S_g) the gradient of A meets, and which that of B.
+        whole_step: Computes the step itself, from gradients that are clipped; otherwise clipping follows.
     """
 
-    _STATE: tuple[str, ...] = ()
+    whole_step: ClassVar[bool] = False
 
     def __init__(self, config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> None:
         self.config, self.layers, self.factors = config, layers, factors
         self.stacks: list[Stack] = []
-        self._optimizer: Optimizer | None = None
-        self._restored: dict[str, Any] | None = None
+        self.sides = (1, 0)
 
-    @abstractmethod
-    def write(self, refresh: bool) -> None:
-        """Replace the gradients (clipped, regularised) by directions: the parameters move by -lr times them.
+    def update(self, *, warm: bool, refresh: bool) -> None:
+        """Replace the gradients (regularised; clipped for a whole step), once per optimizer step.
 
         Args:
-            refresh: The factors were just inverted: follow them.
+            warm: The factors were inverted and `ng_warmup_steps` are over.
+            refresh: They are warm and were inverted just now: follow them.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def project(self) -> None:
         """Keep what a reprojection dropped out of the moments."""
 
-    @abstractmethod
-    def _allocate(self) -> None:
-        """Make the state for `stacks`."""
+    def take_place_of(self, inner: Optimizer) -> Optimizer:
+        """The optimizer that steps where `inner` was meant to."""
+        return inner
+
+    def check_ready(self) -> None:
+        """Raise a GRITError where something is missing that `update` needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists of tensors and numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
 
     def memory_bytes(self) -> int:
         """Bytes of the rule's state, on the parameters' device; GRIT's factors not counted, 0 without an optimizer."""
         values = [v if isinstance(v, list) else [v] for v in self.state_dict().values()]
         return sum(t.numel() * t.element_size() for v in values for t in v if isinstance(t, Tensor))
 
+
+class WholeStep(UpdateRule):
+    """Computes the step: what `update` writes moves the parameters by -lr times it.
+
+    A rule with moments names its attributes in `_STATE` and makes them in `init`.
+    """
+
+    whole_step = True
+    _STATE: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> None:
+        super().__init__(config, layers, factors)
+        self._optimizer: Optimizer | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def init(self) -> None:
+        """Make the state for `stacks`."""
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, lists of tensors (stacks, in the optimizer's order) and numbers; empty without an optimizer."""
-        return {name: getattr(self, name) for name in self._STATE} if self.stacks else {}
+        return {name: getattr(self, name) for name in self._STATE} if self._optimizer else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; kept until the optimizer is known, where it is not yet.
@@ -128,7 +118,7 @@ class UpdateRule(ABC):
         Raises:
             GRITError: the optimizer's parameters are grouped differently.
         """
-        if not (self.stacks and state):
+        if not (self._optimizer and state):
             self._restored = state
             return
         self._restored = None
@@ -142,22 +132,18 @@ class UpdateRule(ABC):
             else:
                 setattr(self, name, saved.to(mine.device).clone() if isinstance(mine, Tensor) else saved)
 
-    def require_optimizer(self) -> Optimizer:
-        """The optimizer that takes the directions.
-
-        Raises:
-            GRITError: there is none.
-        """
+    def check_ready(self) -> None:
+        """Raise a GRITError without an optimizer that takes the directions."""
         if self._optimizer is None:
             raise GRITError(f"update_rule = {self.config.update_rule!r} has no optimizer yet: use GRITOptimizer")
-        return self._optimizer
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups."""
-        return self.require_optimizer().param_groups
+        assert self._optimizer is not None
+        return self._optimizer.param_groups
 
-    def take_place_of(self, inner: Optimizer) -> SGD:
+    def take_place_of(self, inner: Optimizer) -> Optimizer:
         """Plain SGD over the same parameter groups (the same objects, so that schedulers still reach them).
 
         Raises:
@@ -183,32 +169,16 @@ class UpdateRule(ABC):
         return sgd
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Learn which parameters are trained, in which groups, and make the state for them."""
-        self._optimizer = optimizer
-        sides: dict[int, tuple[int, int]] = {}
-        for i, layer in enumerate(self.layers):
-            sides[id(layer.a)], sides[id(layer.b)] = (A, i), (B, i)
-        members: dict[Any, list[tuple[int, Callable[[], nn.Parameter]]]] = defaultdict(list)
-        for g, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                side, i = sides.pop(id(p), (None, -1))
-                key = (g, side, p.shape, p.dtype) if side is not None else (g, None, id(p))
-                members[key].append((i, _look_up(self.layers, side, i, p)))
-        if sides:
+        """Learn which parameters are trained, in which groups, and make the state for them.
+
+        Raises:
+            GRITError: the optimizer misses some of the layers'.
+        """
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in trained for layer in self.layers for p in (layer.a, layer.b)):
             raise GRITError(f"update_rule = {self.config.update_rule!r}: the optimizer misses LoRA parameters")
-        self.stacks = []
-        for (g, side, *_), all_of_them in members.items():
-            count = max(1, STACK_ELEMENTS // all_of_them[0][1]().numel())
-            for start in range(0, len(all_of_them), count):
-                self.stacks.append(Stack(side, all_of_them[start : start + count], g))
-        self._allocate()
+        self._optimizer = optimizer
+        self.stacks = make_stacks(self.layers, optimizer.param_groups, STACK_ELEMENTS)
+        self.init()
         if self._restored is not None:
             self.load_state_dict(self._restored)
-
-
-def _look_up(
-    layers: Sequence[LoRAFactorPair], side: int | None, i: int, parameter: nn.Parameter
-) -> Callable[[], nn.Parameter]:
-    if side is None:
-        return lambda: parameter
-    return (lambda: layers[i].a) if side == A else (lambda: layers[i].b)

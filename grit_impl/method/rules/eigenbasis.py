@@ -22,10 +22,9 @@ permutations and signs are followed exactly, nothing has to be sorted or matched
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from grit_impl.method.factors import READY, TRACE_FLOOR
-from grit_impl.method.rules.base import BETAS, Stack, UpdateRule
+from grit_impl.method.rules.base import BETAS, WholeStep, rule
 from grit_impl.method.spectra import eigh
 
 EPS = 1e-8
@@ -33,7 +32,8 @@ EPS = 1e-8
 SOLVED_REFRESHES = 4
 
 
-class Eigenbasis(UpdateRule):
+@rule("eigenbasis")
+class Eigenbasis(WholeStep):
     """See the module; betas, eps and weight decay are AdamW's, from the parameter groups.
 
     Memory, in float32: 8 bytes per trained parameter (both moments, as AdamW) and 8 L r^2 (the bases).
@@ -46,7 +46,8 @@ class Eigenbasis(UpdateRule):
 
     _STATE = ("step", "refreshes", "basis", "exp_avg", "exp_avg_sq")
 
-    def _allocate(self) -> None:
+    def init(self) -> None:
+        """The identity as bases, and moments of zero."""
         eye = self.factors.eye
         self.basis = eye.expand(2, len(self.layers), *eye.shape).clone()
         ranks = torch.tensor([layer.rank for layer in self.layers], device=eye.device)
@@ -54,10 +55,6 @@ class Eigenbasis(UpdateRule):
         self.step = self.refreshes = 0
         self.exp_avg = [stack.zeros() for stack in self.stacks]
         self.exp_avg_sq = [stack.zeros() for stack in self.stacks]
-
-    def _of(self, stack: Stack, matrices: Tensor) -> Tensor:
-        """(n, r, r) of (2, L, r_max, r_max)."""
-        return matrices[stack.side, stack.layers, : stack.rank, : stack.rank]
 
     def refresh(self) -> None:
         """Renew all bases in one batched call; a factor that is not ready keeps its basis. Waits only at first."""
@@ -76,11 +73,11 @@ class Eigenbasis(UpdateRule):
         self.refreshes += 1
         for stack, m, v in zip(self.stacks, self.exp_avg, self.exp_avg_sq, strict=True):
             if stack.side is not None:
-                turn = self._of(stack, change)
+                turn = stack.of(change[stack.side])
                 m.copy_(stack.turn(m, turn))
                 v.copy_(stack.turn(v, turn.square()))
 
-    def write(self, refresh: bool) -> None:
+    def update(self, *, warm: bool, refresh: bool) -> None:
         """Adam's direction, computed in the eigenbasis."""
         self.step += 1
         if refresh:
@@ -91,7 +88,7 @@ class Eigenbasis(UpdateRule):
                 continue
             group = self.groups[stack.group]
             (beta1, beta2), eps = group.get("betas", BETAS), group.get("eps", EPS)
-            basis = None if stack.side is None else self._of(stack, self.basis)
+            basis = None if stack.side is None else stack.of(self.basis[stack.side])
             if basis is not None:
                 g = stack.turn(g, basis)
             m.lerp_(g, 1 - beta1)
@@ -105,4 +102,4 @@ class Eigenbasis(UpdateRule):
         projector = self.basis.mT @ self.factors.projector @ self.basis
         for stack, m in zip(self.stacks, self.exp_avg, strict=True):
             if stack.side is not None:
-                m.copy_(stack.turn(m, self._of(stack, projector)))
+                m.copy_(stack.turn(m, stack.of(projector[stack.side])))

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from grit_impl.method.factors import READY
-from grit_impl.method.rules.base import A, B, UpdateRule
+from grit_impl.method.rules.base import WholeStep
+from grit_impl.method.stacks import A, B
 
 
-class MetricRule(UpdateRule):
+class MetricRule(WholeStep):
     """A rule that knows the metric; 24 L bytes of state in float32.
 
     Attributes:
@@ -35,7 +36,8 @@ class MetricRule(UpdateRule):
 
     _METRIC_STATE = ("step", "weight", "sizes", "average", "scale")
 
-    def _allocate(self) -> None:
+    def init(self) -> None:
+        """Sizes and scales that are not known yet."""
         self.sizes, self.average, self.scale = torch.zeros_like(self.factors.inverse[..., :3, 0]).unbind(-1)
         self.step, self.weight = 0, 0.0
 
@@ -44,8 +46,7 @@ class MetricRule(UpdateRule):
         now = torch.zeros_like(self.sizes)
         for stack in self.stacks:
             if stack.side is not None:
-                values = torch.stack([p.detach() for p in stack.parameters()]).to(stack.dtype)
-                now[stack.side, stack.layers] = values.square().sum((1, 2))
+                now[stack.side, stack.layers] = stack.values().square().sum((1, 2))
         if (self.step - 1) % self.config.grit_cov_update_freq == 0:  # when the factors took in statistics
             self.sizes = self.config.factor_decay * self.sizes + now
             self.weight = self.config.factor_decay * self.weight + 1

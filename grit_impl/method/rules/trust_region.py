@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 
 from grit_impl.errors import GRITError
-from grit_impl.method.rules.base import BETAS, A
+from grit_impl.method.rules.base import BETAS, rule
 from grit_impl.method.rules.metric import MetricRule
+from grit_impl.method.stacks import A
 
 
+@rule("trust_region")
 class TrustRegion(MetricRule):
     """See the module. F is damped as the inverses are, so that the KL predicted is not below the undamped model's.
 
@@ -30,8 +32,9 @@ class TrustRegion(MetricRule):
 
     _STATE = (*MetricRule._METRIC_STATE, "exp_avg")
 
-    def _allocate(self) -> None:
-        super()._allocate()
+    def init(self) -> None:
+        """Moments of zero; a GRITError where something is trained that has no metric."""
+        super().init()
         self.exp_avg = [stack.zeros() for stack in self.stacks]
         self.decrement = torch.zeros_like(self.scale[0, 0])
         if any(stack.side is None for stack in self.stacks):
@@ -40,7 +43,7 @@ class TrustRegion(MetricRule):
                 "too: freeze them, or use update_rule = 'eigenbasis'"
             )
 
-    def write(self, refresh: bool) -> None:
+    def update(self, *, warm: bool, refresh: bool) -> None:
         """The natural gradient of the averaged gradients, times the length that the bound allows."""
         self.step += 1
         scale, decrement = self._scales(refresh), torch.zeros_like(self.decrement)
@@ -50,8 +53,8 @@ class TrustRegion(MetricRule):
                 continue
             beta = self.groups[stack.group].get("betas", BETAS)[0]
             mean = m.lerp_(g, 1 - beta) / (1 - beta**self.step)
-            i, r, side = stack.layers, stack.rank, stack.side or A
-            natural = stack.turn(mean, self.factors.inverse[1 - side, i, :r, :r]) * scale[side, i, None, None]
+            side = stack.side or A
+            natural = stack.turn(mean, stack.of(self.factors.inverse[1 - side])) * scale[side, stack.layers, None, None]
             decrement += (mean * natural).sum()
             stack.write(natural)
         radius = decrement.clamp_min(torch.finfo(decrement.dtype).tiny).rsqrt()
@@ -63,4 +66,4 @@ class TrustRegion(MetricRule):
     def project(self) -> None:
         """First moments into the projectors' spaces."""
         for stack, m in zip(self.stacks, self.exp_avg, strict=True):
-            m.copy_(stack.turn(m, self.factors.projector[stack.side, stack.layers, : stack.rank, : stack.rank]))
+            m.copy_(stack.turn(m, stack.of(self.factors.projector[stack.side or A])))
