@@ -147,18 +147,7 @@ class GRITCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Precondition and clip."""
         if self.manager is not None and self.moment == "on_pre_optimizer_step":
-            self.manager.require_gradients()
-            if self.manager.rule.whole_step:
-                self._clip(kw["model"])
-                self.manager.precondition()
-            else:
-                self.manager.precondition()
-                self._clip(kw["model"])
-
-    def _clip(self, model: torch.nn.Module) -> None:
-        if self._given_clip:
-            parameters = [p for p in model.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, self._given_clip)
+            self.manager.before_step(list(kw["model"].parameters()), self._given_clip)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Reproject when due."""

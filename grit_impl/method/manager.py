@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -25,8 +26,8 @@ from grit_impl.method.stacks import A, layer_stacks
 class GRITManager:
     """Everything GRIT keeps about a model.
 
-    Attach it, train, and call `precondition` once per optimizer step when the gradients are ready, then
-    `after_step` when the parameters have moved. `GRITOptimizer`, `GRITTrainer` and `GRITCallback` do this.
+    Attach it, train, and call `before_step` once per optimizer step when the gradients are ready, then `after_step`
+    when the parameters have moved. `GRITOptimizer`, `GRITTrainer` and `GRITCallback` do this.
 
     Args:
         model: A PEFT model with LoRA adapters.
@@ -133,12 +134,31 @@ class GRITManager:
         if not self._window_open or self._no_gradients():
             self.begin_window()
 
+    def before_step(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:
+        """Where an optimizer is about to step: precondition and clip, in the update rule's order.
+
+        Args:
+            parameters: Whose gradients' total norm is clipped.
+            max_norm: To what; None or 0: no clipping.
+
+        Raises:
+            GRITError: no LoRA layer has a gradient, so that GRIT would do nothing; or as `precondition`.
+        """
+        if self._no_gradients():
+            raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
+        if not self.rule.whole_step:
+            self.precondition()
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        if self.rule.whole_step:  # it starts from gradients that are clipped, as AdamW does
+            self.precondition()
+
     @torch.no_grad()
     def precondition(self) -> None:
         """Update the factors and replace the gradients of all layers, in place.
 
-        Call it once per optimizer step, after the last backward and before clipping. Waits for the device only in
-        the first steps, until `completeness` is known.
+        Once per optimizer step, after the last backward; `before_step` does it. Waits for the device only in the first
+        steps, until `completeness` is known.
 
         Raises:
             GRITError: GRIT is detached, its adapter is not the active one, its update rule has no optimizer, or the
@@ -193,15 +213,6 @@ class GRITManager:
 
     def _no_gradients(self) -> bool:
         return all(layer.a.grad is None and layer.b.grad is None for layer in self.layers)
-
-    def require_gradients(self) -> None:
-        """Where an optimizer is about to step.
-
-        Raises:
-            GRITError: no LoRA layer has a gradient, so that GRIT would do nothing.
-        """
-        if self._no_gradients():
-            raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
 
     def _regularise(self) -> None:
         """Add the gradient of lambda_kfac [tr(A' S_g A) + tr(B S_a B')] + lambda_reproj [|(I-P)A|^2 + |B(I-P)|^2]."""

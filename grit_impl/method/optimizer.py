@@ -81,21 +81,10 @@ class GRITOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.manager.require_gradients()
-        if self.manager.rule.whole_step:  # from gradients that are clipped, like AdamW
-            self._clip()
-            self.manager.precondition()
-        else:
-            self.manager.precondition()
-            self._clip()
+        self.manager.before_step([p for group in self.param_groups for p in group["params"]], self.max_grad_norm)
         self.inner.step()
         self.manager.after_step(self.inner)
         return loss
-
-    def _clip(self) -> None:
-        if self.max_grad_norm:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, with GRIT's under the key `grit`."""

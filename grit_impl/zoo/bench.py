@@ -236,16 +236,15 @@ class Shell:
 
         self.moments, self.rule = moments, make_rule(GRITConfig(), (), cast(Any, None))
 
-    def precondition(self) -> None:
-        """GRIT's moment: before clipping and the optimizer."""
+    def before_step(self, parameters: Any, max_norm: float | None) -> None:
+        """GRIT's moment, before clipping and the optimizer, whether there are gradients or not."""
         self.moments.at("before_step")
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def after_step(self, optimizer: Any = None) -> None:
         """After the parameters have moved."""
         self.moments.at("after_step")
-
-    def require_gradients(self) -> None:
-        """A manager may insist on gradients; a sabotaged one does not."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to save."""
