@@ -8,13 +8,13 @@ confidence 1 - `GATE_ALPHA`: `supported` if the lower bound keeps the threshold,
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from grit_impl.errors import GRITError
 from grit_impl.evaluate.metrics import GATE_ALPHA, Comparison, paired
+from grit_impl.evaluate.options import Thresholds
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.statistics.decision import Judgement, Metric, decide_at_least
 from grit_impl.statistics.intervals import Interval, clopper_pearson
@@ -25,29 +25,6 @@ SESSION_ALPHA = 1e-3
 ACCURACIES = ("delta_aqi", "delta_over_baseline")
 
 
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """What is asked of every fine-tuned model. None: not asked.
-
-    Attributes:
-        min_delta_aqi: Points of AQI accuracy above the base (exclusive).
-        min_delta_over_baseline: Points above the fine-tuned baseline (exclusive).
-        max_speed_loss: Percent of the base's tokens per second.
-        min_retention: Percent of what the base knew.
-    """
-
-    min_delta_aqi: float | None = 0.0
-    min_delta_over_baseline: float | None = None
-    max_speed_loss: float | None = 10.0
-    min_retention: float | None = 70.0
-
-    def __post_init__(self) -> None:
-        for name in ("min_delta_aqi", "min_delta_over_baseline", "max_speed_loss", "min_retention"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and -100 <= value <= 100):
-                raise GRITError(f"--{name.replace('_', '-')} must be a number between -100 and 100, got {value}")
-
-
 class Gate(NamedTuple):
     """One decided threshold: `delta_aqi`, `delta_over_baseline`, `delta_speed` or `retention` of a model."""
 
@@ -56,22 +33,29 @@ class Gate(NamedTuple):
     judgement: Judgement
 
 
-def judge(evaluation: Evaluation, thresholds: Thresholds | None = None) -> list[Gate]:
-    """Decide every threshold for every model but the base."""
+def judge(evaluation: Evaluation, thresholds: Thresholds | None = None, *, without: Collection[str] = ()) -> list[Gate]:
+    """Decide every threshold for every model but the base.
+
+    Args:
+        evaluation: The answers and speeds.
+        thresholds: What is asked.
+        without: Names of gates that are not asked for.
+    """
     limits = thresholds or Thresholds()
+    bounds = {
+        "delta_aqi": limits.min_delta_aqi,
+        "delta_over_baseline": limits.min_delta_over_baseline,
+        "delta_speed": -limits.max_speed_loss,
+        "retention": limits.min_retention,
+    }
     asked: list[tuple[str, str, float]] = []
     for label in evaluation.models:
-        if label == evaluation.base:
-            continue
-        if limits.min_delta_aqi is not None:
-            asked.append(("delta_aqi", label, limits.min_delta_aqi))
-        over = limits.min_delta_over_baseline
-        if over is not None and label != evaluation.baseline and evaluation.baseline in evaluation.models:
-            asked.append(("delta_over_baseline", label, over))
-        if limits.max_speed_loss is not None:
-            asked.append(("delta_speed", label, -limits.max_speed_loss))
-        if limits.min_retention is not None:
-            asked.append(("retention", label, limits.min_retention))
+        compared = label != evaluation.baseline and evaluation.baseline in evaluation.models
+        for name, bound in bounds.items():
+            if label == evaluation.base or name in without or bound is None:
+                continue
+            if name != "delta_over_baseline" or compared:
+                asked.append((name, label, bound))
     each = min(GATE_ALPHA, SESSION_ALPHA / max(len(asked), 1))
     return [
         Gate(name, label, decide(evaluation, name, label, bound, alpha=each, strictly=name in ACCURACIES))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grit_impl.errors import GRITError
+from grit_impl.settings import click_options
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
 from grit_impl.verify.options import Options
 from grit_impl.verify.store.database import JudgedClaim, Session, Store
@@ -20,13 +21,7 @@ if TYPE_CHECKING:
     from grit_impl.verify.store.history import Answers
 
 HELP = {"help_option_names": ["-h", "--help"]}
-REPORTS = click.option(
-    "--reports-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("reports"),
-    show_default=True,
-    help="Folder of run records and reports.",
-)
+REPORTS = click_options(Options, "reports_dir")
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]})

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grit_impl.errors import GRITError
-from grit_impl.verify.options import Options, flag
+from grit_impl.settings import flag, shown
+from grit_impl.verify.options import Options
 
 if TYPE_CHECKING:
     from grit_impl.verify.claims import Claim, Evidence, Judgement
@@ -70,7 +71,7 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> None:
 
 def _help(option: Field[Any]) -> str:
     text = str(option.metadata["help"]).replace("%", "%%")
-    return text if isinstance(option.default, bool) else f"{text} (default: {str(option.default) or 'none'})"
+    return text if isinstance(option.default, bool) else f"{text} (default: {shown(option)})"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -52,8 +52,8 @@ def test_an_evaluation_from_the_command_line(server, tmp_path: Path) -> None:
         (("--model", "base=x", "--ollama-url", "127.0.0.1:1"), "no Ollama server answers at http://127.0.0.1:1"),
         (("--model", "pure"), "--model takes LABEL=NAME, not 'pure'"),
         ((), "delta_AQI needs the base"),
-        (("--min-delta-aqi", "abc"), "'abc' is not a valid float"),
-        (("--min-retention", "700"), "--min-retention must be a number between -100 and 100"),
+        (("--min-delta-aqi", "abc"), "--min-delta-aqi takes a number between -100 and 100, not 'abc'"),
+        (("--min-retention", "700"), "--min-retention takes a percentage between 0 and 100, not '700'"),
         (("--model", "base=x", "--aqi-dataset", "nowhere.csv"), "nowhere.csv: there is no such file"),
     ],
 )

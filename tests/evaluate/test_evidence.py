@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +184,3 @@ def test_a_stored_evaluation_is_tied_to_the_exports(live, monkeypatch) -> None:
     assert other.evaluation is None
     assert "of these exports and questions" in str(other.lacks("evaluation:pure"))
     assert len(live.server.requests) == asked
-
-
-def test_the_configuration_file_names_the_defaults() -> None:
-    """Oracle: `Options`; a threshold that is changed in one place only would be two thresholds."""
-    import tomllib
-
-    root = Path(__file__).parents[2]
-    given = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    named = {name.removeprefix("grit_"): value for name, value in given.items() if name.startswith("grit_")}
-    assert {"min_delta_aqi", "min_delta_over_baseline", "max_speed_loss", "min_retention", "seeds"} <= named.keys()
-    assert {"aqi_metric", "aqi_dataset", "features_field", "answer_field", "allow_overlap"} <= named.keys()
-    assert Options.parse({name: value if isinstance(value, bool) else str(value) for name, value in named.items()}) == (
-        Options()
-    ), json.dumps(named)

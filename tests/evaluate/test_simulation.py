@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grit_impl.evaluate.gates import ACCURACIES, SESSION_ALPHA, Thresholds, decide, judge
+from grit_impl.evaluate.gates import ACCURACIES, SESSION_ALPHA, decide, judge
 from grit_impl.evaluate.metrics import GATE_ALPHA
+from grit_impl.evaluate.options import Thresholds
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.statistics.paired import mcnemar_exact, paired_difference_interval
 from grit_impl.statistics.power import detectable_difference, mcnemar_power

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from grit_impl.errors import GRITError
+from grit_impl.evaluate.commands import evaluate
+from grit_impl.evaluate.options import Questions, Thresholds
 from grit_impl.verify.options import Options
 
 BAD = [
-    ("min_delta_aqi", "abc", "--min-delta-aqi takes a number, not 'abc'"),
-    ("min_delta_aqi", "nan", "--min-delta-aqi takes a number, not 'nan'"),
+    ("min_delta_aqi", "abc", "--min-delta-aqi takes a number between -100 and 100, not 'abc'"),
+    ("min_delta_aqi", "nan", "--min-delta-aqi takes a number between -100 and 100, not 'nan'"),
+    ("min_delta_over_baseline", "101", "a number between -100 and 100, or nothing"),
     ("max_speed_loss", "-1", "a percentage between 0 and 100"),
     ("min_retention", "101", "a percentage between 0 and 100"),
     ("steps", "0", "a whole number of at least 1"),
@@ -35,6 +40,8 @@ def test_bad_text_is_one_line(name, text, message):
     ("name", "text", "value"),
     [
         ("min_delta_aqi", "-2.5", -2.5),
+        ("min_delta_over_baseline", "3", 3.0),
+        ("min_delta_over_baseline", "", None),
         ("min_retention", "75%", 75.0),
         ("steps", " 10 ", 10),
         ("ollama_url", "localhost:11434", "http://localhost:11434"),
@@ -56,3 +63,15 @@ def test_defaults_parse_to_themselves():
     }
     assert Options.parse(texts) == Options()
     assert Options.parse({}) == Options()
+
+
+def test_a_threshold_is_declared_once():
+    """Oracle: the tables: `grit evaluate` has all of theirs, with their defaults and words; pyproject has none."""
+    root = Path(__file__).parents[2]
+    given = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert [name for name in given if name.startswith("grit_")] == []
+    known = {each.name: each for each in evaluate.params}
+    for each in (*fields(Thresholds), *fields(Questions)):
+        option = known[each.name]
+        assert option.callback(None, option, None) == each.default == getattr(Options(), each.name)
+        assert each.metadata["help"][1:] in option.help

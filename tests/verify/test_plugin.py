@@ -129,7 +129,7 @@ def test_ways_to_run(project, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--min-delta-aqi", "abc"], "--min-delta-aqi takes a number, not 'abc'"),
+        (["--min-delta-aqi", "abc"], "--min-delta-aqi takes a number between -100 and 100, not 'abc'"),
         (["--min-retention=120"], "--min-retention takes a percentage between 0 and 100, not '120'"),
         (["--steps", "0"], "--steps takes a whole number of at least 1, not '0'"),
     ],
@@ -149,7 +149,7 @@ def test_bad_option_in_the_configuration_file(project):
     project.makefile(".ini", pytest="[pytest]\npythonpath = .\ngrit_min_delta_aqi = much\n")
     result = project.run_grit()
     assert result.ret == 2
-    result.stderr.fnmatch_lines(["*--min-delta-aqi takes a number, not 'much'"])
+    result.stderr.fnmatch_lines(["*--min-delta-aqi takes a number between -100 and 100, not 'much'"])
 
 
 def test_options_of_the_configuration_file(project):
@@ -339,7 +339,7 @@ def test_help_names_every_option_and_its_default(project):
         "(default: tiny)",
         "--min-delta-aqi",
         "--max-speed-loss",
-        "(default: 10.0)",
+        "(default: 10)",
         "--strict-claims",
     ):
         assert words in text

@@ -1,16 +1,19 @@
-"""The claims catalogue as a page of documentation: `python -m grit_impl.verify.claims.document docs/claims.md`."""
+"""Claims and options as a page of documentation: `python -m grit_impl.verify.claims.document docs/claims.md`."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from itertools import groupby
 
 from grit_impl.record import write_atomic
+from grit_impl.settings import flag, shown
 from grit_impl.verify.claims import catalogue
+from grit_impl.verify.options import Options
 
 HEAD = """# Claims
 
-Generated from `grit_impl/verify/claims/`; edit there, then run
+Generated from `grit_impl/verify/claims/` and `grit_impl/verify/options.py`; edit there, then run
 `python -m grit_impl.verify.claims.document docs/claims.md`.
 
 A claim is judged on evidence (run records, gradient ledgers, exports, an evaluation) as one of **supported**,
@@ -18,6 +21,16 @@ A claim is judged on evidence (run records, gradient ledgers, exports, an evalua
 A *gate* must hold: refuted, it fails its test; open, it is skipped, or fails under `--strict-claims`. A *hypothesis*
 is reported, and gates only under `--gate-hypotheses`. Where a number has an interval, the interval decides: all of it
 on the right side of the bound supports, all of it on the wrong side refutes, anything else is inconclusive.
+"""
+
+OPTIONS = """
+## Options
+
+Each is an option of pytest (`--grit-min-retention` is the same as `--min-retention`), and `grit_min_retention` in the
+configuration file of pytest.
+
+| option | default | sets |
+|---|---|---|
 """
 
 
@@ -31,6 +44,10 @@ def document() -> str:
             kind = "gate" if claim.gates else "hypothesis"
             parts.append(f"\n### `{claim.id}` ({kind})\n\n{claim.statement}\n\n{claim.rationale}\n\n")
             parts.append(f"Needs: {', '.join(f'`{requirement}`' for requirement in claim.requires)}\n")
+    parts.append(OPTIONS)
+    for each in fields(Options):
+        default = "off" if isinstance(each.default, bool) else shown(each)
+        parts.append(f"| `{flag(each.name)}` | {default} | {each.metadata['help']} |\n")
     return "".join(parts)
 
 

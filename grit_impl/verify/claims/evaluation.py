@@ -8,14 +8,16 @@ from grit_impl.statistics.decision import Judgement
 from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.claims.registry import claim
-from grit_impl.verify.options import PLAN_ARMS
+from grit_impl.verify.options import PLAN_ARMS, Options
 
+DEFAULT = Options()
 NEEDS = ("evaluation:base", "evaluation:{model}")
 
 
 @claim("evaluation.fine-tuning-works", needs=["evaluation:base", "evaluation:baseline"])
 def fine_tunes(evidence: Evidence) -> Judgement:
-    """Plain LoRA raises AQI category accuracy over the base by at least --min-fine-tuning-gain points (default 20).
+    """Plain LoRA raises AQI category accuracy over the base by at least --min-fine-tuning-gain points
+    (default {DEFAULT.min_fine_tuning_gain:g}).
 
     If ordinary fine-tuning does not show, the data, the labels or the export are broken, and no optimizer can be
     judged. Measured through the HTTP endpoint on the exported GGUF.
@@ -34,7 +36,8 @@ def gains(evidence: Evidence, model: str) -> Judgement:
 
 @claim("evaluation.{model}-speed", needs=NEEDS, model=PLAN_ARMS)
 def keeps_speed(evidence: Evidence, model: str) -> Judgement:
-    """{model} is served at most --max-speed-loss percent (default 10) slower than the base model.
+    """{model} is served at most --max-speed-loss percent (default {DEFAULT.max_speed_loss:g}) slower than the base
+    model.
 
     A merged adapter has the base's shape; a slower model was exported differently.
     """
@@ -43,7 +46,7 @@ def keeps_speed(evidence: Evidence, model: str) -> Judgement:
 
 @claim("evaluation.{model}-retention", needs=NEEDS, model=PLAN_ARMS)
 def keeps_knowledge(evidence: Evidence, model: str) -> Judgement:
-    """{model} keeps at least --min-retention percent (default 70) of what the base model knew.
+    """{model} keeps at least --min-retention percent (default {DEFAULT.min_retention:g}) of what the base model knew.
 
     A gain on AQI that costs everything else is no improvement.
     """

@@ -28,7 +28,7 @@ def pure_beats_lora(evidence: Evidence) -> Judgement:
 
     {SEEDS} Published K-FAC and Riemannian LoRA results go both ways; this is reported, not assumed.
     """
-    bound = evidence.options.min_delta_over_baseline
+    bound = evidence.options.min_delta_over_baseline or 0.0
     return _better(evidence, "aqi", bound, "AQI accuracy of pure GRIT over plain LoRA")
 
 
