@@ -82,16 +82,23 @@ def compare(
 
     Exit status: 0 answered, 1 refused as incomparable, 2 unusable input.
     """
+    if arms and (runs or reruns or references):
+        raise GRITError("give either two runs (with --rerun, --reference) or --arm options, not both")
+    if not arms and len(runs) != 2:
+        raise GRITError(f"grit compare takes two runs, A and B, got {len(runs)}; see `grit compare --help`")
+    named = _named(arms)
+    for path in (*runs, *reruns, *references, *(path for paths in named.values() for path in paths)):
+        if not path.exists():
+            raise GRITError(f"{path}: no such file or folder")
+    # What follows imports scipy and matplotlib, which takes longer than to find a mistake in what was asked.
     from grit_impl.curves import report as compare_report
     from grit_impl.record import write_atomic
 
-    results = _from_arms(arms, until, first_update, anyway) if arms else None
-    if results is None:
-        if len(runs) != 2:
-            raise GRITError(f"grit compare takes two runs, A and B, got {len(runs)}; see `grit compare --help`")
-        results = [_from_runs(runs, reruns, references, until, first_update, anyway)]
-    elif runs or reruns or references:
-        raise GRITError("give either two runs (with --rerun, --reference) or --arm options, not both")
+    results = (
+        _from_arms(named, until, first_update, anyway)
+        if arms
+        else [_from_runs(runs, reruns, references, until, first_update, anyway)]
+    )
     if html_out:
         write_atomic(html_out, compare_report.page(results))
     if plot_out:
@@ -144,11 +151,9 @@ def _from_runs(
     return compare_logs(a, b, again, others, first_update=first_update, anyway=anyway)
 
 
-def _from_arms(arms: tuple[str, ...], until: int | None, first_update: int, anyway: bool) -> list[Comparison]:
-    from grit_impl.curves.arms import compare_arms
-    from grit_impl.curves.logs import RunLog, read_log
-
-    found: dict[str, list[RunLog]] = {}
+def _named(arms: tuple[str, ...]) -> dict[str, list[Path]]:
+    """`lora=runs/lora-seed*` as the arm's name and its runs."""
+    found: dict[str, list[Path]] = {}
     for arm in arms:
         name, equals, value = arm.partition("=")
         if not equals or not name or not value:
@@ -157,5 +162,13 @@ def _from_arms(arms: tuple[str, ...], until: int | None, first_update: int, anyw
             paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
             if not paths:
                 raise GRITError(f"--arm {name}: nothing matches {pattern}")
-            found.setdefault(name, []).extend(read_log(path, until=until) for path in paths)
-    return compare_arms(found, first_update=first_update, anyway=anyway)
+            found.setdefault(name, []).extend(map(Path, paths))
+    return found
+
+
+def _from_arms(arms: dict[str, list[Path]], until: int | None, first_update: int, anyway: bool) -> list[Comparison]:
+    from grit_impl.curves.arms import compare_arms
+    from grit_impl.curves.logs import read_log
+
+    logs = {name: [read_log(path, until=until) for path in paths] for name, paths in arms.items()}
+    return compare_arms(logs, first_update=first_update, anyway=anyway)

@@ -134,14 +134,8 @@ def load_instructions(
         schema = SCHEMAS["aqi"]
     elif name in SCHEMAS and SCHEMAS[name].hub:
         rows, schema = _read_hub(name, SCHEMAS[name].hub, split), SCHEMAS[name]
-    elif Path(name).exists() or Path(name).suffix in READERS:
-        rows = _read_file(Path(name))
-        schema = _detect(name, rows)
     else:
-        known = ", ".join(key for key, value in SCHEMAS.items() if value.hub)
-        raise GRITError(
-            f"unknown data set {name!r}: use {known}, aqi, or the path of a jsonl, json, csv or parquet file"
-        )
+        rows, schema = _from_file(name)
 
     pairs = [schema.render(row) for row in rows]
     kept = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs if completion]
@@ -199,6 +193,27 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     if len(tokenized) < len(dataset):
         logger.warning("%d of %d prompts fill max_length and were dropped", len(dataset) - len(tokenized), len(dataset))
     return tokenized
+
+
+def require_dataset(name_or_path: str | Path) -> None:
+    """Refuse at once, importing nothing heavy, what `load_instructions` would refuse after minutes.
+
+    Raises:
+        GRITError: unknown name, or a file that is missing, damaged, empty or of no known layout.
+    """
+    name = str(name_or_path)
+    if name != "aqi" and not (name in SCHEMAS and SCHEMAS[name].hub):
+        _from_file(name)
+
+
+def _from_file(name: str) -> tuple[list[Row], Schema]:
+    if not Path(name).exists() and Path(name).suffix not in READERS:
+        known = ", ".join(key for key, value in SCHEMAS.items() if value.hub)
+        raise GRITError(
+            f"unknown data set {name!r}: use {known}, aqi, or the path of a jsonl, json, csv or parquet file"
+        )
+    rows = _read_file(Path(name))
+    return rows, _detect(name, rows)
 
 
 def _aqi_rows(split: str, n: int, seed: int) -> list[Row]:

@@ -10,6 +10,7 @@ import click
 from grit_impl.config import PRESETS, GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
+from grit_impl.recipes.datasets import require_dataset
 
 
 @click.command(epilog="Options of GRIT are set with --set, e.g. --set kfac_update_freq=5; --explain lists them.")
@@ -54,6 +55,7 @@ def train(**options: Any) -> None:
     # A callback cannot put another optimizer in the place of the loop's.
     preset = options["preset"] or ("precondition" if arm.grit == "callback" else "recommended")
     config = GRITConfig.preset(preset, **dict(_override(text) for text in options["overrides"]))
+    require_dataset(options["dataset"])
     from grit_impl.machine import has_gpu
     from grit_impl.runs.execute import finished, run_arms, spec_fingerprint
 

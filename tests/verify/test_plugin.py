@@ -352,16 +352,6 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in ("train", "compare", "export", "serve", "evaluate"))])
-def test_help_is_light(command):
-    """Oracle: sys.modules after `grit --help`; what made it slow would be one of these."""
-    code = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({HEAVY} & set(sys.modules)))); "
-    code += f"from grit_impl.cli import main; sys.argv = {['grit', *command, '--help']}; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage:" in done.stdout
-    assert done.stdout.endswith("HEAVY []\n")
-
-
 LOOK = """
 import atexit, json, sys
 
