@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -82,9 +82,6 @@ class GRITCallback(TrainerCallback):
 
     Args:
         config: The hyperparameters.
-        moment: When to precondition. Only `on_pre_optimizer_step` works. The others reproduce a mistake: gradients
-            changed in `on_optimizer_step` or `on_step_end` are never used.
-        capture: Where statistics are taken; see `GRITManager`.
 
     With a GradScaler, a step that the scaler skips counts here (it does not in `GRITTrainer`); statistics that are not
     finite are left out either way.
@@ -97,23 +94,16 @@ class GRITCallback(TrainerCallback):
             `update_rule` that computes the whole step meets another optimizer than plain SGD.
     """
 
-    def __init__(
-        self,
-        config: GRITConfig | None = None,
-        moment: Literal["on_pre_optimizer_step", "on_optimizer_step", "on_step_end"] = "on_pre_optimizer_step",
-        capture: Literal["auto", "modules"] = "auto",
-    ) -> None:
-        if moment not in ("on_pre_optimizer_step", "on_optimizer_step", "on_step_end"):
-            raise GRITError(f"moment = {moment!r}: choose on_pre_optimizer_step, on_optimizer_step or on_step_end")
-        self.config, self.moment, self.capture = config or GRITConfig(), moment, capture
+    manager_class: ClassVar[type[GRITManager]] = GRITManager
+
+    def __init__(self, config: GRITConfig | None = None) -> None:
+        self.config = config or GRITConfig()
         self.manager: GRITManager | None = None
         self._given_clip: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Build the manager, restore it on a resumed run, and take over clipping."""
-        self.manager = GRITManager(kw["model"], self.config, self.capture).attach()
-        if self.moment != "on_pre_optimizer_step":
-            self.manager.checks_completeness = False
+        self.manager = self.manager_class(kw["model"], self.config).attach()
         if isinstance(self.manager.rule, WholeStep):
             self._bind(self.manager.rule, args, kw["optimizer"])
         if state.global_step:
@@ -121,18 +111,15 @@ class GRITCallback(TrainerCallback):
             if not file.is_file():
                 raise GRITError(f"cannot resume GRIT: {file} is missing")
             self.manager.load_state_dict(torch.load(file, weights_only=True))
-        if self.moment == "on_pre_optimizer_step":
-            # The loop clips before this moment; the order is precondition, clip, step.
-            # Kept on the arguments, which outlive a training that was interrupted.
-            self._given_clip = vars(args).setdefault("_grit_max_grad_norm", args.max_grad_norm)
-            args.max_grad_norm = MEASURE_ONLY
+        # The loop clips before on_pre_optimizer_step; the order is precondition, clip, step.
+        # Kept on the arguments, which outlive a training that was interrupted.
+        self._given_clip = vars(args).setdefault("_grit_max_grad_norm", args.max_grad_norm)
+        args.max_grad_norm = MEASURE_ONLY
 
     def _bind(self, rule: WholeStep, args: TrainingArguments, optimizer: Any) -> None:
         """A callback cannot replace the loop's optimizer: the rule's direction needs one that takes it as it is."""
         optimizer, name = getattr(optimizer, "optimizer", optimizer), f"update_rule = {self.config.update_rule!r}"
         plain = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
-        if self.moment != "on_pre_optimizer_step":
-            raise GRITError(f"{name} cannot be written at {self.moment}: choose on_pre_optimizer_step")
         if not plain or args.fp16:
             found = "fp16" if plain else type(optimizer).__name__
             raise GRITError(
@@ -146,19 +133,14 @@ class GRITCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Precondition and clip."""
-        if self.manager is not None and self.moment == "on_pre_optimizer_step":
+        if self.manager is not None:
             self.manager.before_step(list(kw["model"].parameters()), self._given_clip)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Reproject when due."""
-        self._at("on_optimizer_step")
-        if self.manager is not None and self.moment == "on_pre_optimizer_step":
+        if self.manager is not None:
             optimizer = kw.get("optimizer")
             self.manager.after_step(getattr(optimizer, "optimizer", optimizer))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        """Only the mistake of that name does anything here."""
-        self._at("on_step_end")
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Write GRIT's state beside the optimizer's."""
@@ -170,11 +152,9 @@ class GRITCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Remove the hooks and give clipping back."""
-        if self.manager is not None and self.moment == "on_pre_optimizer_step":
-            args.max_grad_norm = vars(args).pop("_grit_max_grad_norm")
         if self.manager is not None:
+            self._give_clipping_back(args)
             self.manager.detach()
 
-    def _at(self, moment: str) -> None:
-        if self.manager is not None and self.moment == moment:
-            self.manager.precondition()
+    def _give_clipping_back(self, args: Any) -> None:
+        args.max_grad_norm = vars(args).pop("_grit_max_grad_norm", args.max_grad_norm)

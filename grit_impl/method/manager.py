@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,6 @@ class GRITManager:
     Args:
         model: A PEFT model with LoRA adapters.
         config: The hyperparameters.
-        capture: `auto` takes statistics wherever the layers are computed, and checks once that they are
-            complete. `modules` hooks the modules only and checks nothing: the mistake that fused kernels turn into
-            starvation, kept so that it can be reproduced.
 
     Attributes:
         layers: The layers, in order; every stacked tensor uses this order.
@@ -48,14 +45,9 @@ class GRITManager:
         GRITError: the model has no LoRA layer, or one of a kind that GRIT does not support.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: GRITConfig | None = None,
-        capture: Literal["auto", "modules"] = "auto",
-    ) -> None:
-        self.model, self.config, self.capture = model, config or GRITConfig(), capture
-        self.checks_completeness = capture == "auto"
+    def __init__(self, model: nn.Module, config: GRITConfig | None = None) -> None:
+        self.model, self.config = model, config or GRITConfig()
+        self.checks_completeness = True
         self.layers = find_layers(model)
         ranks = [layer.rank for layer in self.layers]
         self.rank = max(ranks)
@@ -97,21 +89,24 @@ class GRITManager:
                 previous.detach()
             loss = LossTap(self.model, self._before_forward)
             loss.loss_tokens = self._loss_tokens
-            self._taps = [loss, *self._statistics_taps(loss)]
+            self._taps = [loss, self._module_tap(loss), *self._fused_taps(loss)]
             # A pointer that observers may read; nothing in training depends on it.
             self.model._grit_manager = self  # type: ignore[assignment]
         return self
 
-    def _statistics_taps(self, loss: LossTap) -> list[Any]:
-        """Hooks on the modules, and where Unsloth is loaded inside its fused functions: a call goes one way only."""
-        modules = ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
-        fused = fused_functions() if self.capture == "auto" else None
+    def _module_tap(self, loss: LossTap) -> ModuleTap:
+        """Hooks on the modules."""
+        return ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
+
+    def _fused_taps(self, loss: LossTap) -> list[FusedTap]:
+        """Where Unsloth is loaded, inside its fused functions, which do not call the modules."""
+        fused = fused_functions()
         if fused is None:
-            return [modules]
+            return []
         if self._fused is None:
             self._fused = FusedAdapters(self.layers)
         self._fused.refresh()
-        return [modules, FusedTap(self._fused, self.statistics, loss, fused)]
+        return [FusedTap(self._fused, self.statistics, loss, fused)]
 
     def detach(self) -> None:
         """Remove the hooks; factors and counts stay."""

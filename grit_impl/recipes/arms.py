@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 
-Moment = Literal["on_pre_optimizer_step", "on_optimizer_step", "on_step_end"]
+
+def _in_time(config: GRITConfig) -> Any:
+    from grit_impl.trainer import GRITCallback
+
+    return GRITCallback(config)
+
+
+def _late(config: GRITConfig) -> Any:
+    from grit_impl.recipes.sabotage import LateCallback
+
+    return LateCallback(config)
+
+
+def _starved(config: GRITConfig) -> Any:
+    from grit_impl.recipes.sabotage import StarvedCallback
+
+    return StarvedCallback(config)
 
 
 @dataclass(frozen=True)
@@ -19,17 +36,15 @@ class Arm:
         name: Its name in records, claims and reports.
         description: One line for people.
         grit: How GRIT enters: not at all, as the trainer's own optimizer, or from a callback.
-        moment: When the callback preconditions.
         unsloth: Whether the model is Unsloth's where there is a GPU. Without one, every arm uses plain peft.
-        module_hooks: Take statistics from module hooks even where fused kernels bypass them (the seed's mistake).
+        callback: Makes the callback, and imports what it needs when it is called.
     """
 
     name: str
     description: str
     grit: Literal["none", "trainer", "callback"] = "none"
-    moment: Moment = "on_pre_optimizer_step"
     unsloth: bool = False
-    module_hooks: bool = False
+    callback: Callable[[GRITConfig], Any] = _in_time
 
 
 ARMS = {
@@ -43,15 +58,15 @@ ARMS = {
             "hybrid_late",
             "the seed experiment's mistake: the callback preconditions after the step",
             "callback",
-            moment="on_optimizer_step",
             unsloth=True,
+            callback=_late,
         ),
         Arm(
             "hybrid_starved",
             "the seed experiment's other mistake: statistics from module hooks that fused kernels bypass",
             "callback",
             unsloth=True,
-            module_hooks=True,
+            callback=_starved,
         ),
         Arm("baseline_peft", "LoRA: SFTTrainer and AdamW, plain peft: what pure is timed against on a GPU"),
     )

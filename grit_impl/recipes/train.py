@@ -288,9 +288,7 @@ def build_trainer(
     log.watch(trainer)
     if arm.grit == "none":
         return trainer, lambda: None
-    from grit_impl.trainer import GRITCallback
-
-    callback = GRITCallback(config, arm.moment, "modules" if arm.module_hooks else "auto")
+    callback = arm.callback(config)
     trainer.add_callback(callback)
     return trainer, lambda: callback.manager
 

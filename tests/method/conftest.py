@@ -230,6 +230,7 @@ def training(tmp_path: Any, rows: Any, pad_rows: Any) -> Callable[..., Any]:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
+    from grit_impl.recipes.sabotage import LateCallback
     from grit_impl.trainer import GRITCallback, GRITTrainer, with_grit
 
     def build(kind: str, model: Any, config: GRITConfig | None = None, moment: str | None = None, **given: Any) -> Any:
@@ -251,7 +252,7 @@ def training(tmp_path: Any, rows: Any, pad_rows: Any) -> Callable[..., Any]:
             **given,
         }
         common = {"model": model, "train_dataset": Dataset.from_list(rows), "data_collator": pad_rows}
-        callback = GRITCallback(config, moment or "on_pre_optimizer_step")
+        callback = LateCallback(config, moment) if moment else GRITCallback(config)
         if kind.startswith("sft"):
             from trl import SFTConfig, SFTTrainer
 

@@ -103,7 +103,7 @@ def test_too_late_is_too_late(llama: Any, training: Any, adapters: Any) -> None:
         late = llama()
         training("hybrid", late, GRITConfig(kfac_update_freq=1, kfac_min_samples=1), moment=moment).train()
         assert torch.equal(adapters(late), adapters(plain))
-    with pytest.raises(GRITError, match="on_pre_optimizer_step"):
+    with pytest.raises(GRITError, match="choose on_optimizer_step or on_step_end"):
         training("hybrid", llama(), GRITConfig(), moment="on_log")
 
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from grit_impl.config import GRITConfig
 from grit_impl.recipes import arms, datasets
 from grit_impl.verify import claims
 from grit_impl.verify.claims import registry, training
@@ -52,7 +53,7 @@ def test_arm(monkeypatch):
     """Oracle: found by its name."""
     monkeypatch.setattr(arms, "ARMS", dict(arms.ARMS))
     run("arm", arms)
-    assert arms.find_arm("hybrid_end").moment == "on_step_end"
+    assert arms.find_arm("hybrid_end").callback(GRITConfig()).moment == "on_step_end"
 
 
 def test_fault(monkeypatch):

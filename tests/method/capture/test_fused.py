@@ -20,6 +20,7 @@ from grit_impl.errors import GRITError
 from grit_impl.method.capture.fused import FUNCTIONS, MODULE, FusedAdapters, FusedTap
 from grit_impl.method.capture.products import Products
 from grit_impl.method.manager import GRITManager
+from grit_impl.recipes.sabotage import ModulesOnly
 
 RANK = 3
 # Both paths run in float64 and add in other orders.
@@ -245,7 +246,7 @@ def test_a_function_that_changes_its_mind(fast_lora, monkeypatch):
 def test_module_hooks_alone_starve(fast_lora):
     """Oracle: the seed experiment: fused functions never call the modules, and the completeness check says so."""
     model = _model()
-    blind = GRITManager(model, GRITConfig(), capture="modules").attach()
+    blind = ModulesOnly(model, GRITConfig()).attach()
     _backward(model, fused=True)
     assert float(blind.statistics.tokens.sum()) == 0
     blind.detach()
