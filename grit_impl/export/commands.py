@@ -100,7 +100,10 @@ def export(run: Path, target: str, dtype: str, **options: Any) -> None:
                         four_bit=source.four_bit, sixteen_bit_base=options["sixteen_bit_base"],
                     )
                 )  # fmt: skip
-        write_modelfile(model, modelfile, adapter=lora, stop=written[0].stops, **sampling)
+        from grit_impl.recipes.formats import find_format
+
+        template = find_format(source.base).template
+        write_modelfile(model, modelfile, template, adapter=lora, stop=written[0].stops, **sampling)
         for item in written:
             click.echo(f"{item.path}  {item.dtype}  {item.size / 2**20:.1f} MiB  sha256 {item.sha256[:16]}")
         click.echo(str(modelfile))

@@ -149,7 +149,8 @@ def _spec(training: TrainingSettings, folder: Path) -> RunSpec:
 def _trainer(spec: RunSpec, folder: Path, unsloth: bool) -> tuple[Any, Any]:
     from grit_impl.recipes import train
     from grit_impl.recipes.arms import find_arm
-    from grit_impl.recipes.datasets import load_instructions, tokenize
+    from grit_impl.recipes.datasets import load_instructions
+    from grit_impl.recipes.tokens import tokenize
 
     settings = spec.training
     model, tokenizer = train.build_model(spec, unsloth)

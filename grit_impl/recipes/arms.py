@@ -8,6 +8,12 @@ from typing import Any, Literal
 
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
+from grit_impl.recipes.bases import find_base
+
+FIRST = "first.json"
+"""In a run's folder: loss and gradient norm of the first batch, which no arm has changed yet."""
+TOKEN_FILE = "tokens.json"
+"""In a run's folder: what it reads."""
 
 
 def _in_time(config: GRITConfig) -> Any:
@@ -123,21 +129,18 @@ class TrainingSettings:
     save_every: int = 0
 
 
-# A model of a few million parameters needs a larger step than the 2e-4 of real models.
-TINY_LEARNING_RATE = 2e-3
-
-
 @dataclass(frozen=True)
 class RunSpec:
     """Everything that determines a run's result.
 
     Attributes:
         arm: Name of the arm.
-        base_model: What `load_base` takes.
+        base_model: What `find_base` takes.
         dataset: What `load_instructions` takes.
         seed: Seed of adapters, data order and dropout.
         training: How to train.
         grit: GRIT's options; None for arms without it.
+        tokens: SHA-256 of the file with the tokens that every arm reads; empty: they are made when the run begins.
     """
 
     arm: str
@@ -146,6 +149,7 @@ class RunSpec:
     seed: int = 3407
     training: TrainingSettings = field(default_factory=TrainingSettings)
     grit: dict[str, Any] | None = None
+    tokens: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them back."""
@@ -161,21 +165,16 @@ def default_training(base_model: str, *, cuda: bool, **overrides: Any) -> Traini
     """The plan's settings for a base model, on this kind of machine.
 
     Args:
-        base_model: What `load_base` takes.
-        cuda: Whether there is a GPU: bf16, 8-bit AdamW, checkpointing and checkpoints of the run.
-        **overrides: Fields of `TrainingSettings`.
+        base_model: What `find_base` takes.
+        cuda: Whether there is a GPU.
+        **overrides: Fields of `TrainingSettings` that were asked for; None: the base's own.
+
+    Raises:
+        GRITError: there is no such base model.
     """
-    tiny = base_model == "tiny" or base_model.endswith("tiny_llama")
-    chosen: dict[str, Any] = {"learning_rate": TINY_LEARNING_RATE if tiny else 2e-4}
-    if cuda and not tiny:
-        chosen |= {
-            "precision": "bf16",
-            "optimizer": "adamw_8bit",
-            "gradient_checkpointing": True,
-            "save_every": 50,
-            "threads": 4,
-        }
-    return TrainingSettings(**{**chosen, **overrides})
+    base = find_base(base_model)
+    asked = {name: value for name, value in overrides.items() if value is not None}
+    return TrainingSettings(**{**base.training, **(base.on_gpu if cuda else base.on_cpu), **asked})
 
 
 def grit_options(arm: Arm, config: GRITConfig) -> dict[str, Any] | None:

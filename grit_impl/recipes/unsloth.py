@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def load_unsloth(spec: str, lora: LoRASettings, settings: TrainingSettings, seed
     """Base model with Unsloth's kernels and an adapter, and the tokenizer.
 
     Args:
-        spec: A folder or a hub id; Unsloth loads nothing else.
+        spec: What `find_base` takes; Unsloth gets its folder, so that it cannot choose other weights.
         lora: The adapters.
         settings: Length and checkpointing.
         seed: Seed of the adapters.
@@ -42,12 +43,17 @@ def load_unsloth(spec: str, lora: LoRASettings, settings: TrainingSettings, seed
     unsloth = import_unsloth()
     import torch
 
+    from grit_impl.recipes.bases import resolve_base
+
+    folder = resolve_base(spec)
+
     checkpointing = "unsloth" if settings.gradient_checkpointing else False
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        model_name=spec,
+        model_name=str(folder),
         max_seq_length=settings.max_length,
         dtype=torch.bfloat16 if settings.precision == "bf16" else None,
-        load_in_4bit=True,
+        # As plain peft loads it: what is stored in four bits stays so, and nothing else becomes so.
+        load_in_4bit="quantization_config" in json.loads((folder / "config.json").read_text()),
         device_map={"": 0},
     )
     torch.manual_seed(seed)

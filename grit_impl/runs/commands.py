@@ -22,7 +22,12 @@ from grit_impl.recipes.datasets import require_dataset
     help="GRIT's options.  [default: recommended; precondition for arms that train with a callback]",
 )
 @click.option("--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="Replace one option of the preset.")
-@click.option("--base-model", default="tiny", show_default=True, help="tiny, a folder, a hub id, or random:llama-1b.")
+@click.option(
+    "--base-model",
+    default="tiny",
+    show_default=True,
+    help="tiny, smollm2, a folder, a .gguf file, a hub id, random:llama-1b.",
+)
 @click.option(
     "--dataset",
     default="aqi",
@@ -32,7 +37,7 @@ from grit_impl.recipes.datasets import require_dataset
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True, help="Sequences per micro-batch.")
 @click.option("--accumulation", type=click.IntRange(1), default=4, show_default=True, help="Micro-batches per step.")
-@click.option("--lr", type=float, default=None, help="Peak learning rate.  [default: 2e-3 for tiny, else 2e-4]")
+@click.option("--lr", type=float, default=None, help="Peak learning rate.  [default: the base's own, else 2e-4]")
 @click.option("--max-length", type=click.IntRange(8), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="LoRA rank.")
 @click.option("--seed", type=int, default=3407, show_default=True, help="Seed of adapters and data order.")
@@ -57,7 +62,7 @@ def train(**options: Any) -> None:
     config = GRITConfig.preset(preset, **dict(_override(text) for text in options["overrides"]))
     require_dataset(options["dataset"])
     from grit_impl.machine import has_gpu
-    from grit_impl.runs.execute import finished, run_arms, spec_fingerprint
+    from grit_impl.runs.execute import finished, run_arms, spec_fingerprint, with_tokens
 
     names = ("steps", "batch_size", "accumulation", "max_length", "rank", "save_every")
     chosen = {name: options[name] for name in names} | {"alpha": options["rank"]}
@@ -74,6 +79,7 @@ def train(**options: Any) -> None:
     out = (options["out"] or Path("reports/runs") / f"{arm.name}-seed{spec.seed}").resolve()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    spec = with_tokens(spec, out.parent)
     if finished(out, spec_fingerprint(spec)):
         click.echo(f"{out} is complete")
         return

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from grit_impl.errors import GRITError, RunFailed
 from grit_impl.imports import closure
 from grit_impl.machine import has_gpu, least_used, switches, versions, visible_gpus
 from grit_impl.processes import end_with_parent
-from grit_impl.recipes.arms import RunSpec, find_arm
-from grit_impl.recipes.bases import TINY
+from grit_impl.recipes.arms import FIRST, TOKEN_FILE, RunSpec, find_arm
+from grit_impl.recipes.bases import find_base
+from grit_impl.recipes.fetch import digest
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
+from grit_impl.runs.first import disagreement, first_batch
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
@@ -38,6 +41,8 @@ _STAGES = {
     "cost": (*_TRAIN, "grit_impl.cost.measure"),
 }
 _POLL_SECONDS = 0.5
+TOKENS = ".tokens"
+"""Folder beside the runs: what the arms of a session read."""
 
 
 def source_fingerprint(stage: str = "train") -> str:
@@ -47,15 +52,14 @@ def source_fingerprint(stage: str = "train") -> str:
 
 def spec_fingerprint(spec: RunSpec) -> str:
     """Hash of everything that determines a run: spec, base weights, data file, code, libraries, kind of device."""
-    base = TINY if spec.base_model == "tiny" else Path(spec.base_model)
-    weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    weights = find_base(spec.base_model).weights()
     data = [Path(spec.dataset)] if Path(spec.dataset).is_file() else []
     described = spec.to_dict()
     del described["training"]["save_every"]  # how often a run is saved does not change what it learns
     return fingerprint(
         {
             "spec": described,
-            "contents": [sha256_file(f) for f in (*weights, *data)],
+            "contents": [digest(f) for f in (*weights, *data)],
             "source": source_fingerprint(),
             "versions": versions(),
             "gpu": has_gpu(),
@@ -101,8 +105,10 @@ def run_arms(
     """
     results: dict[str, RunRecord | str] = {}
     waiting: list[tuple[RunSpec, Path, str]] = []
-    for spec in specs:
+    paths: dict[str, Path] = {}
+    for spec in (with_tokens(spec, folder) for spec in specs):
         path, wanted = folder / name(spec), spec_fingerprint(spec)
+        paths[spec.arm] = path
         if (record := finished(path, wanted)) is not None:
             results[spec.arm] = record
         else:
@@ -117,6 +123,7 @@ def run_arms(
                 running[_start(spec, path, wanted, ledger, gpu)] = (spec, path, gpu)
             time.sleep(_POLL_SECONDS)
             for process, (spec, path, _) in list(running.items()):
+                _require_agreement(paths, spec)
                 progress(f"training {spec.arm}", _steps_done(path), spec.training.steps)
                 if (status := process.poll()) is None:
                     continue
@@ -130,6 +137,29 @@ def run_arms(
         for process in running:
             process.wait()
     return results
+
+
+def with_tokens(spec: RunSpec, folder: Path) -> RunSpec:
+    """The spec with the hash of its tokens, made once, by the base's own tokenizer, and kept in `folder`.
+
+    Raises:
+        GRITError: the base model or the data set is wrong, or nothing is left to learn from.
+    """
+    if spec.tokens:
+        return spec
+    from grit_impl.recipes.tokens import make_tokens
+
+    return replace(spec, tokens=make_tokens(spec, folder / TOKENS))
+
+
+def _require_agreement(paths: Mapping[str, Path], spec: RunSpec) -> None:
+    """Raise `GRITError` if two arms have begun with numbers that rounding does not explain."""
+    noted = [(arm, found) for arm, path in paths.items() if (found := first_batch(path / FIRST))]
+    on_gpu = has_gpu() and find_base(spec.base_model).gpu
+    # On a GPU a base's own weights are 16 bits wide, whatever the adapters are.
+    precision = spec.training.precision if not on_gpu or spec.training.precision == "fp16" else "bf16"
+    if why := disagreement(noted, precision):
+        raise GRITError(why)
 
 
 def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool, gpu: str | None) -> subprocess.Popen[bytes]:
@@ -153,6 +183,7 @@ def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool, gpu: str | None
         elif not marker.is_file() or json.loads(marker.read_text()).get("fingerprint") != wanted:
             shutil.rmtree(path)
     write_atomic(marker, json.dumps(request, indent=2))
+    shutil.copyfile(path.parent / TOKENS / f"{spec.tokens}.json", path / TOKEN_FILE)
     threads = str(spec.training.threads)
     environment = {
         **os.environ,
@@ -231,7 +262,7 @@ def _seconds_measured(found: dict[str, Any], process: int, seconds: float, input
 def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:
     """Train one arm in this process, under the gradient ledger, and complete its record."""
     arm, unsloth = find_arm(spec.arm), False
-    if arm.unsloth and spec.base_model != "tiny":
+    if arm.unsloth and find_base(spec.base_model).gpu:
         import torch
 
         if unsloth := torch.cuda.is_available():

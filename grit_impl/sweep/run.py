@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_impl.recipes.datasets import IGNORE, encode
 from grit_impl.recipes.tasks import find_task
 from grit_impl.recipes.tiny_llama import knowledge
 from grit_impl.recipes.tiny_llama.corpus import SHORT_TEMPLATE
+from grit_impl.recipes.tokens import IGNORE, encode
 from grit_impl.sweep.optimizers import build_optimizer
 from grit_impl.sweep.plan import split_settings
 

@@ -24,7 +24,7 @@ REPORTS = Path("reports")
 class Runs:
     """What is trained, where its records lie, and what it is evaluated with."""
 
-    base_model: str = setting("tiny", "base model: tiny, a folder, a hub id, or random:llama-1b")
+    base_model: str = setting("tiny", "base model: tiny, smollm2, a folder, a .gguf file, a hub id, random:llama-1b")
     reports_dir: Path = setting(REPORTS, "folder of run records and reports", Path)  # noqa: RUF009 (Path is immutable)
     seed: int = setting(3407, "seed of every arm", seed)
     seeds: int = setting(1, "train every arm of the plan with so many seeds, from --seed on; 6 decide", count)

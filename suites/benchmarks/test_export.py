@@ -28,7 +28,7 @@ import pytest
 from grit_impl.cost.bench import in_turn, ratios, spread
 from grit_impl.export.checkpoint import Checkpoint
 from grit_impl.gguf.splits import SPLITS
-from grit_impl.recipes.bases import SHAPES
+from grit_impl.recipes.shapes import SHAPES
 
 LAYERS = int(os.environ.get("GRIT_EXPORT_LAYERS", "2"))
 # Six are the fewest that have a 95% interval.

@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from grit_impl.errors import GRITError
-from grit_impl.recipes.bases import SHAPES, TINY, load_base, save_tokenizer
+from grit_impl.recipes.bases import TINY, load_base, save_tokenizer
 from grit_impl.recipes.lora import PROJECTIONS, LoRASettings, add_lora
+from grit_impl.recipes.shapes import SHAPES
 
 
 def test_tiny_is_float32_on_the_cpu_and_generates() -> None:
@@ -106,9 +107,10 @@ def test_four_bit_without_bitsandbytes_says_so(monkeypatch: pytest.MonkeyPatch) 
     ("spec", "message"),
     [
         ("random:llama-9b", "unknown random shape 'llama-9b'"),
-        ("no-such-model", "cannot load base model 'no-such-model'"),
-        ("nobody/no-such-model", "cannot load base model 'nobody/no-such-model'"),
-        ("./no/such/folder", "there is no such folder"),
+        ("no-such-model", "unknown base model 'no-such-model': give tiny, smollm2,"),
+        ("nobody/no-such-model", "base model 'nobody/no-such-model' is neither a folder nor on the hub"),
+        ("nobody/no-such.gguf", "there is no such file"),
+        ("./no/such/folder", "there is no such file or folder"),
     ],
 )
 def test_unknown_bases_are_one_clear_line(spec: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

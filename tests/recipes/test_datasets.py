@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes.datasets import ALPACA_TEMPLATE, IGNORE, SCHEMAS, load_instructions, tokenize
+from grit_impl.recipes.datasets import ALPACA_TEMPLATE, SCHEMAS, load_instructions
 
 # One row per public layout as the hub serves it, with what must become of it.
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -190,37 +191,14 @@ def test_bad_requests_are_named(arguments: dict[str, Any], message: str) -> None
         load_instructions(**arguments)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """The embedded tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "fixtures" / "tiny_llama")
-
-
-class TestTokenize:
-    """Ids and labels, with the tiny base's tokenizer."""
-
-    def test_only_the_answer_and_its_end_are_supervised(self, tokenizer: Any, tmp_path: Path) -> None:
-        """Oracle: decoding the supervised ids gives the answer; the ids before are the generation prompt's."""
-        data = load_instructions("aqi", limit=20, seed=1)
-        for text, row in zip(data, tokenize(data, tokenizer, 256), strict=True):
-            supervised = [label for label in row["labels"] if label != IGNORE]
-            assert tokenizer.decode(supervised) == text["completion"] + tokenizer.eos_token
-            prompt = tokenizer(text["prompt"])["input_ids"]
-            assert row["input_ids"] == prompt + supervised
-            assert row["input_ids"][0] == tokenizer.bos_token_id
-            assert row["labels"] == [IGNORE] * len(prompt) + supervised
-
-    def test_long_rows_are_cut_and_hopeless_ones_dropped(
-        self, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Oracle: a prompt that fills the length leaves nothing to learn."""
-        rows = [{"prompt": "a " * n, "completion": "b " * 50} for n in (2, 500)]
-        data = load_instructions(write(tmp_path / "d.jsonl", rows))
-        with caplog.at_level(logging.WARNING):
-            (row,) = tokenize(data, tokenizer, 32)
-        assert len(row["input_ids"]) == len(row["labels"]) == 32
-        assert "1 of 2 prompts fill max_length" in caplog.text
-        with pytest.raises(GRITError, match="shorter than 2 tokens"):
-            tokenize(data, tokenizer, 2)
+@pytest.mark.parametrize("name", ROWS)
+def test_another_form_gets_instruction_and_input(name: str, tmp_path: Path) -> None:
+    """Oracle: the sections of the Alpaca prompt, taken apart; a whole prompt is an instruction then."""
+    row, prompt, completion = ROWS[name]
+    told = load_instructions(write(tmp_path / "data.jsonl", [row]), form=lambda text, more: f"{text}|{more}")[0]
+    sections = re.fullmatch(
+        r"(?:### Instruction:\n(.*?)\n\n)?(?:### Input:\n(.*)\n\n)?### Response:\n", prompt, re.DOTALL
+    )
+    text, more = sections.groups() if sections else (prompt, "")
+    assert told["prompt"].endswith(f"{text or ''}|{more or ''}")
+    assert told["completion"] == completion

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from grit_impl.errors import GRITError
-from grit_impl.recipes.arms import RunSpec
+from grit_impl.imports import closure
+from grit_impl.recipes import train
+from grit_impl.recipes.arms import FIRST, TOKEN_FILE, RunSpec
+from grit_impl.recipes.tokens import read_tokens
 from grit_impl.recipes.unsloth import compiled_layers
+from grit_impl.record import sha256_file
 from grit_impl.runs import execute
 from grit_impl.runs.execute import finished, run_arms, spec_fingerprint
+from grit_impl.runs.first import disagreement
 
 # Stands in for `python -m grit_impl.runs.execute`: leaves a record, or ends as it is told.
 ARM = """
@@ -57,7 +62,7 @@ def test_other_settings_move_the_finished_run_aside(arms, tmp_path):
     """Oracle: both records are on the disk afterwards; hours of training are never deleted."""
     first = arms("fine")
     before = (first.path / "COMPLETE").read_text()
-    assert arms("fine", RunSpec("pure", seed=3407, dataset="alpaca")).complete
+    assert arms("fine", RunSpec("pure", training=execute_training(steps=100))).complete
     kept = [path for path in tmp_path.iterdir() if path.name.startswith("pure-seed3407.")]
     assert [(path / "COMPLETE").read_text() for path in kept] == [before]
 
@@ -143,11 +148,11 @@ def test_unfinished_run_of_the_same_spec_is_continued(arms, tmp_path):
 
 
 def test_unfinished_run_of_another_spec_is_discarded(arms, tmp_path):
-    """Oracle: the checkpoint of a run with another data set must not be continued from."""
+    """Oracle: the checkpoint of a run with other settings must not be continued from."""
     arms("1")
     checkpoint = tmp_path / "pure-seed3407" / "checkpoints" / "checkpoint-50"
     checkpoint.mkdir(parents=True)
-    assert arms("fine", RunSpec("pure", dataset="alpaca")).complete
+    assert arms("fine", RunSpec("pure", training=execute_training(steps=100))).complete
     assert not checkpoint.exists()
 
 
@@ -160,41 +165,106 @@ def test_incomplete_record_is_not_finished(tmp_path):
     assert finished(tmp_path, "abc") is not None
 
 
-def imported(*modules):
-    """Files of this project that these modules import, and what those import, wherever the import stands."""
-    root, todo, found = Path(execute.__file__).parents[2], [*modules], set()
-    while todo:
-        path = root / todo.pop().replace(".", "/")
-        file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
-        if file is None or file in found:
-            continue
-        found.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grit_impl"):
-                todo += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
-    return found
-
-
 @pytest.mark.parametrize(
     ("stage", "modules"),
     [
-        ("train", ("recipes.train", "verify.ledger", "verify.probe_run")),
-        ("cost", ("verify.cost_run",)),
+        ("train", ("recipes.tokens", "recipes.formats", "gguf.chat", "ledger.recorder", "method.manager")),
+        ("export", ("gguf.modelfile", "export.writer")),
+        ("evaluate", ("gguf.gotemplate", "gguf.metadata", "gguf.modelfile", "evaluate.scoring")),
+        ("cost", ("cost.measure", "recipes.train")),
     ],
 )
-def test_whatever_a_stage_imports_is_in_its_fingerprint(stage, modules):
-    """Oracle: the import statements. A module that is left out could change and its old results would still count."""
-    root = Path(execute.__file__).parents[1]
-    needed = imported(*(f"grit_impl.{module}" for module in modules)) - {root / "verify" / "__init__.py"}
-    assert {f.relative_to(root).as_posix() for f in needed} - counted(stage) == set()
+def test_what_determines_a_result_is_in_its_stages_fingerprint(stage, modules):
+    """Oracle: named by hand. Templates and parameters of a model file, and its metadata, are part of every answer."""
+    assert {f"grit_impl.{module}" for module in modules} <= set(closure(*execute._STAGES[stage]))
 
 
-def test_what_makes_a_prompt_is_in_the_evaluations_fingerprint():
-    """Oracle: templates and parameters of a model file, and its metadata, are part of every answer."""
-    assert {f"export/{name}.py" for name in ("gotemplate", "metadata", "modelfile")} <= counted("evaluate")
+class TestOneSetOfTokens:
+    """Every arm of a session reads the same file."""
+
+    def test_arms_get_the_same_file_and_its_hash(self, arms, tmp_path):
+        """Oracle: the bytes in both folders, and the hash in both specs."""
+        arms("fine")
+        found = run_arms([RunSpec("pure"), RunSpec("baseline")], tmp_path, jobs=1, progress=lambda *_: None)
+        files = [record.path / TOKEN_FILE for record in found.values()]
+        specs = [json.loads((record.path / "spec.json").read_text())["spec"] for record in found.values()]
+        assert len({file.read_bytes() for file in files}) == 1
+        assert {spec["tokens"] for spec in specs} == {sha256_file(files[0])}
+
+    def test_other_tokens_are_another_run(self):
+        """Oracle: the fingerprint."""
+        assert spec_fingerprint(RunSpec("pure", tokens="a")) != spec_fingerprint(RunSpec("pure", tokens="b"))
+
+    def test_no_arm_may_tokenise_with_a_changed_tokenizer(self, tmp_path):
+        """Oracle: Unsloth's run without tokens that were made before it was imported is refused."""
+        with pytest.raises(GRITError, match="Unsloth changes tokenizers"):
+            train._tokens(RunSpec("hybrid"), tmp_path, True)
 
 
-def counted(stage):
-    """Files whose content a stage's fingerprint depends on."""
-    root = Path(execute.__file__).parents[1]
-    return {f.relative_to(root).as_posix() for pattern in execute._SOURCES[stage] for f in root.glob(pattern)}
+FIRST_BATCH = {"loss": 2.5, "gradient_norm": 1.25, "batch": "abc"}
+
+
+class TestFirstBatch:
+    """Arms that do not train the same thing are stopped."""
+
+    @pytest.mark.parametrize(
+        ("precision", "changes", "message"),
+        [
+            ("fp32", {}, None),
+            ("fp32", {"loss": 2.5 * (1 + 5e-6), "gradient_norm": 1.25 * (1 + 5e-5)}, None),
+            ("fp32", {"loss": 2.5 * (1 + 2e-5)}, "first batch has loss 2.5 and 2.50005"),
+            ("fp32", {"gradient_norm": 1.25 * (1 + 2e-4)}, "first batch has gradient_norm 1.25 and 1.25025"),
+            ("bf16", {"loss": 2.5 * (1 + 2e-3), "gradient_norm": 1.25 * 1.02}, None),
+            ("bf16", {"gradient_norm": 1.25 * 1.05}, "bf16 explains 0.03"),
+            ("bf16", {"loss": float("nan")}, "first batch has loss 2.5 and nan"),
+            ("bf16", {"batch": "abd"}, "were given other tokens"),
+        ],
+    )
+    def test_only_rounding_is_let_pass(self, precision, changes, message):
+        """Oracle: differences on both sides of what a precision explains; the line names both arms and both numbers."""
+        found = disagreement([("baseline", FIRST_BATCH), ("pure", {**FIRST_BATCH, **changes})], precision)
+        if message is None:
+            assert found is None
+        else:
+            assert message in found
+            assert found.startswith("baseline and pure")
+            assert "\n" not in found
+
+    def test_the_others_are_stopped_and_no_more_begin(self, monkeypatch, tmp_path):
+        """Oracle: two real processes; one would run for a minute, a third would leave a record."""
+        real, started = subprocess.Popen, []
+
+        def popen(command, **options):
+            if "grit_impl.runs.execute" not in command:
+                return real(command, **options)
+            started.append(Path(command[-1]).name)
+            loss = 2.6 if "hybrid" in started[-1] else 2.5
+            code = "import json, pathlib, sys, time; path = pathlib.Path(sys.argv[1]) / 'first.json'\n"
+            code += (
+                f"path.write_text(json.dumps({{'loss': {loss}, 'gradient_norm': 1.0, 'batch': 'a'}})); time.sleep(60)"
+            )
+            return real([sys.executable, "-c", code, command[-1]], **options)
+
+        monkeypatch.setattr(execute.subprocess, "Popen", popen)
+        specs = [RunSpec(arm) for arm in ("baseline", "hybrid", "pure")]
+        before = time.monotonic()
+        with pytest.raises(GRITError, match="baseline and hybrid do not train the same thing"):
+            run_arms(specs, tmp_path, jobs=2, progress=lambda *_: None)
+        assert time.monotonic() - before < 30
+        assert started == ["baseline-seed3407", "hybrid-seed3407"]
+
+    @pytest.mark.slow
+    def test_real_arms_note_the_same_before_any_update(self, tmp_path):
+        """Oracle: loss and gradient of plain LoRA, computed here without a trainer from the session's tokens."""
+        once = execute_training(steps=1, batch_size=2, accumulation=2)  # so that the first batch is all there is
+        specs = [RunSpec(arm, training=once, grit=None if arm == "baseline" else {}) for arm in ("baseline", "pure")]
+        records = run_arms(specs, tmp_path, jobs=1, progress=lambda *_: None)
+        model, _ = train.build_model(specs[0], use_unsloth=False)
+        tokens = read_tokens(records["pure"].path / TOKEN_FILE, records["pure"].run["config"]["tokens"])
+        loss = model(**tokens.collate(list(tokens.dataset()))).loss
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for record in records.values():
+            noted = json.loads((record.path / FIRST).read_text())
+            assert noted["loss"] == pytest.approx(float(loss), rel=1e-6)
+            assert noted["gradient_norm"] == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-5)

@@ -7,9 +7,9 @@ by the same code, and only a finished one counts. Several processes (pytest-xdis
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +23,9 @@ from grit_impl.errors import GRITError
 from grit_impl.files import FIXTURES
 from grit_impl.machine import gpu_names, has_gpu, switches, versions
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
+from grit_impl.recipes.bases import BASES, find_base, resolve_base
+from grit_impl.recipes.fetch import digest
+from grit_impl.recipes.formats import Format, find_format
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.runs.execute import Progress, finished, run_arms, run_cost, source_fingerprint
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
@@ -31,9 +34,6 @@ from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
 if TYPE_CHECKING:
     from grit_impl.evaluate.items import ItemSet
     from grit_impl.evaluate.results import Evaluation
-
-# owner/name, as the hub spells it.
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def no_progress(label: str, done: int, total: int) -> None:
@@ -95,9 +95,7 @@ class LiveEvidence(Evidence):
         Raises:
             GRITError: no such base model, an Ollama that does not answer, or unusable questions.
         """
-        name = self.options.base_model
-        if not (name == "tiny" or name.startswith("random:") or Path(name).is_dir() or HUB_ID.fullmatch(name)):
-            raise GRITError(f"unknown base model {name!r}: give tiny, random:llama-1b, a model folder or a hub id")
+        find_base(self.options.base_model)
         if evaluate and self.ollama_url and self.evaluation is None and not self.options.reuse_runs:
             from grit_impl.serve.client import Endpoint
 
@@ -154,16 +152,16 @@ class LiveEvidence(Evidence):
 
     def _runs(self, arms: Iterable[str], seed: int) -> dict[str, RunRecord | str]:
         """Finished runs of these arms with this seed, or why there is none."""
-        specs, folder = self._specs(arms, seed), self.reports / "runs"
+        folder = self.reports / "runs"
         if self.options.reuse_runs:
             found: dict[str, RunRecord | str] = {}
-            for spec in specs:
-                record = finished(folder / f"{spec.arm}-seed{spec.seed}", None)
-                found[spec.arm] = record or f"no finished run in {folder}, and --reuse-runs trains none"
+            for name in arms:
+                record = finished(folder / f"{name}-seed{seed}", None)
+                found[name] = record or f"no finished run in {folder}, and --reuse-runs trains none"
             return found
         # One at a time where they would share a GPU; else one per core, for a run of one thread each.
         jobs = self.options.jobs or (1 if has_gpu() else max(1, min(2, os.cpu_count() or 1)))
-        return run_arms(specs, folder, jobs=jobs, progress=self.progress)
+        return run_arms(self._specs(arms, seed), folder, jobs=jobs, progress=self.progress)
 
     def _judge(self, name: str, record: RunRecord) -> None:
         from grit_impl.ledger.verdict import judge_ledger
@@ -209,13 +207,16 @@ class LiveEvidence(Evidence):
 
     @property
     def base(self) -> Path | str:
-        """The base model's folder or hub id; on a GPU random shapes get a folder, which Unsloth can load."""
-        name = self.options.base_model
-        if name == "tiny":
-            return FIXTURES / "tiny_llama"
-        if name.startswith("random:"):
-            return self.reports / "bases" / name.removeprefix("random:") if has_gpu() else name
-        return Path(name) if Path(name).is_dir() else name
+        """The base model's folder; a random shape's name, but on a GPU the folder that Unsloth can load it from."""
+        base = find_base(self.options.base_model)
+        if base.shape:
+            return self.reports / "bases" / base.shape if has_gpu() else base.name
+        return base.folder()
+
+    @functools.cached_property
+    def format(self) -> Format:
+        """How the base is asked, in training and in every Modelfile."""
+        return find_format(self.base)
 
     def _prepare_base(self) -> str:
         """What the arms load as their base model."""
@@ -226,7 +227,7 @@ class LiveEvidence(Evidence):
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
                 raise GRITError((made.stderr.strip().splitlines() or ["no message"])[-1])
-        return self.options.base_model if self.options.base_model == "tiny" else str(base)
+        return self.options.base_model if self.options.base_model in BASES else str(base)
 
     def _export(self, name: str) -> None:
         key = f"export:{name}"
@@ -237,7 +238,7 @@ class LiveEvidence(Evidence):
             return  # why is known under the arm's name
         found = self._exported(name, record)
         if isinstance(found, str):
-            if self.options.reuse_runs or not Path(self.base).is_dir():
+            if self.options.reuse_runs or isinstance(self.base, str):
                 self.missing = {**self.missing, key: found}
             else:
                 self.failed = {**self.failed, key: found}
@@ -247,28 +248,27 @@ class LiveEvidence(Evidence):
     def _exported(self, name: str, record: RunRecord | None) -> dict[str, Any] | str:
         """A model's export note, made now if it is not there, or why there is none. Without a record: the base's."""
         from grit_impl.export import export_merged, write_modelfile
-        from grit_impl.recipes.bases import resolve_base
-
-        try:
-            base = resolve_base(str(self.base))
-        except GRITError as error:
-            return str(error)
 
         folder = record.gguf if record is not None else self.reports / "runs" / "base" / "gguf"
+        note, gguf, modelfile = folder / "export.json", folder / "model-q8_0.gguf", folder / "Modelfile"
+        there = note.is_file() and gguf.is_file()
+        if self.options.reuse_runs:
+            found: dict[str, Any] = json.loads(note.read_text()) if there else {}
+            return found or f"no export in {folder}, and --reuse-runs makes none"
+        try:
+            base = resolve_base(self.base)
+        except GRITError as error:
+            return str(error)
         adapter = record.adapter if record is not None else None
         inputs = fingerprint(
             {
-                "base": [sha256_file(f) for f in sorted(Path(base).glob("*.safetensors"))],
+                "base": [digest(path) for path in sorted(base.glob("*.safetensors"))],
                 "adapter": sha256_file(adapter / "adapter_model.safetensors") if adapter else None,
+                "template": self.format.template,
                 "source": source_fingerprint("export"),
             }
         )
-        note, gguf, modelfile = folder / "export.json", folder / "model-q8_0.gguf", folder / "Modelfile"
-        reuse = self.options.reuse_runs
-        there = note.is_file() and gguf.is_file()
-        if not there or not (reuse or json.loads(note.read_text()).get("inputs") == inputs):
-            if reuse:
-                return f"no export in {folder}, and --reuse-runs makes none"
+        if not there or json.loads(note.read_text()).get("inputs") != inputs:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 export = export_merged(
@@ -276,12 +276,13 @@ class LiveEvidence(Evidence):
                 )
             except GRITError as error:  # a finding about this arm; the others go on
                 return str(error)
-            write_modelfile(gguf, modelfile, stop=export.stops or ("<|end_of_text|>",))
+            stops = export.stops or ("<|end_of_text|>",)
+            write_modelfile(gguf, modelfile, self.format.template, stop=stops)
             # Written last: its presence says that the rest is whole.
             write_atomic(
                 note, json.dumps({"inputs": inputs, **export.as_dict(), "modelfile": str(modelfile)}, indent=2)
             )
-        found: dict[str, Any] = json.loads(note.read_text())
+        found = json.loads(note.read_text())
         return found
 
     # Evaluation
@@ -317,7 +318,9 @@ class LiveEvidence(Evidence):
         out = self.reports / "evaluation" / fingerprint({**inputs, "speed": speed})[:12]
         with self._server(exports) as (url, names):
             # On a terminal it shows bars of its own; a log gets one line when it is done.
-            how = EvaluationOptions(aqi_metric=self.options.aqi_metric, progress=sys.stderr.isatty())
+            how = EvaluationOptions(
+                aqi_metric=self.options.aqi_metric, stop=self.format.stop, progress=sys.stderr.isatty()
+            )
             how = how if speed else replace(how, speed_rounds=0)
             self.progress("evaluating", 0, 1)
             found = evaluate(url, names, aqi, knowledge, out, how, inputs)

@@ -1,0 +1,54 @@
+"""Whether arms train the same thing: loss and gradient norm of the first batch, before any update, must agree.
+
+Up to there arms differ by nothing but rounding: same weights, same tokens, adapters that add nothing yet, and gradients
+that nobody has touched. What differs by more is another model, other labels or another way to average.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+# Relative differences of loss and gradient norm that rounding explains, by the numbers that are multiplied. A float32
+# sum of some hundred terms in another order moves by a few 1e-7. One bfloat16 rounding is 4e-3: in a loss, a mean over
+# hundreds of tokens, it averages out; a gradient has passed every layer twice.
+ROUNDING = {"fp32": (1e-5, 1e-4), "fp16": (1e-3, 1e-2), "bf16": (4e-3, 3e-2)}
+
+
+def first_batch(path: Path) -> dict[str, Any] | None:
+    """What a run noted of its first batch, or None: it has not come so far, or is of an older version."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def disagreement(firsts: Iterable[tuple[str, dict[str, Any]]], precision: str) -> str | None:
+    """Why two arms do not train the same thing, or None.
+
+    Args:
+        firsts: Name of each arm, and what it noted: `loss` in nats per token, `gradient_norm`, and `batch`, a checksum
+            of the ids.
+        precision: Key of `ROUNDING`.
+    """
+    for (one, mine), (other, theirs) in combinations(firsts, 2):
+        if mine["batch"] != theirs["batch"]:
+            return (
+                f"{one} and {other} were given other tokens in the first batch (checksums {mine['batch']} and "
+                f"{theirs['batch']}): nothing more is trained"
+            )
+        for name, allowed in zip(("loss", "gradient_norm"), ROUNDING[precision], strict=True):
+            a, b = mine[name], theirs[name]
+            apart = abs(a - b) / max(abs(a), abs(b), 1e-30)
+            # Not "greater than": a loss that is no number agrees with nothing.
+            if not apart <= allowed:
+                return (
+                    f"{one} and {other} do not train the same thing: before any update the first batch has {name} "
+                    f"{a:.6g} and {b:.6g}, {apart:.1g} apart where {precision} explains {allowed:g}: nothing more is "
+                    "trained"
+                )
+    return None
