@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from grit_impl.curves.compare import CAVEAT, Comparison, compare_logs, outcome
+from grit_impl.curves.compare import CAVEAT, compare_logs, outcome
 from grit_impl.curves.logs import RunLog
+from grit_impl.curves.numbers import show, span
+from grit_impl.curves.result import CurveComparison
 from grit_impl.errors import GRITError
 from grit_impl.statistics.intervals import iqm, probability_of_improvement, t_interval
 from grit_impl.statistics.paired import holm, minimum_detectable_effect, pairs_needed, sign_flip_test
@@ -28,7 +30,7 @@ def fewest_pairs(tests: int, alpha: float = ALPHA) -> int:
 
 def compare_arms(
     arms: Mapping[str, Sequence[RunLog]], *, first_update: int = 1, anyway: bool = False
-) -> list[Comparison]:
+) -> list[CurveComparison]:
     """Compare every further arm with the first, run by run of the same seed.
 
     Args:
@@ -69,7 +71,7 @@ def _by_seed(seeds: Sequence[int | None], logs: Sequence[RunLog]) -> dict[int | 
     return groups
 
 
-def _pairs(x: Sequence[RunLog], y: Sequence[RunLog], result: Comparison) -> list[Pair]:
+def _pairs(x: Sequence[RunLog], y: Sequence[RunLog], result: CurveComparison) -> list[Pair]:
     seeds = [[_seed(log) for log in side] for side in (x, y)]
     if all(None not in side for side in seeds):
         first, second = (_by_seed(side, logs) for side, logs in zip(seeds, (x, y), strict=True))
@@ -92,8 +94,8 @@ def _pairs(x: Sequence[RunLog], y: Sequence[RunLog], result: Comparison) -> list
 
 def _compare(
     a: str, b: str, x: Sequence[RunLog], y: Sequence[RunLog], *, first_update: int, anyway: bool
-) -> Comparison:
-    result = Comparison(a, b)
+) -> CurveComparison:
+    result = CurveComparison(a, b)
     rows = _pairs(x, y, result)
     singles = {
         label: compare_logs(u, v, again, first_update=first_update, anyway=anyway) for label, u, v, again in rows
@@ -115,7 +117,11 @@ def _compare(
     if correlations:
         kinds = Counter(s.verdicts["decorrelated"] for s in singles.values())
         low, high = min(correlations), max(correlations)
-        result.answer("decorrelated", kinds.most_common(1)[0][0], f"r at lag 0 from {low:.3f} to {high:.3f} over seeds")
+        result.answer(
+            "decorrelated",
+            kinds.most_common(1)[0][0],
+            f"r at lag 0 from {show(low, '.3f')} to {show(high, '.3f')} over seeds",
+        )
         result.notes.append(CAVEAT)
     result.curves = {
         "steps": rows[0][1].steps,
@@ -146,7 +152,7 @@ def _compare(
     return result
 
 
-def _decide(results: Sequence[Comparison]) -> None:
+def _decide(results: Sequence[CurveComparison]) -> None:
     """Holm over all metrics of all arms, then the verdict on the final loss."""
     tested = [(r, metric) for r in results for metric in r.numbers.get("metrics", {})]
     if not tested:
@@ -158,14 +164,14 @@ def _decide(results: Sequence[Comparison]) -> None:
     for result in {id(r): r for r, _ in tested}.values():
         row = result.numbers["metrics"]["final loss"]
         gap, p, needed = row["difference"], row["p_holm"], row["pairs_needed"]
-        text = f"final loss {result.b} - {result.a} = {gap.estimate:+.4g} [{gap.low:+.4g}, {gap.high:+.4g}]"
+        text = f"final loss {result.b} - {result.a} = {show(gap.estimate, '+.4g')} {span(gap.low, gap.high, '+.4g')}"
         text += f" over {gap.n} seeds"
-        text += f", p = {p:.3g} (sign flips, Holm over {len(tested)})"
+        text += f", p = {show(p)} (sign flips, Holm over {len(tested)})"
         if gap.estimate == 0 and gap.low == gap.high:
             result.answer("better", "neither", f"{text}: identical")
         elif p < ALPHA and gap.excludes(0.0):
             result.answer("better", result.b if gap.estimate < 0 else result.a, text)
         else:
             more = f"; an effect of this size needs {max(needed, fewest)} seeds" if needed else ""
-            least = f"; fewer than {fewest} seeds cannot reach {ALPHA:g}" if gap.n < fewest else ""
+            least = f"; fewer than {fewest} seeds cannot reach {show(ALPHA, 'g')}" if gap.n < fewest else ""
             result.answer("better", "inconclusive", text + least + more)

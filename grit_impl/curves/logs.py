@@ -1,18 +1,16 @@
 """Training logs of any origin, read into one shape. What a path is gets found by looking, not by flags.
 
-Read are: run records of this project; TensorBoard event files, in the scalar encoding (`simple_value`: torch and
-tensorboardX) and the tensor encoding (TensorFlow 2, and what TensorBoard migrates to); `trainer_state.json` of
-transformers 4 (loss rounded to 4 decimals, learning rate logged after the scheduler's step) and 5 (neither); CSV and
-JSON lines with recognisable columns. A log that cannot support a comparison raises `GRITError`; none is repaired in
-silence.
+Read are: run records of this project; TensorBoard event files; `trainer_state.json` of transformers 4 (loss rounded to
+4 decimals, learning rate logged after the scheduler's step) and 5 (neither), and so of Unsloth and axolotl;
+`trainer_log.jsonl` of LLaMA-Factory; `metrics.csv` of Lightning; wandb's CSV exports, `FILE::RUN` for one of several
+runs; MLflow's run folders and metric files; CSV and JSON lines with recognisable columns. A log that cannot support a
+comparison raises `GRITError`; none is repaired in silence.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grit_impl.curves import events, tables
+from grit_impl.curves.names import FEWEST_LOSSES, existing, is_sideline, listed, words
+from grit_impl.curves.numbers import show
+from grit_impl.curves.tables import Table
 from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
 
 Floats = NDArray[np.float64]
 Rows = list[dict[str, float]]
 
-COLUMNS = {
-    "step": ("step", "steps", "global_step", "trainer/global_step", "iteration", "iter"),
-    "loss": ("loss", "training loss", "training_loss", "train_loss", "value"),
-    "grad_norm": ("grad_norm", "gradient_norm", "grad norm", "gradient norm", "gradnorm"),
-    "learning_rate": ("learning_rate", "lr", "learning rate"),
-    "tokens": ("tokens",),
-}
-"""Names under which each series is found, after lower-casing and dropping a `train/` or `run - ` prefix."""
-FEWEST_LOSSES = 8
-"""Fewer say nothing about each other."""
 SERIES = ("loss", "grad_norm", "learning_rate", "tokens")
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
@@ -47,13 +39,15 @@ class RunLog:
     Attributes:
         name: Short name for tables and legends.
         path: Where it was read.
-        kind: "record", "tensorboard", "trainer_state", "csv" or "jsonl".
+        kind: "record", "tensorboard", "trainer_state", "mlflow", "csv" or "jsonl".
         steps: Optimizer steps (N,), strictly increasing with one stride.
         loss: Training loss of each (N,), finite.
         grad_norm: Gradient norm (N,), or None if it was not logged at every step.
         learning_rate: Learning rate (N,), or None.
         tokens: Real tokens per step (N,), or None.
         meta: What else the log says (seed, arm, base model, versions), possibly empty.
+        notes: What a reader must know about how the log was read.
+        clock: When the run began or logged its first value, in the log's own unit; None where it does not say.
     """
 
     name: str
@@ -65,6 +59,8 @@ class RunLog:
     learning_rate: Floats | None = None
     tokens: Floats | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    clock: float | None = None
 
     @property
     def stride(self) -> int:
@@ -90,38 +86,73 @@ class RunLog:
         return FLOAT32_EPS * scale
 
 
-def read_log(path: str | Path, *, until: int | None = None, name: str | None = None) -> RunLog:
+def read_log(path: str | Path, *, until: int | None = None, name: str | None = None, loss: str | None = None) -> RunLog:
     """Read one run.
 
     Args:
         path: A file, or a folder that holds exactly one run (its trainer_state.json, event files or run record).
+            `FILE::RUN` names one of several runs in a table.
         until: Ignore everything after this step: how to use the sound part of a damaged or longer log.
-        name: Name for tables; by default the arm's or the folder's.
+        name: Name for tables; by default the arm's, the run's or the folder's.
+        loss: The column, tag or metric of the training loss, where its name is not a usual one.
 
     Raises:
         GRITError: nothing there, several runs, a restarted log, missing steps, a loss that is NaN or infinite, a
             truncated or corrupt file, or fewer than 8 entries.
     """
-    source = Path(path)
-    if not source.exists():
-        raise GRITError(f"{source}: no such file or folder")
-    kind, files = _find(source)
-    if kind == "record":
-        return from_record(RunRecord(files[0].parent), until=until, name=name)
-    meta: dict[str, Any] = {}
-    rows = _READERS[kind](files, until, meta)
+    source, run = existing(path)
+    try:
+        kind, files = _find(source)
+        if kind == "record":
+            return from_record(RunRecord(files[0].parent), until=until, name=name)
+        table, damage = _read(kind, files, source), None
+    except events.DamagedEvents as error:
+        table, damage = error.table, error
+    except OSError as error:
+        raise GRITError(f"{source}: cannot be read ({error.strerror or error})") from error
+    if damage is not None:
+        kind = "tensorboard"
+        _only_until(table, until, loss, damage)
+    table, found = tables.one_run(table, run, loss)
+    rows = _rows(table, loss, until)
     stem = source.stem if source.is_file() and kind in ("csv", "jsonl") else ""
     folder = source if source.is_dir() else source.parent
-    return _build(rows, source, kind, name or stem or folder.resolve().name, until, meta)
+    name = name or found or stem or folder.resolve().name
+    return _build(rows, source, kind, name, until, table.meta, notes=table.notes, clock=table.clock)
 
 
 def from_record(record: RunRecord, *, until: int | None = None, name: str | None = None) -> RunLog:
     """The curves of a run record."""
     meta = {key: record.run.get(key) for key in ("arm", "seed", "base_model", "steps", "versions")}
-    rows = [_canonical(row) for row in record.steps]
-    return _build(
-        rows, record.path, "record", name or record.arm, until, {k: v for k, v in meta.items() if v is not None}
-    )
+    rows: Rows = []
+    for line, row in enumerate(record.steps, 1):
+        found = {}
+        for series in ("step", *SERIES):
+            if series in row:
+                try:
+                    value = tables.number(row[series])
+                except GRITError as error:
+                    raise GRITError(f"{record.path}: steps.jsonl, line {line}: {series} is {error}") from None
+                found[series] = float("nan") if value is None else value
+        rows.append(found)
+    known = {k: v for k, v in meta.items() if v is not None}
+    spent = [row["seconds"] for row in record.steps if isinstance(row.get("seconds"), float)]
+    clock = float(sum(spent)) if spent else None
+    return _build(rows, record.path, "record", name or record.arm, until, known, clock=clock)
+
+
+def same_values(a: RunLog, b: RunLog) -> bool:
+    """Whether two logs hold the same numbers, to the rounding of float32, at the same steps."""
+    if a.steps.shape != b.steps.shape or (a.steps != b.steps).any():
+        return False
+    pairs = [(getattr(a, series), getattr(b, series)) for series in ("loss", "grad_norm")]
+    return all(x is None or y is None or bool(np.allclose(x, y, rtol=2 * FLOAT32_EPS, atol=0)) for x, y in pairs)
+
+
+def is_copy(a: RunLog, b: RunLog) -> bool:
+    """Whether two logs are one run: the same numbers, and no clock that says otherwise."""
+    clocks = a.clock is not None and b.clock is not None and a.kind == b.kind
+    return same_values(a, b) and not (clocks and a.clock != b.clock)
 
 
 # -- looking ----------------------------------------------------------------------------------------------------------
@@ -135,28 +166,50 @@ def _find(source: Path) -> tuple[str, list[Path]]:
         return "record", [source / "run.json"]
     if (source / "trainer_state.json").is_file():
         return "trainer_state", [source / "trainer_state.json"]
-    events: dict[Path, list[Path]] = {}
+    if (source / "metrics").is_dir() and (source / "meta.yaml").is_file():
+        return "mlflow", [source]
+    folders: dict[Path, list[Path]] = {}
     for file in sorted(source.rglob("*tfevents*")):
         if file.is_file() and not file.name.endswith(".profile-empty"):
-            events.setdefault(file.parent, []).append(file)
+            folders.setdefault(file.parent, []).append(file)
     # The SummaryWriter of torch puts hyperparameters into a subfolder with its own, scalar-free event file.
-    folders = [source] if source in events else [f for f in events if f.parent not in events]
-    if len(folders) == 1:
-        return "tensorboard", events[folders[0]]
-    if len(folders) > 1:
-        listed = ", ".join(str(f.relative_to(source)) for f in folders[:4])
-        raise GRITError(f"{source}: holds {len(folders)} TensorBoard runs ({listed}, ...); name one of them")
+    roots = [source] if source in folders else [f for f in folders if f.parent not in folders]
+    if len(roots) == 1:
+        return "tensorboard", folders[roots[0]]
+    if roots:
+        raise _several(source, roots, "TensorBoard runs")
+    direct = [source / name for name in ("trainer_log.jsonl", "metrics.csv") if (source / name).is_file()]
+    if direct:
+        return _kind_of_file(direct[0]), direct[:1]
     states = sorted(source.glob("checkpoint-*/trainer_state.json"), key=lambda p: _number(p.parent.name))
     if states:
         return "trainer_state", states[-1:]
-    tables = [p for p in sorted(source.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
-    if len(tables) == 1:
-        return _kind_of_file(tables[0]), tables
+    found = [p for p in sorted(source.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
+    if len(found) == 1:
+        return _kind_of_file(found[0]), found
+    if found:
+        raise _several(source, found, "tables")
+    deeper = sorted(source.rglob("metrics.csv"))
+    if len(deeper) == 1:
+        return "csv", deeper
+    if deeper:
+        raise _several(source, [p.parent for p in deeper], "runs of Lightning")
+    tracked = sorted(p.parent for p in source.rglob("metrics") if p.is_dir() and (p.parent / "meta.yaml").is_file())
+    if len(tracked) == 1:
+        return "mlflow", tracked
+    if tracked:
+        raise _several(source, tracked, "runs of MLflow")
     if not any(source.iterdir()):
         raise GRITError(f"{source}: the folder is empty; name a run's folder or log file")
     raise GRITError(
-        f"{source}: no training log found; looked for a run record, trainer_state.json, *tfevents*, one CSV or JSONL"
+        f"{source}: no training log found; looked for a run record, trainer_state.json, *tfevents*, trainer_log.jsonl, "
+        "metrics.csv, MLflow's metrics, one CSV or JSONL"
     )
+
+
+def _several(source: Path, found: Sequence[Path], what: str) -> GRITError:
+    names = listed([str(f.relative_to(source)) for f in found], 4)
+    return GRITError(f"{source}: holds {len(found)} {what} ({names}); name one of them, e.g. {found[0]}")
 
 
 def _number(name: str) -> int:
@@ -176,166 +229,149 @@ def _kind_of_file(file: Path) -> str:
         return "jsonl"
     if suffix in (".csv", ".tsv", ".txt"):
         return "csv"
+    if "metrics" in (parent.name for parent in file.resolve().parents):
+        return "mlflow"
+    hint = "; a .wandb file is wandb's own: export the run's loss chart as CSV" if suffix == ".wandb" else ""
     raise GRITError(
-        f"{file}: unknown kind of log; expected *tfevents*, trainer_state.json, .csv, .jsonl or a run record"
+        f"{file}: unknown kind of log; expected *tfevents*, trainer_state.json, .csv, .jsonl, a metric file of MLflow "
+        f"or a run record{hint}"
     )
 
 
-# -- readers: each returns canonical rows in file order ---------------------------------------------------------------
+def _read(kind: str, files: list[Path], source: Path) -> Table:
+    if kind == "tensorboard":
+        return events.read_events(files, source)
+    if kind == "mlflow":
+        folder = files[0] / "metrics" if files[0].is_dir() else files[0].parent
+        found = [p for p in sorted(folder.rglob("*")) if p.is_file()] if files[0].is_dir() else files
+        return tables.read_mlflow({p.relative_to(folder).as_posix(): p for p in found}, folder.parent)
+    return {"trainer_state": tables.read_json, "csv": tables.read_csv, "jsonl": tables.read_jsonl}[kind](files[0])
 
 
-def _canonical(row: Mapping[str, Any]) -> dict[str, float]:
-    """The known series of a row under their own names; values that are no numbers are left out, null becomes NaN."""
-    found: dict[str, float] = {}
-    for key, value in row.items():
-        plain = str(key).strip().lower().removeprefix("train/")
-        plain = plain.rsplit(" - ", 1)[-1].removeprefix("train/")
-        for canonical, names in COLUMNS.items():
-            if plain in names and canonical not in found:
-                try:
-                    found[canonical] = float("nan") if value is None else float(value)
-                except (TypeError, ValueError):
-                    if str(value).strip():
-                        raise GRITError(f"{key} is {value!r}, not a number") from None
-    return found
+# -- rows of the known series -----------------------------------------------------------------------------------------
 
 
-def _read_events(files: list[Path], until: int | None, meta: dict[str, Any]) -> Rows:
-    from tensorboard.compat.proto import event_pb2  # type: ignore[import-untyped]
-    from tensorboard.compat.tensorflow_stub import errors  # type: ignore[import-untyped]
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New  # type: ignore[import-untyped]
-    from tensorboard.util import tensor_util  # type: ignore[import-untyped]
-
+def _rows(table: Table, wanted: str | None, until: int | None) -> Rows:
+    """Rows that carry a loss, completed with what other rows say of the same step."""
+    column = tables.chosen(table, wanted)
     rows: Rows = []
-    for file in sorted(files, key=lambda f: f.name):
-        if file.stat().st_size == 0:
-            raise GRITError(f"{file}: the event file is empty; the run wrote nothing, or it was copied while open")
-        losses: Rows = []
-        others: dict[str, dict[float, float]] = {}
-        reader = PyRecordReader_New(str(file))
-        while True:
+    for line, cells in _loss_rows(table, column):
+        row = {}
+        for series, name in column.items():
             try:
-                reader.GetNext()
-                event = event_pb2.Event.FromString(reader.record())
-            except errors.OutOfRangeError:
-                break
-            except (errors.DataLossError, ValueError, TypeError) as error:
-                last = int(losses[-1]["step"]) if losses else 0
-                if until is not None and last >= until:
-                    break
-                remedy = f"after step {last}; `--until {last - 1}` reads what is whole" if last else "at its beginning"
-                raise GRITError(f"{file}: truncated or corrupt event file, {remedy}") from error
-            for value in event.summary.value:
-                encoding, number = value.WhichOneof("value"), None
-                if encoding == "tensor":
-                    array = tensor_util.make_ndarray(value.tensor)
-                    if array.dtype.kind in "fiu" and array.size == 1:
-                        number = float(array.reshape(-1)[0])
-                    elif value.tag.startswith("args"):
-                        _note_arguments(array, meta)
-                elif encoding == "simple_value":
-                    number = float(value.simple_value)
-                # `train/train_loss` is the mean over the run that transformers logs at the end, not a step's loss.
-                if number is None or value.tag.endswith("train_loss"):
-                    continue
-                for series, found in _canonical({value.tag: number}).items():
-                    if series == "loss":
-                        losses.append({"step": float(event.step), "loss": found})
-                    else:
-                        others.setdefault(series, {})[float(event.step)] = found
-        for row in losses:
-            row.update({name: column[row["step"]] for name, column in others.items() if row["step"] in column})
-        rows += losses
+                value = tables.number(cells.get(name))
+            except GRITError as error:
+                raise GRITError(f"{table.path}, line {line}: {name} is {error}") from None
+            if value is not None or series == "loss":
+                row[series] = float("nan") if value is None else value
+        rows.append(row)
+    if "step" not in column or (len(rows) > 1 and all(row.get("step") == 0 for row in rows)):
+        what = "no step column" if "step" not in column else "every step is 0"
+        table.notes.append(f"{table.path}: {what}; its {len(rows)} losses were counted from 1.")
+        return [{**row, "step": float(i)} for i, row in enumerate(rows, 1)]
+    times = [name for name in table.columns if words(name) in (("wall", "time"), ("timestamp",))]
+    if table.clock is None and times:
+        first = next((cells[times[0]] for _, cells in table.rows if tables.finite(cells.get(times[0]))), None)
+        table.clock = tables.number(first)
+    elsewhere: dict[str, dict[float, float]] = {}
+    for _, cells in table.rows:
+        step = tables.number(cells.get(column["step"])) if tables.finite(cells.get(column["step"])) else None
+        for series in SERIES[1:]:
+            if step is not None and series in column and tables.finite(cells.get(column[series])):
+                elsewhere.setdefault(series, {})[step] = float(tables.number(cells[column[series]]) or 0.0)
+    for row in rows:
+        for series, values in elsewhere.items():
+            if series not in row and row.get("step") in values:
+                row[series] = values[row["step"]]
+    last = max((row["step"] for row in rows if np.isfinite(row.get("step", np.nan))), default=np.inf)
+    later = {step for series in ("grad_norm", "learning_rate") for step in elsewhere.get(series, {}) if step > last}
+    if len(later) > 1 and (until is None or until > last):
+        raise GRITError(
+            f"{table.path}: no loss after step {int(last)} although the log goes on to step {int(max(later))}: this "
+            f"run diverged, or its log was cut{_advice(rows, table.path, int(last))}"
+        )
     return rows
 
 
-def _note_arguments(array: Any, meta: dict[str, Any]) -> None:
+def _loss_rows(table: Table, column: Mapping[str, str]) -> list[tuple[int, tables.Row]]:
+    """Rows with a loss, and rows that should have one: those that log nothing which no loss goes with.
+
+    A row of a validation, of an epoch's mean or of a learning rate alone has a hole where the loss is, empty or NaN
+    (what pandas writes for a hole). A diverged step has NaN there beside what every other step logs.
+    """
+    loss = column["loss"]
+    filled = {line: {name for name, value in row.items() if tables.finite(value)} for line, row in table.rows}
+    beside: set[str] = set()
+    for line, row in table.rows:
+        if tables.finite(row.get(loss)):
+            beside |= filled[line]
+    kept = []
+    for line, row in table.rows:
+        value = row.get(loss)
+        if not tables.finite(value):
+            others = {name for name in filled[line] if not is_sideline(name)}
+            if others - beside or (tables.is_hole(value) and (others or loss not in row)):
+                continue
+        kept.append((line, row))
+    return kept
+
+
+def _only_until(table: Table, until: int | None, loss: str | None, damage: GRITError) -> None:
+    """Accept a damaged log that is whole to the step that was asked for, else say to which step it is."""
     try:
-        arguments = json.loads(bytes(array.reshape(-1)[0]))
-        meta.setdefault("seed", arguments.get("seed"))
-    except (ValueError, AttributeError, IndexError, TypeError):
-        return  # text that is not the Trainer's arguments tells us nothing, and need not
+        rows = _rows(tables.one_run(table, None, loss)[0], loss, None) if table.rows else []
+    except GRITError:
+        rows = []
+    last = int(rows[-1]["step"]) if rows else 0
+    if until is not None and last >= until:
+        return
+    where = f", after step {last}" if last else ", at its beginning"
+    raise GRITError(f"{damage}{where}{_advice(rows, table.path, last - 1)}") from damage
 
 
-def _read_trainer_state(files: list[Path], until: int | None, meta: dict[str, Any]) -> Rows:
-    file = files[0]
+def _advice(rows: Rows, path: Path, until: int) -> str:
+    """The remedy `--until`, where it leaves a log that can be read."""
     try:
-        state = json.loads(file.read_text())
-        history = state["log_history"]
-        # eval rows have no "loss"; the summary row at the end has "train_loss", the mean over the run.
-        rows = [_canonical(row) for row in history if "loss" in row]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GRITError(f"{file}: truncated or not JSON ({error})") from error
-    except (KeyError, TypeError, AttributeError):
-        raise GRITError(f"{file}: no log_history in it, so it is no trainer_state.json of a Trainer") from None
-    except GRITError as error:
-        raise GRITError(f"{file}: {error}") from None
-    return rows
+        _build(rows, path, "", "", until, {}, advise=False)
+    except GRITError:
+        return ""
+    return f"; `--until {until}` compares what comes before"
 
-
-def _read_csv(files: list[Path], until: int | None, meta: dict[str, Any]) -> Rows:
-    file = files[0]
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GRITError(f"{file}: cannot be read as text ({error})") from error
-    header = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    columns = list(reader.fieldnames or [])
-    if "loss" not in _canonical(dict.fromkeys(columns)):
-        raise GRITError(f"{file}: no loss column; found {', '.join(columns) or 'nothing'}; name it 'loss'")
-    return _number_rows(file, reader, lambda row: row)
-
-
-def _read_jsonl(files: list[Path], until: int | None, meta: dict[str, Any]) -> Rows:
-    file = files[0]
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise GRITError(f"{file}: cannot be read as text ({error})") from error
-    return _number_rows(file, lines, json.loads)
-
-
-def _number_rows(file: Path, items: Iterable[Any], parse: Callable[[Any], Any]) -> Rows:
-    """Rows that carry a loss; without a step column they are counted from 1."""
-    rows: Rows = []
-    for line, item in enumerate(items, 1):
-        try:
-            row = _canonical(parse(item))
-        except (ValueError, AttributeError) as error:
-            cause = str(error) if isinstance(error, GRITError) else "not a JSON object: truncated or corrupt"
-            raise GRITError(f"{file}, data line {line}: {cause}") from None
-        if "loss" in row:
-            rows.append({"step": float(len(rows) + 1), **row})
-    return rows
-
-
-_READERS: dict[str, Callable[[list[Path], int | None, dict[str, Any]], Rows]] = {
-    "tensorboard": _read_events,
-    "trainer_state": _read_trainer_state,
-    "csv": _read_csv,
-    "jsonl": _read_jsonl,
-}
 
 # -- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _restarted(path: Path, before: int, after: int) -> GRITError:
-    return GRITError(f"{path}: restarted log: step {after} follows step {before}; name the file of one attempt")
+def _build(
+    rows: Rows,
+    path: Path,
+    kind: str,
+    name: str,
+    until: int | None,
+    meta: Mapping[str, Any],
+    *,
+    notes: Sequence[str] = (),
+    clock: float | None = None,
+    advise: bool = True,
+) -> RunLog:
+    def remedy(step: float) -> str:
+        return _advice(rows, path, int(step)) if advise else ""
 
-
-def _build(rows: Rows, path: Path, kind: str, name: str, until: int | None, meta: Mapping[str, Any]) -> RunLog:
-    kept = [r for r in rows if "loss" in r and "step" in r and (until is None or r["step"] <= until)]
+    unplaced = [i for i, r in enumerate(rows, 1) if "loss" in r and not np.isfinite(r.get("step", np.nan))]
+    if unplaced:
+        raise GRITError(f"{path}: entry {unplaced[0]} has no step number")
+    kept = [r for r in rows if "loss" in r and (until is None or r["step"] <= until)]
     if len(kept) < FEWEST_LOSSES:
         raise GRITError(f"{path}: {len(kept)} training losses found; a comparison needs at least {FEWEST_LOSSES}")
     steps = np.array([r["step"] for r in kept])
-    if not np.isfinite(steps).all():
-        raise GRITError(f"{path}: entry {int(np.argmin(np.isfinite(steps))) + 1} has no step number")
+    if (steps != np.round(steps)).any() or np.abs(steps).max() > 2**53:
+        at = int(np.argmax((steps != np.round(steps)) | (np.abs(steps) > 2**53)))
+        raise GRITError(f"{path}: entry {at + 1}: {show(steps[at], 'g')} is no step number")
     gaps = np.diff(steps)
     if (gaps <= 0).any():
         at = int(np.argmax(gaps <= 0))
-        raise _restarted(path, int(steps[at]), int(steps[at + 1]))
+        before, after = int(steps[at]), int(steps[at + 1])
+        several = "; name the file of one attempt" if path.is_dir() and kind == "tensorboard" else ""
+        raise GRITError(f"{path}: restarted log: step {after} follows step {before}{several}{remedy(after - 1)}")
     stride = float(np.median(gaps))
     if stride > 1 and steps[0] == 1 and gaps[0] == stride - 1:
         # logging_first_step adds an entry that is no mean over `stride` steps.
@@ -343,8 +379,8 @@ def _build(rows: Rows, path: Path, kind: str, name: str, until: int | None, meta
     if (gaps[:-1] != stride).any() or gaps[-1] > stride:
         at = int(np.argmax(gaps != stride))
         raise GRITError(
-            f"{path}: missing steps: {int(steps[at])} is followed by {int(steps[at + 1])} every {int(stride)}; "
-            f"`--until {int(steps[at])}` compares what comes before"
+            f"{path}: missing steps: {show(steps[at], 'g')} is followed by {show(steps[at + 1], 'g')}, every "
+            f"{show(stride, 'g')} otherwise{remedy(steps[at])}"
         )
     if gaps[-1] != stride:
         # The Trainer also logs the very last step, over fewer steps than the others.
@@ -356,7 +392,17 @@ def _build(rows: Rows, path: Path, kind: str, name: str, until: int | None, meta
     if bad.any():
         at = int(np.argmax(bad))
         what = "0.0 with a NaN gradient norm (how transformers logs a NaN loss)" if hidden[at] else str(loss[at])
-        before = f"; `--until {int(steps[at - 1])}` compares what comes before" if at >= 8 else ""
-        raise GRITError(f"{path}: the loss is {what} at step {int(steps[at])}: this run diverged{before}")
-    optional = {k: v if np.isfinite(v).all() else None for k, v in columns.items() if k != "loss"}
-    return RunLog(name, path, kind, steps.astype(np.int64), loss, meta=dict(meta), **optional)
+        raise GRITError(
+            f"{path}: the loss is {what} at step {int(steps[at])}: this run diverged"
+            f"{remedy(steps[at - 1]) if at else ''}"
+        )
+    known = [series for series in SERIES[1:] if np.isfinite(columns[series]).any()]
+    partly = [series for series in known if not np.isfinite(columns[series]).all()]
+    for series in partly:
+        at = int(np.argmin(np.isfinite(columns[series])))
+        text = f"{path}: no finite {series.replace('_', ' ')} at step {int(steps[at])}: it was not compared."
+        notes = [*notes, text]
+    optional = {series: columns[series] if series in known and series not in partly else None for series in SERIES[1:]}
+    return RunLog(
+        name, path, kind, steps.astype(np.int64), loss, meta=dict(meta), notes=tuple(notes), clock=clock, **optional
+    )

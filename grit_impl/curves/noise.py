@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal, stats  # type: ignore[import-untyped]
 
+from grit_impl.curves.numbers import show, span
 from grit_impl.errors import GRITError
 from grit_impl.statistics.intervals import Interval
 from grit_impl.statistics.series import autocorrelation, prewhiten
@@ -93,8 +94,8 @@ class Difference:
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "ratio": self.ratio.to_dict(), "growth": self.growth.to_dict()}
+        """The fields by name, intervals too; infinities stay, for those who write JSON to replace."""
+        return asdict(self)
 
 
 def rms(values: Floats) -> float:
@@ -144,24 +145,26 @@ def noise_floor(
     known = max(resolution / np.sqrt(6), numeric * scale)
     if not reruns:
         floor = max(known, BF16_FLOOR * scale)
-        return NoiseFloor(floor, EXACT, float(window), 1.0, f"no rerun: bfloat16 rounding assumed, {floor:.2g}", False)
+        source = f"{show(floor, '.2g')}, assumed from bfloat16 rounding: no rerun was given"
+        return NoiseFloor(floor, EXACT, float(window), 1.0, source, False)
     if any(r.size != a.size for r in reruns):
         raise GRITError("a rerun has another number of steps than the run it repeats")
     differences = [r - a for r in reruns]
     measured = max(_noisiest(d[start:], window) for d in differences)
     if measured <= known:
-        how = "bit-identical" if measured == 0 else f"within {measured:.2g}"
+        how = "bit-identical" if measured == 0 else f"within {show(measured, '.2g')}"
         return NoiseFloor(
             known,
             EXACT,
             float(window),
             1.0,
-            f"{_times(reruns)} {how}: rounding, {known:.2g}",
+            f"{show(known, '.2g')}, rounding: {_times(reruns)} {how}",
             True,
         )
     freedoms = [_freedom(d, min(window, d.size - start)) for d in differences]
     growth = float(np.median([_quarter_ratio(d) for d in differences]))
-    return NoiseFloor(measured, sum(freedoms), min(freedoms), growth, f"{_times(reruns)}: RMS {measured:.2g}", True)
+    source = f"{show(measured, '.2g')}, measured: {_times(reruns)}"
+    return NoiseFloor(measured, sum(freedoms), min(freedoms), growth, source, True)
 
 
 def _noisiest(difference: Floats, window: int) -> float:
@@ -225,17 +228,20 @@ def paired_difference(
     outside = np.abs(d) > margin * floor.rms
     onset = _onset(outside, steps)
     verdict: Sameness
+    found = f"the difference (RMS {show(size, '.2g')}) is {show(ratio)} times the noise floor"
     if not d.any():
         verdict, reason = "same", "every logged value is bit-identical"
     elif ratio > margin and pvalue < alpha and (floor.measured or shape == "growing"):
-        verdict, reason = "different", f"the difference is {ratio:.3g} times the noise floor"
+        verdict, reason = "different", found
     elif interval.high < margin and (floor.measured or shape == "flat"):
-        verdict, reason = "same", f"the difference is {ratio:.2g} times the noise floor, surely below {margin:g}"
+        verdict, reason = "same", f"{found}, surely below {show(margin, 'g')}"
     elif not floor.measured:
-        verdict, reason = "inconclusive", "without a rerun, noise and a small effect look alike: run one arm again"
+        how = {"flat": "does not grow", "growing": "grows", "unclear": "may grow"}[shape]
+        verdict = "inconclusive"
+        reason = f"{found} and {how}; without a rerun, noise and a small effect look alike: run one arm again"
     else:
         verdict = "inconclusive"
-        reason = f"{ratio:.2g} times the floor [{interval.low:.2g}, {interval.high:.2g}]: more reruns would decide"
+        reason = f"{found} {span(interval.low, interval.high, '.2g')}: more reruns would decide"
     window_steps = (int(steps[start]), int(steps[min(start + window, d.size) - 1]))
     return Difference(verdict, size, float(part.mean()), interval, pvalue, growth, shape, onset, window_steps, reason)
 

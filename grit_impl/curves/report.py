@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grit_impl.curves.compare import QUESTIONS, Comparison, correlation_of
+from grit_impl.curves.compare import correlation_of
+from grit_impl.curves.numbers import show, span
+from grit_impl.curves.result import QUESTIONS, CurveComparison
 from grit_impl.files import FIXTURES
 
 if TYPE_CHECKING:
@@ -28,43 +30,44 @@ def null_lines() -> list[str]:
     try:
         nulls = json.loads(NULLS.read_text())["correlation nulls (minimum, median, maximum)"]
         return [
-            f"{relation}: {row['cleaned'][1]:.2f} ({row['cleaned'][0]:.2f} to {row['cleaned'][2]:.2f})"
-            for relation, row in nulls.items()
+            f"{relation}: {show(median, '.2f')} ({show(low, '.2f')} to {show(high, '.2f')})"
+            for relation, (low, median, high) in ((name, row["cleaned"]) for name, row in nulls.items())
         ]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return []
 
 
-def number_rows(result: Comparison) -> list[tuple[str, str]]:
+def number_rows(result: CurveComparison) -> list[tuple[str, str]]:
     """The few numbers worth a line each: (label, value)."""
     rows: list[tuple[str, str]] = []
     for key, d in result.numbers.get("difference", {}).items():
         first, last = d["window"]
         ratio, floor = d["ratio"], result.numbers["floor"][key]
         name = key.split()[0].replace("grad_norm", "log gradient norm")
-        rows.append(
-            (
-                f"{name}, steps {first}-{last}",
-                f"RMS difference {d['rms']:.3g} = {ratio['estimate']:.3g} x floor {floor['rms']:.2g}; {d['verdict']}",
-            )
-        )
+        size = f"RMS difference {show(d['rms'])} = {show(ratio['estimate'])} x floor {show(floor['rms'], '.2g')}"
+        if not floor["measured"]:
+            size += " (assumed)"
+        rows.append((f"{name}, steps {first}-{last}", f"{size}; {d['verdict']}"))
     early = result.numbers.get("difference", {}).get("loss early")
     if early:
         growth = early["growth"]
         rows.append(("floor", result.numbers["floor"]["loss early"]["source"]))
         onset = f", leaves the noise band at step {early['onset']}" if early["onset"] is not None else ""
-        rows.append(("last over first quarter", f"{growth['estimate']:.3g}: {early['shape']}{onset}"))
+        rows.append(("last over first quarter", f"{show(growth['estimate'])}: {early['shape']}{onset}"))
     found = result.numbers.get("correlation")
     if found:
-        raw = "undefined" if found["raw"] is None else f"{found['raw']:.4f}"
-        rows.append(("raw correlation", f"{raw} (worth {found['effective_n']:.0f} independent values; not evidence)"))
+        worth = f"worth {show(found['effective_n'], '.0f')} independent values; not evidence"
+        rows.append(("raw correlation", f"{show(found['raw'], '.4f')} ({worth})"))
         rows.append(
-            ("largest |r| at lag", f"{found['peak_lag']}; 97.5% of shifted pairs stay below {found['shift_null']:.2f}")
+            (
+                "largest |r| at lag",
+                f"{found['peak_lag']}; 97.5% of shifted pairs stay below {show(found['shift_null'], '.2f')}",
+            )
         )
         rows.append(
             (
                 "extrema at the same step",
-                f"{found['extrema_together']:.0%} (by chance {found['extrema_by_chance']:.0%})",
+                f"{show(found['extrema_together'], '.0%')} (by chance {show(found['extrema_by_chance'], '.0%')})",
             )
         )
     for metric, row in result.numbers.get("metrics", {}).items():
@@ -72,15 +75,16 @@ def number_rows(result: Comparison) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"{metric}, {result.b} - {result.a}",
-                f"{gap.estimate:+.4g} [{gap.low:+.4g}, {gap.high:+.4g}], Holm p {row['p_holm']:.3g}; IQM "
-                f"{row['iqm'][result.a]:.4g} and {row['iqm'][result.b]:.4g}; P({result.b} lower) {better.estimate:.2f} "
-                f"[{better.low:.2f}, {better.high:.2f}]; detectable {row['minimum_detectable_effect']:.2g}",
+                f"{show(gap.estimate, '+.4g')} {span(gap.low, gap.high, '+.4g')}, Holm p {show(row['p_holm'])}; IQM "
+                f"{show(row['iqm'][result.a], '.4g')} and {show(row['iqm'][result.b], '.4g')}; P({result.b} lower) "
+                f"{show(better.estimate, '.2f')} {span(better.low, better.high, '.2f')}; detectable "
+                f"{show(row['minimum_detectable_effect'], '.2g')}",
             )
         )
     return rows
 
 
-def to_terminal(result: Comparison, console: Console) -> None:
+def to_terminal(result: CurveComparison, console: Console) -> None:
     """Print the four answers, the numbers behind them and the notes."""
     from rich.markup import escape
     from rich.table import Table
@@ -111,7 +115,7 @@ def to_terminal(result: Comparison, console: Console) -> None:
         console.print("* Cleaned r at lag 0 of pairs whose relation is known: " + "; ".join(nulls) + ".", markup=False)
 
 
-def to_markdown(result: Comparison) -> str:
+def to_markdown(result: CurveComparison) -> str:
     """The same as Markdown."""
 
     def cell(text: str) -> str:
@@ -133,7 +137,7 @@ def to_markdown(result: Comparison) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def to_html(result: Comparison, *, plots: bool = True) -> str:
+def to_html(result: CurveComparison, *, plots: bool = True) -> str:
     """The same as an HTML fragment with inline SVG; no script, no outside resource."""
     e = html.escape
     parts = [f'<section class="comparison"><h3>{e(result.b)} against {e(result.a)}</h3><table>']
@@ -152,7 +156,7 @@ def to_html(result: Comparison, *, plots: bool = True) -> str:
     return "\n".join(parts)
 
 
-def page(results: Sequence[Comparison]) -> str:
+def page(results: Sequence[CurveComparison]) -> str:
     """A self-contained HTML page."""
     style = (
         "body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -169,23 +173,23 @@ def page(results: Sequence[Comparison]) -> str:
 # -- plots
 
 
-def plot_svgs(result: Comparison) -> dict[str, str]:
+def plot_svgs(result: CurveComparison) -> dict[str, str]:
     """SVG documents (without XML header) by name: "curves", "difference", "correlation"; only those with data."""
     return {name: _svg(result, [name]) for name in _available(result)}
 
 
-def figure_svg(result: Comparison) -> str:
+def figure_svg(result: CurveComparison) -> str:
     """All plots of a comparison in one SVG file."""
     return '<?xml version="1.0" encoding="utf-8"?>\n' + _svg(result, _available(result))
 
 
-def _available(result: Comparison) -> list[str]:
+def _available(result: CurveComparison) -> list[str]:
     if result.curves["a"].shape != result.curves["b"].shape:
         return []
     return ["curves", "difference"] + (["correlation"] if correlation_of(result) else [])
 
 
-def _svg(result: Comparison, names: Sequence[str]) -> str:
+def _svg(result: CurveComparison, names: Sequence[str]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -205,7 +209,7 @@ def _svg(result: Comparison, names: Sequence[str]) -> str:
     return text[text.index("<svg") :]
 
 
-def _draw_curves(result: Comparison, axes: Axes) -> None:
+def _draw_curves(result: CurveComparison, axes: Axes) -> None:
     data: dict[str, Any] = result.curves
     for name, key, colour in ((result.a, "a", BLUE), (result.b, "b", ORANGE)):
         runs = data.get(f"{key}_runs")
@@ -222,7 +226,7 @@ def _draw_curves(result: Comparison, axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_difference(result: Comparison, axes: Axes) -> None:
+def _draw_difference(result: CurveComparison, axes: Axes) -> None:
     data = result.curves
     difference = data["b"] - data["a"]
     if "band" in data:
@@ -237,7 +241,7 @@ def _draw_difference(result: Comparison, axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_correlation(result: Comparison, axes: Axes) -> None:
+def _draw_correlation(result: CurveComparison, axes: Axes) -> None:
     found = correlation_of(result)
     if found is None:
         return

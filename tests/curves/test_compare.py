@@ -17,8 +17,9 @@ from click.testing import CliRunner
 from grit_impl.curves import report as compare_report
 from grit_impl.curves.arms import compare_arms, fewest_pairs
 from grit_impl.curves.commands import compare as command
-from grit_impl.curves.compare import CAVEAT, Comparison, compare_logs, compare_records
+from grit_impl.curves.compare import CAVEAT, compare_logs, compare_records
 from grit_impl.curves.logs import RunLog, read_log
+from grit_impl.curves.result import CurveComparison
 from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
 
@@ -284,7 +285,7 @@ def test_refused_comparison_still_reports(logs: ModuleType) -> None:
     """Oracle: other lengths: no plots, and a page with the reason."""
     result = compare_logs(log(logs.curve(), "a"), log(logs.curve()[:100], "b"))
     assert "100" in compare_report.page([result])
-    assert isinstance(result, Comparison)
+    assert isinstance(result, CurveComparison)
 
 
 def run(*arguments: str | Path) -> tuple[int, str]:

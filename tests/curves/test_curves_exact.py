@@ -53,7 +53,7 @@ class TestNoiseFloor:
         floor = curves.noise_floor(BASE, [], 1e-9)
         assert floor.rms == pytest.approx(2.5 / 512)
         assert (floor.freedom, floor.per_run, floor.growth, floor.measured) == (1e9, 20.0, 1.0, False)
-        assert floor.source == "no rerun: bfloat16 rounding assumed, 0.0049"
+        assert floor.source == "0.0049, assumed from bfloat16 rounding: no rerun was given"
         assert curves.noise_floor(BASE, [], 0.1).rms == pytest.approx(0.1 / math.sqrt(6))
         assert curves.noise_floor(BASE, [], 1e-9, scale=1.0, window=7).rms == 1 / 512
         assert curves.noise_floor(BASE, [], 1e-9, window=7).per_run == 7.0
@@ -62,10 +62,10 @@ class TestNoiseFloor:
     def test_known(self) -> None:
         """Oracle: float32's 1e-4 of the mean; what is within it is said to be so."""
         same = curves.noise_floor(BASE, [BASE], 1e-9)
-        assert same == NoiseFloor(same.rms, 1e9, 20.0, 1.0, "one rerun bit-identical: rounding, 0.00025", True)
+        assert same == NoiseFloor(same.rms, 1e9, 20.0, 1.0, "0.00025, rounding: one rerun bit-identical", True)
         assert same.rms == pytest.approx(2.5e-4)
         near = curves.noise_floor(BASE, [BASE, BASE + 1e-4], 1e-9)
-        assert near.source == "2 reruns within 0.0001: rounding, 0.00025"
+        assert near.source == "0.00025, rounding: 2 reruns within 0.0001"
         assert curves.noise_floor(BASE, [BASE], 1e-9, numeric=1e-3).rms == pytest.approx(2.5e-3)
         assert curves.noise_floor(BASE, [BASE + 0.5], 1e-9, scale=1e4).rms == 1.0
 
@@ -87,9 +87,9 @@ class TestNoiseFloor:
             assert floor.per_run == pytest.approx(min(freedoms))
             quarters = [curves.rms(d[-25:]) / curves.rms(d[:25]) for d in differences]
             assert floor.growth == pytest.approx(float(np.median(quarters)))
-            assert floor.source == f"2 reruns: RMS {largest:.2g}"
+            assert floor.source == f"{largest:.2g}, measured: 2 reruns"
             assert floor.measured
-        assert curves.noise_floor(BASE, reruns[:1], 1e-9).source.startswith("one rerun: RMS")
+        assert curves.noise_floor(BASE, reruns[:1], 1e-9).source.endswith(", measured: one rerun")
 
     def test_short_runs(self) -> None:
         """Oracle: fewer values than a window: all of them, and as many degrees of freedom."""
@@ -151,11 +151,22 @@ class TestPairedDifference:
         ("size", "floor", "verdict", "reason"),
         [
             (0.0, FLAT, "same", "every logged value is bit-identical"),
-            (0.029, FLAT, "inconclusive", "2.9 times the floor [1.9, 4.9]: more reruns would decide"),
-            (0.06, FLAT, "different", "the difference is 6 times the noise floor"),
-            (0.012, FLAT, "same", "the difference is 1.2 times the noise floor, surely below 3"),
-            (0.012, ASSUMED, "same", "the difference is 1.2 times the noise floor, surely below 3"),
-            (0.06, ASSUMED, "inconclusive", "without a rerun, noise and a small effect look alike: run one arm again"),
+            (
+                0.029,
+                FLAT,
+                "inconclusive",
+                "the difference (RMS 0.029) is 2.9 times the noise floor [1.9, 4.9]: more reruns",
+            ),
+            (0.06, FLAT, "different", "the difference (RMS 0.06) is 6 times the noise floor"),
+            (0.012, FLAT, "same", "the difference (RMS 0.012) is 1.2 times the noise floor, surely below 3"),
+            (0.012, ASSUMED, "same", "the difference (RMS 0.012) is 1.2 times the noise floor, surely below 3"),
+            (
+                0.06,
+                ASSUMED,
+                "inconclusive",
+                "the difference (RMS 0.06) is 6 times the noise floor and does not grow; without a rerun, noise and a "
+                "small effect look alike: run one arm again",
+            ),
         ],
     )
     def test_verdicts(self, size: float, floor: NoiseFloor, verdict: str, reason: str) -> None:

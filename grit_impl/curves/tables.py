@@ -1,0 +1,310 @@
+"""Tables of logged values, and the one run in them that is meant.
+
+Read are CSV in the csv module's strict mode (any of four separators, every row as wide as the header), JSON lines
+(split at line feeds only: U+2028 and U+0085 belong to strings), JSON with a Trainer's `log_history` or a list of rows,
+and the metric files of MLflow (`timestamp value step`). A table may hold several runs: wandb's chart export has columns
+`run - metric` with companions `__MIN` and `__MAX`, a data frame may have a column that names the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grit_impl.curves.names import is_series, listed, pick, words
+from grit_impl.errors import GRITError
+
+Row = Mapping[str, Any]
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+COMPANIONS = ("__MIN", "__MAX")
+"""wandb's extremes of the values that one row of its export stands for."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NOT_FINITE = {"nan", "-nan", "inf", "+inf", "-inf", "infinity", "+infinity", "-infinity"}
+_HOLES = {"", "na", "n/a", "null", "none"}
+_RUN_COLUMNS = {words(n) for n in ("run", "run_id", "run_name", "run_uuid")}
+_TAG_COLUMNS = {words(n) for n in ("tag", "key", "metric", "metric_name")}
+
+
+@dataclass
+class Table:
+    """What a log file says, row by row.
+
+    Attributes:
+        path: The file or folder.
+        rows: Line number (from 1) and cells of each row; a cell that is missing or empty is a hole.
+        notes: What a reader of the result must know about the reading.
+        meta: What else the log says (seed), possibly empty.
+        clock: When the run wrote its first value, in any unit; None where the log does not say.
+    """
+
+    path: Path
+    rows: list[tuple[int, Row]]
+    notes: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    clock: float | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Names in the order in which they appear."""
+        return list(dict.fromkeys(name for _, row in self.rows for name in row))
+
+
+def is_hole(value: Any) -> bool:
+    """Whether a cell holds nothing."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in _HOLES)
+
+
+def number(value: Any) -> float | None:
+    """A cell as a number, None for a hole.
+
+    Raises:
+        GRITError: the cell holds anything else.
+    """
+    if is_hole(value):
+        return None
+    if isinstance(value, str):
+        text = value.strip()
+        if _NUMBER.fullmatch(text) or text.lower() in _NOT_FINITE:
+            return float(text)
+        if re.fullmatch(r"[+-]?\d+,\d+", text):
+            raise GRITError(f"{value!r}, with a decimal comma: export it with decimal points")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if abs(value) < 1e308 or not isinstance(value, int) else math.inf
+    shown = repr(value)
+    raise GRITError(f"{shown if len(shown) < 60 else shown[:50] + ' ...'}, not a number")
+
+
+def finite(value: Any) -> bool:
+    """Whether a cell holds a finite number."""
+    try:
+        found = number(value)
+    except GRITError:
+        return False
+    return found is not None and math.isfinite(found)
+
+
+# -- readers ----------------------------------------------------------------------------------------------------------
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GRITError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_csv(file: Path) -> Table:
+    """A table of separated values."""
+    text = _text(file)
+    csv.field_size_limit(2**31 - 1)
+
+    def parse(separator: str) -> Any:
+        return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+
+    headers: dict[str, list[str]] = {}
+    for separator in SEPARATORS:
+        try:
+            headers[separator] = [name.strip() for name in next(parse(separator), [])]
+        except csv.Error:
+            continue  # a quote that only another separator understands
+
+    def promise(separator: str) -> tuple[bool, int]:
+        return any(is_series(name.rsplit(" - ", 1)[-1]) for name in headers[separator]), len(headers[separator])
+
+    separator = max(headers, key=promise, default=",")
+    header = headers.get(separator, [])
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
+        raise GRITError(f"{file}: several columns named {listed(repeated)}; give each its own name")
+    rows: list[tuple[int, Row]] = []
+    reader = parse(separator)
+    try:
+        next(reader, None)
+        for cells in reader:
+            if len(cells) != len(header) and any(cells):
+                raise GRITError(
+                    f"{file}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}: "
+                    "truncated or corrupt"
+                )
+            if any(cells):
+                rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise GRITError(f"{file}, line {reader.line_num}: {error}: truncated or corrupt") from None
+    table = Table(file, rows or [(1, dict.fromkeys(header, ""))])
+    if separator != "," and file.suffix.lower() != ".tsv":
+        table.notes.append(f"{file}: read as separated by {SEPARATORS[separator]}.")
+    return table
+
+
+def read_jsonl(file: Path) -> Table:
+    """One JSON object per line."""
+    rows: list[tuple[int, Row]] = []
+    for line, text in enumerate(_text(file).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = _json(text)
+            if not isinstance(row, dict):
+                raise ValueError(f"{type(row).__name__} instead of an object")
+        except ValueError:
+            raise GRITError(f"{file}, line {line}: not a JSON object: truncated or corrupt") from None
+        rows.append((line, row))
+    return Table(file, rows)
+
+
+def read_json(file: Path) -> Table:
+    """A Trainer's state, or a list of rows."""
+    try:
+        state = _json(_text(file))
+    except ValueError as error:
+        if isinstance(error, GRITError):
+            raise
+        raise GRITError(f"{file}: truncated or not JSON ({error})") from error
+    history = state.get("log_history") if isinstance(state, dict) else state
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise GRITError(f"{file}: no log_history in it, so it is no trainer_state.json of a Trainer")
+    return Table(file, list(enumerate(history, 1)))
+
+
+def read_mlflow(files: Mapping[str, Path], path: Path) -> Table:
+    """Metric files of one MLflow run, by metric."""
+    table = Table(path, [])
+    wanted = {name: file for name, file in files.items() if is_series(name)} or dict(files)
+    for name, file in wanted.items():
+        for line, text in enumerate(_text(file).split("\n"), 1):
+            if not text.strip():
+                continue
+            cells = text.split()
+            try:
+                if len(cells) not in (2, 3) or number(cells[0]) is None or number(cells[1]) is None:
+                    raise GRITError("expected `timestamp value step`")
+                step = number(cells[2]) if len(cells) == 3 else 0.0
+            except GRITError as error:
+                raise GRITError(f"{file}, line {line}: {error}: truncated or corrupt") from None
+            clock = float(cells[0])
+            table.clock = clock if table.clock is None else min(table.clock, clock)
+            table.rows.append((line, {"step": step, name: cells[1]}))
+    seed = path / "params" / "seed"
+    if seed.is_file() and finite(_text(seed)):
+        table.meta["seed"] = int(float(_text(seed)))
+    return table
+
+
+# -- the run that is meant --------------------------------------------------------------------------------------------
+
+
+def one_run(table: Table, run: str | None = None, loss: str | None = None) -> tuple[Table, str | None]:
+    """The table with the columns of one run, named by their metric, and the run's name where the table has one.
+
+    Raises:
+        GRITError: several runs and none was named, or the named one is not there.
+    """
+    table = _wide(table)
+    owners = {column: _owner(column) for column in table.columns}
+    named = [owner for owner, metric in owners.values() if owner is not None and _is_loss(metric, loss)]
+    runs = list(dict.fromkeys(named))
+    if run is None:
+        if len(runs) > 1:
+            raise GRITError(
+                f"{table.path}: holds {len(runs)} runs ({listed(runs, 4)}); name one, e.g. '{table.path}::{runs[0]}'"
+            )
+        run = runs[0] if runs else None
+    elif run not in runs:
+        what = f"its runs are {listed(runs)}" if runs else "it has no columns per run: leave '::' and the name away"
+        raise GRITError(f"{table.path}: no run named {run!r}; {what}")
+    if run is None:
+        return table, None
+    kept = {c: metric for c, (owner, metric) in owners.items() if owner in (None, run)}
+    own = {c for c, (owner, _) in owners.items() if owner == run}
+    rows: list[tuple[int, Row]] = [
+        (line, {kept[c]: v for c, v in row.items() if c in kept})
+        for line, row in table.rows
+        if any(not is_hole(row.get(c)) for c in own)
+    ]
+    notes = [*table.notes]
+    extremes = [f"{c}{end}" for c in own if _is_loss(kept[c], loss) for end in COMPANIONS]
+    if len(extremes) == 2 and any(_apart(row, *extremes) for _, row in table.rows):
+        notes.append(f"{table.path}: some rows stand for several steps (__MIN and __MAX differ): export all points.")
+    return Table(table.path, rows, notes, table.meta, table.clock), run
+
+
+def _is_loss(metric: str, wanted: str | None) -> bool:
+    return is_series(metric, "loss") if wanted is None else words(metric) == words(wanted)
+
+
+def _owner(column: str) -> tuple[str | None, str]:
+    """The run that a column belongs to, and its metric; extremes belong to nobody."""
+    run, dash, metric = column.rpartition(" - ")
+    if column.endswith(COMPANIONS):
+        return "", column
+    return (run, metric) if dash else (None, column)
+
+
+def _apart(row: Row, low: str, high: str) -> bool:
+    return finite(row.get(low)) and finite(row.get(high)) and number(row[low]) != number(row[high])
+
+
+def _wide(table: Table) -> Table:
+    """A data frame with columns that name the run or the metric becomes one with columns `run - metric`."""
+    columns = table.columns
+    run, tag = (next((c for c in columns if words(c) in known), None) for known in (_RUN_COLUMNS, _TAG_COLUMNS))
+    value = next((c for c in columns if words(c) == ("value",)), None) if tag else None
+    if value is None or tag is None:
+        tag = value = None
+    if run is None and tag is None:
+        return table
+    rows: list[tuple[int, Row]] = []
+    for line, row in table.rows:
+        cells = {k: v for k, v in row.items() if k not in (run, tag, value)}
+        if tag is not None and value is not None and not is_hole(row.get(tag)):
+            cells[str(row[tag])] = row.get(value)
+        owner = None if run is None or is_hole(row.get(run)) else str(row[run])
+        if owner is not None:
+            cells = {k if is_series(k, "step") else f"{owner} - {k}": v for k, v in cells.items()}
+        rows.append((line, cells))
+    return Table(table.path, rows, table.notes, table.meta, table.clock)
+
+
+def count(table: Table) -> dict[str, int]:
+    """How many cells each column fills."""
+    counts = dict.fromkeys(table.columns, 0)
+    for _, row in table.rows:
+        for name, value in row.items():
+            counts[name] += not is_hole(value)
+    return counts
+
+
+def chosen(table: Table, loss: str | None = None) -> dict[str, str]:
+    """The column of each series that the table has.
+
+    Raises:
+        GRITError: no column is a training loss.
+    """
+    counts = count(table)
+    try:
+        name = pick("loss", counts, loss)
+    except GRITError as error:
+        raise GRITError(f"{table.path}: {error}") from None
+    if name is None:
+        raise GRITError(f"{table.path}: no loss column; found {listed(counts)}; name it with `--loss NAME`")
+    others = [n for n in counts if n != name and is_series(n, "loss") and counts[n] >= 8]
+    if others:
+        table.notes.append(f"{table.path}: the loss is {name}; not used: {listed(others)}.")
+    placed = Table(table.path, [(line, row) for line, row in table.rows if not is_hole(row.get(name))])
+    found = {"loss": name, "step": pick("step", count(placed))}
+    found |= {series: pick(series, counts) for series in ("grad_norm", "learning_rate", "tokens")}
+    return {series: column for series, column in found.items() if column is not None}
