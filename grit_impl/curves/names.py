@@ -92,7 +92,8 @@ def is_series(name: str, series: str | None = None) -> bool:
 
 def is_sideline(name: str) -> bool:
     """Whether a column only says where in the run a row stands: a step, an epoch, a time."""
-    return bool(set(words(name) or ("",)) & _SIDELINES)
+    found = set(words(name) or ("",))
+    return bool(found & _SIDELINES) and "loss" not in found
 
 
 def pick(series: str, counts: Mapping[str, int], wanted: str | None = None) -> str | None:

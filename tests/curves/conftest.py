@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,8 +35,15 @@ def rows(loss: Floats) -> list[Row]:
     ]
 
 
-def write_events(folder: Path, log: Sequence[Row], *, tensors: bool, name: str = "events.out.tfevents.1.host") -> Path:
-    """An event file in the scalar (`tensors=False`) or the tensor encoding."""
+def write_events(
+    folder: Path,
+    log: Sequence[Row],
+    *,
+    tensors: bool,
+    name: str = "events.out.tfevents.1.host",
+    tags: Mapping[str, str] | None = None,
+) -> Path:
+    """An event file in the scalar (`tensors=False`) or the tensor encoding; tags are `train/KEY` unless given."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
     from tensorboard.util import tensor_util
@@ -50,15 +57,16 @@ def write_events(folder: Path, log: Sequence[Row], *, tensors: bool, name: str =
             for key, number in row.items():
                 if key == "step":
                     continue
+                tag = (tags or {}).get(key, f"train/{key}")
                 if tensors:
                     metadata = summary_pb2.SummaryMetadata(data_class=summary_pb2.DATA_CLASS_SCALAR)
                     value = summary_pb2.Summary.Value(
-                        tag=f"train/{key}",
+                        tag=tag,
                         metadata=metadata,
                         tensor=tensor_util.make_tensor_proto(np.float32(number)),
                     )
                 else:
-                    value = summary_pb2.Summary.Value(tag=f"train/{key}", simple_value=number)
+                    value = summary_pb2.Summary.Value(tag=tag, simple_value=number)
                 event = event_pb2.Event(step=int(row["step"]), summary=summary_pb2.Summary(value=[value]))
                 writer.write(event.SerializeToString())
         writer.flush()

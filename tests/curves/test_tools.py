@@ -1,0 +1,472 @@
+"""Logs as the tools write them, built in each tool's own format; the numbers that were put in come out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from grit_impl.curves.commands import compare as command
+from grit_impl.curves.logs import RunLog, read_log
+from grit_impl.errors import GRITError
+
+Row = dict[str, Any]
+RNG = np.random.default_rng(8)
+LOSS = [round(float(v), 4) for v in 1.5 - np.arange(40) / 100 + RNG.normal(0, 0.1, 40)]
+NORM = [round(float(v), 5) for v in RNG.uniform(0.2, 0.6, 40)]
+RATE = [2e-4 * (1 - i / 40) for i in range(40)]
+
+
+def jsonl(path: Path, rows: list[Row]) -> Path:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def table(path: Path, header: list[str], rows: list[list[Any]], *, quoted: bool = False) -> Path:
+    """A CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as handle:
+        writer = csv.writer(handle, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def llama_factory(folder: Path) -> Path:
+    """trainer_log.jsonl every 10 steps, rows of an evaluation, and a last row without a loss."""
+    rows: list[Row] = []
+    for i, (loss, rate) in enumerate(zip(LOSS, RATE, strict=True), 1):
+        about = {"current_steps": 10 * i, "total_steps": 400, "epoch": i / 20, "percentage": i / 4}
+        times = {"elapsed_time": "0:02:03", "remaining_time": "0:36:15", "throughput": 13061.0, "total_tokens": 999}
+        rows.append({**about, "loss": loss, "lr": rate, **times})
+        if i % 10 == 0:
+            rows.append({**about, "eval_loss": 1.0, **times})
+    rows.append({"current_steps": 400, "total_steps": 400, "epoch": 2.0, "percentage": 100.0, **times})
+    jsonl(folder / "trainer_log.jsonl", rows)
+    (folder / "all_results.json").write_text("{}")
+    state = folder / "checkpoint-200" / "trainer_state.json"
+    state.parent.mkdir()
+    state.write_text(json.dumps({"log_history": [{"step": 10 * i, "loss": 9.0} for i in range(1, 21)]}))
+    return folder
+
+
+def axolotl(folder: Path) -> Path:
+    """A Trainer's state with axolotl's own metrics and an evaluation before the first step."""
+    history: list[Row] = [{"epoch": 0, "step": 0, "eval_loss": 2.2, "memory/max_active (GiB)": 13.14}]
+    for i, (loss, norm, rate) in enumerate(zip(LOSS, NORM, RATE, strict=True), 1):
+        extras = {
+            "ppl": 3.2,
+            "memory/max_active (GiB)": 32.3,
+            "tokens/train_per_sec_per_gpu": 3.1,
+            "tokens/total": 900 * i,
+        }
+        history.append(
+            {
+                "epoch": i / 20,
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "loss": loss,
+                "loss=code": 9.9,
+                "step": i,
+                **extras,
+            }
+        )
+    history.append({"epoch": 2.0, "step": 40, "train_loss": 1.3, "train_runtime": 60.0, "total_flos": 1e15})
+    path = folder / "checkpoint-40" / "trainer_state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"global_step": 40, "log_history": history}))
+    return folder
+
+
+def lightning(folder: Path) -> Path:
+    """metrics.csv: rows of a step, a learning rate, a validation and an epoch, each with holes for the rest."""
+    header = ["epoch", "lr-AdamW", "step", "train_loss_epoch", "train_loss_step", "val_loss"]
+    rows: list[list[Any]] = []
+    for i, (loss, rate) in enumerate(zip(LOSS, RATE, strict=True), 1):
+        rows += [["", rate, 50 * i - 1, "", "", ""], [i // 10, "", 50 * i - 1, "", loss, ""]]
+        if i % 10 == 0:
+            rows += [[i // 10, "", 50 * i + 7, "", "", 1.1], [i // 10, "", 50 * i + 7, 1.2, "", ""]]
+    return table(folder / "lightning_logs" / "version_0" / "metrics.csv", header, rows).parents[2]
+
+
+def lightning_by_pandas(folder: Path) -> Path:
+    """The same, saved again by pandas with NaN for the holes."""
+    import pandas
+
+    lightning(folder / "original")
+    frame = pandas.read_csv(folder / "original" / "lightning_logs" / "version_0" / "metrics.csv")
+    frame.to_csv(folder / "saved.csv", na_rep="NaN", index=False)
+    return folder / "saved.csv"
+
+
+def wandb_history(folder: Path) -> Path:
+    """A run's history as a data frame: rows of an evaluation between, the mean over the run at the end."""
+    names = [
+        "train/loss",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/global_step",
+        "eval/loss",
+        "train/train_loss",
+    ]
+    header = ["", "_step", "_runtime", "_timestamp", *names]
+    rows: list[list[Any]] = []
+    for i, (loss, norm, rate) in enumerate(zip(LOSS, NORM, RATE, strict=True), 1):
+        rows.append([len(rows), len(rows), i, 1.7e9 + i, loss, norm, rate, 10 * i, "", ""])
+        if i % 7 == 0:
+            rows.append([len(rows), len(rows), i, 1.7e9 + i, "", "", "", 10 * i, 1.1, ""])
+    rows.append([len(rows), len(rows), 41, 1.7e9 + 41, "", "", "", 400, "", 1.3])
+    return table(folder / "history.csv", header, rows)
+
+
+def wandb_scan(folder: Path) -> Path:
+    """The same as JSON lines, with null for holes."""
+    import pandas
+
+    wandb_history(folder)
+    pandas.read_csv(folder / "history.csv").to_json(folder / "history.jsonl", orient="records", lines=True)
+    return folder / "history.jsonl"
+
+
+def wandb_export(folder: Path, runs: tuple[str, ...] = ("crisp-sun-7",), axis: str = "train/global_step") -> Path:
+    """The CSV of a chart: per run a column with its extremes, and the log's own step where the axis is another."""
+    header, rows = [axis], [[10 * i] for i in range(1, 41)]
+    for at, run in enumerate(runs):
+        for metric in ("_step", "train/loss"):
+            header += [f"{run} - {metric}", f"{run} - {metric}__MIN", f"{run} - {metric}__MAX"]
+            for i, row in enumerate(rows):
+                value: Any = i if metric == "_step" else round(LOSS[i] + at, 4)
+                row += [value] * 3 if i < 40 - 10 * at else [""] * 3
+    return table(folder / "wandb_export_2026-01-01T00_00_00.000+01_00.csv", header, rows, quoted=True)
+
+
+def mlflow(folder: Path) -> Path:
+    """A run folder of MLflow's file store: `timestamp value step` per line, a file per metric."""
+    run = folder / "mlruns" / "0" / "3f1c"
+    series = {"loss": LOSS, "grad_norm": NORM, "learning_rate": RATE, "eval_loss": LOSS[:4], "train_loss": [1.3]}
+    for name, values in series.items():
+        (run / "metrics").mkdir(parents=True, exist_ok=True)
+        lines = [f"{1700000000000 + i} {value} {10 * i}\n" for i, value in enumerate(values, 1)]
+        (run / "metrics" / name).write_text("".join(lines))
+    (run / "params").mkdir()
+    (run / "params" / "seed").write_text("7")
+    (run / "meta.yaml").write_text("run_id: 3f1c\n")
+    (folder / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\n")
+    return folder
+
+
+def mlflow_metric(folder: Path) -> Path:
+    """One metric file alone, of a metric with a slash in its name."""
+    mlflow(folder)
+    metrics = folder / "mlruns" / "0" / "3f1c" / "metrics"
+    (metrics / "train").mkdir()
+    shutil.move(metrics / "loss", metrics / "train" / "loss")
+    return metrics / "train" / "loss"
+
+
+def mlflow_frame(folder: Path) -> Path:
+    """The history of several metrics as a data frame: a row per value."""
+    rows = [
+        ["3f1c", key, value, 10 * i, 1700000000000 + i]
+        for key, values in (("eval_loss", LOSS[:4]), ("loss", LOSS), ("grad_norm", NORM))
+        for i, value in enumerate(values, 1)
+    ]
+    return table(folder / "metrics_of_a_run.csv", ["run_id", "key", "value", "step", "timestamp"], rows)
+
+
+def trainer_history(folder: Path) -> Path:
+    """`trainer.state.log_history`, saved as a list."""
+    rows = [{"loss": loss, "step": 10 * i} for i, loss in enumerate(LOSS, 1)] + [{"train_loss": 1.3, "step": 400}]
+    (folder / "log.json").write_text(json.dumps(rows, indent=1))
+    return folder / "log.json"
+
+
+def notebook(folder: Path) -> Path:
+    """What a Trainer shows in a notebook, pasted with tabs."""
+    body = "".join(f"{10 * i}\t{loss}\t1.1\n" for i, loss in enumerate(LOSS, 1))
+    (folder / "pasted.txt").write_text("Step\tTraining Loss\tValidation Loss\n" + body)
+    return folder / "pasted.txt"
+
+
+WITH_NORM = [axolotl, wandb_history, wandb_scan, mlflow, mlflow_frame]
+WITHOUT = [
+    llama_factory, lightning, lightning_by_pandas, wandb_export, mlflow_metric, trainer_history, notebook,
+]  # fmt: skip
+STRIDES = {axolotl: (1, 1), lightning: (49, 50), lightning_by_pandas: (49, 50)}
+
+
+@pytest.mark.parametrize("write", WITH_NORM + WITHOUT, ids=lambda w: w.__name__)
+def test_tool(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    """Oracle: the numbers that the tool was given, at the steps that it was given."""
+    log = read_log(write(tmp_path))
+    np.testing.assert_array_equal(log.loss, LOSS)
+    assert (int(log.steps[0]), log.stride) == STRIDES.get(write, (10, 10))
+    assert (log.grad_norm is not None) == (write in WITH_NORM)
+    if log.grad_norm is not None:
+        np.testing.assert_array_equal(log.grad_norm, NORM)
+    if write in (llama_factory, axolotl, lightning, lightning_by_pandas, wandb_history, mlflow):
+        np.testing.assert_allclose(log.learning_rate, RATE, rtol=1e-12)
+    assert log.seed == (7 if write is mlflow else None)
+    assert not any("counted" in note for note in log.notes)
+
+
+TAGS = [
+    "loss/train",
+    "train_loss",
+    "Loss/train",
+    "train/loss",
+    "training_loss",
+    "loss",
+    "Train/Loss",
+    "train_loss_step",
+]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_tensorboard_tags(tmp_path: Path, logs: ModuleType, tag: str) -> None:
+    """Oracle: the loss under each usual tag, beside a validation's, an epoch's and the Trainer's mean over the run."""
+    rows = [{"step": i, "loss": v} for i, v in enumerate(LOSS, 1)]
+    path = logs.write_events(tmp_path, rows, tensors=tag < "m", tags={"loss": tag})
+    others = [{"step": 40, name: 9.0} for name in ("val_loss", "loss/val", "eval/loss", "train/train_loss", "epoch")]
+    others += [{"step": 10 * i, "train_loss_epoch": 1.0} for i in range(1, 5)]
+    tags = {name: name for row in others for name in row if name != "step"}
+    for row in others:
+        logs.write_events(tmp_path / "other", [row], tensors=False, tags=tags, name=f"events.out.tfevents.{len(tags)}")
+        path.write_bytes(path.read_bytes() + next((tmp_path / "other").iterdir()).read_bytes())
+    shutil.rmtree(tmp_path / "other")
+    log = read_log(tmp_path)
+    np.testing.assert_allclose(log.loss, LOSS, rtol=1e-7)
+    assert log.steps.tolist() == list(range(1, 41))
+
+
+def test_an_unusual_tag_is_named_by_the_user(tmp_path: Path, logs: ModuleType) -> None:
+    """Oracle: the message lists what is there; the remedy that it names reads the loss."""
+    logs.write_events(
+        tmp_path, [{"step": i, "x": v} for i, v in enumerate(LOSS, 1)], tensors=True, tags={"x": "my/nll"}
+    )
+    with pytest.raises(GRITError, match=r"no loss column; found step, my/nll; name it with `--loss NAME`"):
+        read_log(tmp_path)
+    np.testing.assert_allclose(read_log(tmp_path, loss="my/nll").loss, LOSS, rtol=1e-7)
+    with pytest.raises(GRITError, match="no columns or tags named 'other'; found step, my/nll"):
+        read_log(tmp_path, loss="other")
+
+
+def compare(*arguments: str | Path) -> tuple[int, str]:
+    """`grit compare`, with the exit status that `grit` gives it."""
+    outcome = CliRunner().invoke(command, [str(a) for a in arguments])
+    if isinstance(outcome.exception, GRITError):
+        return 2, str(outcome.exception)
+    return outcome.exit_code, outcome.output
+
+
+@pytest.mark.parametrize(
+    "runs", [("lora", "grit"), ("a, b", 'the "best" - run'), ("Group: lora", "Group: grit", "third")]
+)
+def test_runs_of_an_export_are_asked_for(tmp_path: Path, runs: tuple[str, ...]) -> None:
+    """Oracle: each run's own losses (the second is one higher and 10 shorter); unnamed, the runs are listed."""
+    path = wandb_export(tmp_path, runs)
+    for at, run in enumerate(runs):
+        log = read_log(f"{path}::{run}")
+        np.testing.assert_allclose(log.loss, np.array(LOSS[: 40 - 10 * at]) + at, atol=1e-9)
+        assert (log.name, log.steps[-1]) == (run, 10 * (40 - 10 * at))
+    status, text = compare(path, path)
+    assert status == 2
+    assert f"holds {len(runs)} runs ({', '.join(runs)})" in text
+    remedy = text.split("e.g. '")[1].split("'")[0] if "'" not in runs[0] else ""
+    assert read_log(remedy).name == runs[0]
+    assert compare(path) == (status, text)
+    assert compare(f"{path}::none", path)[1] == f"{path}: no run named 'none'; its runs are {', '.join(runs)}"
+    status, text = compare(f"{path}::{runs[0]}", f"{path}::{runs[1]}", "--json")
+    assert status == 1
+    assert "`--until 300`" in text
+    assert compare(f"{path}::{runs[0]}", f"{path}::{runs[1]}", "--until", 300, "--anyway")[0] == 0
+
+
+def test_interleaved_and_shifted_runs(tmp_path: Path) -> None:
+    """Oracle: two runs whose steps do not meet, so that each row belongs to one of them."""
+    rows = [[i, LOSS[i // 2] if i % 2 == 0 else "", LOSS[i // 2] + 1 if i % 2 else ""] for i in range(80)]
+    path = table(tmp_path / "export.csv", ["Step", "x - train/loss", "y - train/loss"], rows)
+    x, y = (read_log(f"{path}::{run}") for run in "xy")
+    np.testing.assert_allclose(y.loss - x.loss, 1)
+    assert (x.steps[0], y.steps[0], x.stride) == (0, 1, 2)
+
+
+def test_a_column_that_names_the_run(tmp_path: Path) -> None:
+    """Oracle: a data frame of two runs, one below the other."""
+    rows = [[run, i, v + at] for at, run in enumerate(("x", "y")) for i, v in enumerate(LOSS, 1)]
+    path = table(tmp_path / "frame.csv", ["run", "step", "loss"], rows)
+    with pytest.raises(GRITError, match=r"holds 2 runs \(x, y\)"):
+        read_log(path)
+    np.testing.assert_allclose(read_log(f"{path}::y").loss, np.array(LOSS) + 1)
+
+
+def test_rows_that_stand_for_several_steps_are_announced(tmp_path: Path) -> None:
+    """Oracle: wandb's extremes differ where it thinned the points."""
+    path = wandb_export(tmp_path)
+    text = path.read_text()
+    assert not read_log(path).notes
+    path.write_text(text.replace(f'"{LOSS[3]}","{LOSS[3]}","{LOSS[3]}"', f'"{LOSS[3]}","0.1","{LOSS[3]}"'))
+    assert any("stand for several steps" in note for note in read_log(path).notes)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_missing_step_column_is_announced(tmp_path: Path, kind: str) -> None:
+    """Oracle: losses alone are counted, and the page says so, also where the answer is no."""
+    if kind == "csv":
+        path = table(tmp_path / "x.csv", ["epoch", "loss"], [[i / 20, v] for i, v in enumerate(LOSS)])
+    else:
+        path = jsonl(tmp_path / "x.jsonl", [{"epoch": i / 20, "loss": v} for i, v in enumerate(LOSS)])
+    log = read_log(path)
+    assert log.steps.tolist() == list(range(1, 41))
+    with_steps = table(tmp_path / "y.csv", ["step", "loss"], [[10 * i, v] for i, v in enumerate(LOSS, 1)])
+    status, text = compare(path, with_steps)
+    assert status == 1
+    for words in ("no step column", "losses were counted"):
+        assert words in " ".join(text.split())
+
+
+def logged(steps: list[float], path: Path) -> Path:
+    """Losses at given steps."""
+    return jsonl(path, [{"step": s, "loss": LOSS[i % 40]} for i, s in enumerate(steps)])
+
+
+@pytest.mark.parametrize(
+    ("steps", "until"),
+    [
+        ([*range(1, 10), *range(19, 200, 10)], None),
+        ([1, 2, *range(10, 300, 10)], None),
+        ([*range(1, 31), *range(35, 60)], 30),
+        ([*range(10, 210, 10), *range(260, 400, 10)], 200),
+        ([*range(1, 6), *range(7, 40)], None),
+        ([*range(1, 31), *range(21, 60)], 20),
+        ([*range(1, 31), *range(5, 60)], None),
+    ],
+)
+def test_remedies_work_or_are_not_named(tmp_path: Path, steps: list[float], until: int | None) -> None:
+    """Oracle: the suggestion is tried: it must leave a log to compare, and a single point is none."""
+    path = logged(steps, tmp_path / "x.jsonl")
+    with pytest.raises(GRITError) as caught:
+        read_log(path)
+    assert (f"`--until {until}`" in str(caught.value)) == (until is not None)
+    assert ("--until" in str(caught.value)) == (until is not None)
+    if until is not None:
+        assert compare(path, path, "--until", until)[0] == 0
+
+
+@pytest.mark.parametrize("hole", ["", "NaN", "nan"])
+def test_a_diverged_run_is_no_row_with_a_hole(tmp_path: Path, hole: str) -> None:
+    """Oracle: a loss that is NaN, or empty where pandas saved it, from step 31 on, beside what every step logs."""
+    rows = [[i, v if i <= 30 else hole, r, n] for i, (v, r, n) in enumerate(zip(LOSS, RATE, NORM, strict=True), 1)]
+    path = table(tmp_path / "x.csv", ["step", "loss", "lr", "grad_norm"], rows)
+    with pytest.raises(GRITError, match=r"diverged.*`--until 30`"):
+        read_log(path)
+    assert read_log(path, until=30).loss.size == 30
+    alone = table(tmp_path / "y.csv", ["step", "loss"], [row[:2] for row in rows])
+    with pytest.raises(GRITError, match=r"the loss is nan at step 31.*`--until 30`"):
+        read_log(alone)
+
+
+ODD = {
+    "byte order mark": ("step,loss\n", "\ufeff", ","),
+    "semicolons": ("step;loss\n", "", ";"),
+    "tabs": ("step\tloss\n", "", "\t"),
+    "spaces": ("step, loss\n", "", ", "),
+    "carriage returns": ("step,loss\r\n", "", ","),
+}
+
+
+@pytest.mark.parametrize("kind", list(ODD))
+def test_dialects(tmp_path: Path, kind: str) -> None:
+    """Oracle: the same table in every dialect; semicolons are said."""
+    header, mark, separator = ODD[kind]
+    end = header[len(header.rstrip()) :]
+    body = end.join(f"{i}{separator}{v}" for i, v in enumerate(LOSS, 1))
+    path = tmp_path / "x.csv"
+    path.write_bytes((mark + header + body + end).encode())
+    log = read_log(path)
+    np.testing.assert_array_equal(log.loss, LOSS)
+    assert any("semicolons" in note for note in log.notes) == (kind == "semicolons")
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u0085b", "a\u2029b\x0bc", "x" * 140_000])
+def test_strings_split_no_rows(tmp_path: Path, text: str) -> None:
+    """Oracle: line separators in a string, and a field beyond the csv module's usual limit, in each kind of table."""
+    rows = [{"step": i, "loss": v, "note": text if i == 7 else ""} for i, v in enumerate(LOSS, 1)]
+    for path in (
+        tmp_path / "x.jsonl",
+        table(tmp_path / "x.csv", ["step", "loss", "note"], [list(row.values()) for row in rows]),
+        tmp_path / "x.json",
+    ):
+        if path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8-sig")
+        elif path.suffix == ".json":
+            path.write_text(json.dumps({"log_history": rows}, ensure_ascii=False), encoding="utf-8-sig")
+        np.testing.assert_array_equal(read_log(path).loss, LOSS)
+
+
+ARABIC = "\u0661"
+BAD = {
+    "decimal commas": "step;loss\n" + "".join(f"{i};1,{i}\n" for i in range(10, 30)),
+    "a short row": "step,loss\n" + "".join(f"{i},1.5\n" for i in range(1, 12)) + "12\n",
+    "a long row": "step,loss\n" + "".join(f"{i},1.5\n" for i in range(1, 12)) + "12,1,5\n",
+    "an open quote": 'step,loss\n1,"1.5\n' + "".join(f"{i},1.5\n" for i in range(2, 12)),
+    "a word": "step,loss\n" + "".join(f"{i},{'1.5' if i != 5 else 'high'}\n" for i in range(1, 12)),
+    "an underscore": "step,loss\n" + "".join(f"{i},{'1.5' if i != 5 else '1_0'}\n" for i in range(1, 12)),
+    "other digits": "step,loss\n" + "".join(f"{i},{ARABIC if i == 5 else '1.5'}\n" for i in range(1, 12)),
+    "half steps": "step,loss\n" + "".join(f"{i / 2},1.5\n" for i in range(1, 12)),
+    "two losses": "step,loss,loss\n" + "".join(f"{i},1.5,1.6\n" for i in range(1, 12)),
+    "no step number": "step,loss\n" + "".join(f"{i if i != 4 else ''},1.5\n" for i in range(1, 12)),
+    "nothing": "",
+    "a header": "step,loss\n",
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_bad_tables_get_one_line(tmp_path: Path, kind: str) -> None:
+    """Oracle: exit status 2 and one line that names the file."""
+    path = tmp_path / "x.csv"
+    path.write_text(BAD[kind])
+    status, text = compare(path, path)
+    assert (status, text.count("\n"), str(path) in text) == (2, 0, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, "1" * 5000, '{"step": 5, "loss": ' + "9" * 400 + "}", '{"step": 5, "loss": true}', '"text"', "[1]",
+     '{"step": 5, "loss": [1]}', '{"step": 5, "loss": {"value": 1}}', '{"step": "five", "loss": 1}',
+     '{"step": 5, "loss": 1e999}'],
+)  # fmt: skip
+def test_bad_json_lines_get_one_line(tmp_path: Path, line: str) -> None:
+    """Oracle: exit status 2 and one line that names the file."""
+    path = jsonl(tmp_path / "x.jsonl", [{"step": i, "loss": 1.5} for i in range(1, 5)])
+    path.write_text(path.read_text() + line + "\n" + "".join(f'{{"step": {i}, "loss": 1.5}}\n' for i in range(6, 20)))
+    status, text = compare(path, path)
+    assert (status, text.count("\n"), str(path) in text) == (2, 0, True)
+
+
+def test_logs_that_only_look_like_one(tmp_path: Path) -> None:
+    """Oracle: several tables, runs of Lightning and of MLflow, wandb's own file: the remedy names one that is there."""
+    lightning(tmp_path / "l")
+    shutil.copytree(tmp_path / "l" / "lightning_logs" / "version_0", tmp_path / "l" / "lightning_logs" / "version_1")
+    mlflow(tmp_path / "m")
+    shutil.copytree(tmp_path / "m" / "mlruns" / "0" / "3f1c", tmp_path / "m" / "mlruns" / "0" / "9a")
+    for name in ("x", "y"):
+        table(tmp_path / "t" / f"{name}.csv", ["step", "loss"], [[i, v] for i, v in enumerate(LOSS, 1)])
+    for folder, what in (("l", "2 runs of Lightning"), ("m", "2 runs of MLflow"), ("t", "2 tables")):
+        with pytest.raises(GRITError, match=what) as caught:
+            read_log(tmp_path / folder)
+        found: RunLog = read_log(str(caught.value).split("e.g. ")[1])
+        np.testing.assert_array_equal(found.loss, LOSS)
+    (tmp_path / "run.wandb").write_bytes(b":W&B")
+    with pytest.raises(GRITError, match="export the run's loss chart as CSV"):
+        read_log(tmp_path / "run.wandb")
