@@ -262,8 +262,10 @@ def _rows(table: Table, wanted: str | None, until: int | None) -> Rows:
                 value = tables.number(cells.get(name))
             except GRITError as error:
                 raise GRITError(f"{table.path}, line {line}: {name} is {error}") from None
-            if value is not None or series == "loss":
+            if series == "loss":
                 row[series] = float("nan") if value is None else value
+            elif value is not None and np.isfinite(value):
+                row[series] = value
         rows.append(row)
     if "step" not in column or (len(rows) > 1 and all(row.get("step") == 0 for row in rows)):
         what = "no step column" if "step" not in column else "every step is 0"
