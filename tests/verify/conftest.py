@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from grit_impl.cost.bench import Figure, Growth, exponent, spread
-from grit_impl.cost.performance import Performance
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.probe.findings import FILE as PROBE
-from grit_impl.probe.findings import Check, Probe
+from grit_impl.probe.findings import Check, ProbeReport
 from grit_impl.record import RunRecord, sha256_file
 from grit_impl.verify.claims import Claim, Evidence, catalogue
 from grit_impl.verify.options import Options
@@ -106,7 +104,7 @@ def write_run(folder: Path, arm: str, offset: float = 0.0, **changes: Any) -> Ru
     (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if arm.startswith("hybrid"):
         good = Check("what is written there enters the optimizer, bit for bit", True, "28 of 28 tensors, AdamW")
-        Probe("peft", "AdamW", {"transformers": "5"}, (), (good,)).write(record.path / PROBE)
+        ProbeReport("peft", "AdamW", {"transformers": "5"}, (), (good,)).write(record.path / PROBE)
     record.adapter.mkdir()
     (record.adapter / "adapter_model.safetensors").write_bytes(arm.encode())
     with gzip.open(record.ledger, "wt") as handle:
@@ -189,19 +187,3 @@ def make_evidence(tmp_path: Path) -> Any:
         )
 
     return build
-
-
-@pytest.fixture
-def performance() -> Performance:
-    """A step that meets its target, one that misses it, seconds that grow with size^1.5, and bytes that do not."""
-    sizes = (8, 16, 32, 64)
-    seconds = tuple(tuple(1e-3 * size**1.5 * drift for drift in (1, 1.3, 0.8)) for size in sizes)
-    flat = ((28840.0,),) * 4
-    figures = [
-        Figure("step, GRIT over LoRA", spread([1.05] * 6), 1.1),
-        Figure("step, r=64 <b>", spread([1.234] * 6), 1.1),
-        Figure("seconds by rank", exponent(sizes, seconds), 3.0, Growth("rank", "what GRIT adds", "s", sizes, seconds)),
-        Figure("bytes", exponent(sizes, flat), 0.0, Growth("processes", "sent", "B", sizes, flat)),
-    ]
-    versions = {"python": "3.11.7", "torch": "2.13.0"}
-    return Performance("2026-01-02T03:04:05+00:00", "A processor, 2 cores", versions, "abc123", figures)
