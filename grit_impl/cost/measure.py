@@ -22,7 +22,7 @@ from grit_impl.processes import end_with_parent
 from grit_impl.record import write_atomic
 
 if TYPE_CHECKING:
-    from grit_impl.cost.bench import Bench
+    from grit_impl.cost.bench import StepBench
 
 STACKS = ("unsloth", "peft")
 ROUNDS, LENGTHS = 1000, (512, 2048)
@@ -90,7 +90,7 @@ def measure(
 
 
 def _figures(
-    bench: Bench, seconds: float, rounds: int, ledger_seconds: float, tell: Callable[[], None]
+    bench: StepBench, seconds: float, rounds: int, ledger_seconds: float, tell: Callable[[], None]
 ) -> dict[str, Any]:
     from grit_impl.cost.bench import in_turn, ledger_blocks, ratios
     from grit_impl.recipes.unsloth import compiled_layers
@@ -115,20 +115,21 @@ def _figures(
     }
 
 
-def bench_of(model: Any, length: int, update_rule: str = "precondition") -> Bench:
+def bench_of(model: Any, length: int, update_rule: str = "precondition") -> StepBench:
     """Steps of this length, with and without GRIT; all factors are inverted at every step.
 
     That is an upper bound, and makes rounds alike but for every 16th, which solves the spectra on the host: about 0.1 s
     at rank 16, which a median does not show.
     """
     from grit_impl.config import GRITConfig
-    from grit_impl.cost.bench import Bench
+    from grit_impl.cost.bench import StepBench
 
     config = GRITConfig.from_dict({"update_rule": update_rule, "kfac_update_freq": 1})
-    return Bench(model, _optimizer, length=length, autocast=next(model.parameters()).is_cuda, config=config)
+    return StepBench(model, adamw, length=length, autocast=next(model.parameters()).is_cuda, config=config)
 
 
-def _optimizer(parameters: list[Any]) -> Any:
+def adamw(parameters: list[Any]) -> Any:
+    """What the arms train with: AdamW, with 8-bit moments on a GPU."""
     import torch
 
     if not parameters[0].is_cuda:

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu_table import line, table
 
-from grit_impl.cost.bench import Bench, forget_grit, in_turn, ledger_blocks, ratios
+from grit_impl.cost.bench import StepBench, forget_grit, in_turn, ledger_blocks, ratios
+from grit_impl.cost.measure import adamw
 
 SPECS = {"8b": "random:llama-3-8b", "8l": "random:llama-3-8b-8-layers", "1b": "random:llama-1b"}
 KEEP_FOR_TABLE = 10.0
@@ -176,31 +177,15 @@ def child(options: argparse.Namespace) -> int:
 
 def load(stack: str, folder: Path, shape: str) -> Any:
     """The base model with LoRA on all projections."""
-    from grit_impl.recipes.lora import LoRASettings, add_lora
+    from grit_impl.cost import measure
 
-    if not has_cuda():
-        from grit_impl.recipes.bases import load_base
-
-        base, _ = load_base("random:tiny")
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return add_lora(base, LoRASettings(r=16, alpha=16), 3407)
-    if stack == "unsloth":
-        from grit_impl.recipes.arms import TrainingSettings
-        from grit_impl.recipes.unsloth import load_unsloth
-
+    if has_cuda():
         # Every cell would compile the layers anew, with GRIT and without; gpu_blocks.py measures compiled ones.
         os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")
-        settings = TrainingSettings(precision="bf16", gradient_checkpointing=True, max_length=2048)
-        return load_unsloth(str(folder / shape), LoRASettings(r=16, alpha=16), settings, 3407)[0]
-    from peft import prepare_model_for_kbit_training
-
-    from grit_impl.recipes.bases import load_base
-
-    base, _ = load_base(str(folder / shape))
-    base = prepare_model_for_kbit_training(
-        base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    return add_lora(base, LoRASettings(r=16, alpha=16), 3407)
+        return measure.load(str(folder / shape), stack)
+    model = measure.load("random:tiny", "peft")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def set_rank(model: Any, rank: int) -> None:
@@ -226,17 +211,6 @@ def set_checkpointing(model: Any, on: bool) -> None:
             module.gradient_checkpointing = on
 
 
-def optimizer(parameters: list[Any]) -> Any:
-    """8-bit AdamW on a GPU."""
-    import torch
-
-    if not parameters[0].is_cuda:
-        return torch.optim.AdamW(parameters, lr=1e-5)
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=1e-5)
-
-
 def measure(model: Any, cell: Cell, seconds: float) -> dict[str, Any]:
     """One cell: memory first (before GRIT has any), what needs no rounds, then steps in turn for the time that is left.
 
@@ -249,7 +223,7 @@ def measure(model: Any, cell: Cell, seconds: float) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     ends = time.perf_counter() + (seconds if cuda else 4)
-    bench = Bench(model, optimizer, length=cell.length if cuda else 16, autocast=cuda)
+    bench = StepBench(model, adamw, length=cell.length if cuda else 16, autocast=cuda)
     peaks = {grit: value / 2**30 if cuda else float("nan") for grit, value in bench.peaks().items()}
     result: dict[str, Any] = preconditioning(bench)
     kernels = device_time(bench) if cuda else None
@@ -278,7 +252,7 @@ def measure(model: Any, cell: Cell, seconds: float) -> dict[str, Any]:
     }
 
 
-def device_time(bench: Bench) -> dict[str, list[float]]:
+def device_time(bench: StepBench) -> dict[str, list[float]]:
     """Milliseconds of all kernels of a step: two steps of each kind, in turn."""
     found: dict[str, list[float]] = {"plain": [], "grit": []}
     for _ in range(2):
@@ -287,7 +261,7 @@ def device_time(bench: Bench) -> dict[str, list[float]]:
     return found
 
 
-def preconditioning(bench: Bench) -> dict[str, Any]:
+def preconditioning(bench: StepBench) -> dict[str, Any]:
     """The inversion of all factors, one `precondition`, and whether it waits for the device."""
     import torch
 
@@ -350,7 +324,7 @@ def kernel_ms(work: Any) -> float:
     return sum(e.duration_ns() for e in device if not e.name().startswith(("Memcpy", "Memset"))) / 1e6
 
 
-def profiled(bench: Bench) -> dict[str, Any]:
+def profiled(bench: StepBench) -> dict[str, Any]:
     """Calls that make the host wait: inside `precondition`, and in the passes with and without GRIT's hooks."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -379,7 +353,7 @@ def profiled(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def ledger_cost(bench: Bench, seconds: float) -> dict[str, Any]:
+def ledger_cost(bench: StepBench, seconds: float) -> dict[str, Any]:
     """GRIT steps with the ledger over GRIT steps without: one ratio per pair of blocks, whose steps share a drift."""
     with_, without = ledger_blocks(bench, seconds, steps=8)
     return {
