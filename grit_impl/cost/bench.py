@@ -69,7 +69,7 @@ def misses(measured: Spread, target: float) -> bool:
 
 
 @dataclass
-class Bench:
+class StepBench:
     """A model, an optimizer, and steps that can be taken with and without GRIT.
 
     Args:
@@ -333,7 +333,7 @@ def write_section(path: Path, name: str, text: str) -> None:
     path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
 
 
-def ledger_blocks(bench: Bench, seconds: float, steps: int = 4) -> tuple[list[float], list[float]]:
+def ledger_blocks(bench: StepBench, seconds: float, steps: int = 4) -> tuple[list[float], list[float]]:
     """GRIT steps with the ledger and without it, in blocks that take turns.
 
     The first five steps under a ledger are not counted: they look for hooks and write factor reports.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from grit_impl.probe.findings import Probe
+    from grit_impl.probe.findings import ProbeReport
 
 
 @click.command()
@@ -63,7 +63,7 @@ def probe(
     context.exit(0 if found.good else 1)
 
 
-def show(found: Probe) -> None:
+def show(found: ProbeReport) -> None:
     """The table and the checks, on standard output."""
     from rich.console import Console
     from rich.table import Table

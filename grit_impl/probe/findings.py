@@ -43,7 +43,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeReport:
     """What the probe found.
 
     Attributes:
@@ -70,7 +70,7 @@ class Probe:
         write_atomic(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
-    def read(cls, path: Path) -> Probe:
+    def read(cls, path: Path) -> ProbeReport:
         """What `write` wrote.
 
         Raises:

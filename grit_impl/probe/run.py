@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import versions
-from grit_impl.probe.findings import FILE, Check, Event, Probe
+from grit_impl.probe.findings import FILE, Check, Event, ProbeReport
 from grit_impl.recipes.arms import RunSpec, TrainingSettings
 from grit_impl.record import RunRecord
 
@@ -110,7 +110,7 @@ for _name in CALLBACK_EVENTS:
     setattr(_Watch, _name, _callback_method(_name))
 
 
-def run_probe(training: TrainingSettings, *, unsloth: bool) -> Probe:
+def run_probe(training: TrainingSettings, *, unsloth: bool) -> ProbeReport:
     """Train a small random Llama and report what fired.
 
     Args:
@@ -199,7 +199,7 @@ def _noted(original: Callable[..., Any], note: Callable[[], None]) -> Callable[.
     return call
 
 
-def _report(watch: _Watch, manager: GRITManager, stack: str) -> Probe:
+def _report(watch: _Watch, manager: GRITManager, stack: str) -> ProbeReport:
     # Inside a run: the first step may set things up, the last one tears them down.
     steady = watch.steps[1:-1] or watch.steps
     reference = steady[-1] if steady else []
@@ -213,7 +213,7 @@ def _report(watch: _Watch, manager: GRITManager, stack: str) -> Probe:
         times = [c[name] for c in counts] or [0]
         events.append(Event(name, kind, order, (min(times), max(times)), gradients, watch.total[name]))
     events.sort(key=lambda event: (event.order == 0, event.order))
-    return Probe(stack, watch.optimizer, versions(), tuple(events), _checks(watch, manager, events))
+    return ProbeReport(stack, watch.optimizer, versions(), tuple(events), _checks(watch, manager, events))
 
 
 def _checks(watch: _Watch, manager: GRITManager, events: list[Event]) -> tuple[Check, ...]:
@@ -257,14 +257,14 @@ def _times(per_step: tuple[int, int]) -> str:
     return str(least) if least == most else f"{least}-{most}"
 
 
-def require_probe(path: Path, training: TrainingSettings, *, unsloth: bool) -> Probe:
+def require_probe(path: Path, training: TrainingSettings, *, unsloth: bool) -> ProbeReport:
     """Run the probe before a hybrid run, unless the run's folder has one of these versions.
 
     Raises:
         RunFailed: a callback cannot precondition with these versions.
     """
     file = path / FILE
-    found = Probe.read(file) if file.is_file() else None
+    found = ProbeReport.read(file) if file.is_file() else None
     if found is None or found.versions != versions():
         found = run_probe(training, unsloth=unsloth)
         found.write(file)

@@ -15,7 +15,7 @@ from grit_impl.errors import GRITError
 from grit_impl.settings import click_options
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
 from grit_impl.verify.options import Options
-from grit_impl.verify.store.database import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import Database, JudgedClaim, Session
 
 if TYPE_CHECKING:
     from grit_impl.verify.store.history import Answers
@@ -53,7 +53,7 @@ def report(reports_dir: Path, name: str | None, against: str | None, fail_if_wor
     from grit_impl.verify.report import write_report
     from grit_impl.verify.store.history import compare_items, compare_sessions, find_session
 
-    with Store(reports_dir / "results.db", readonly=True) as store:
+    with Database(reports_dir / "results.db", readonly=True) as store:
         number = find_session(store, name or _latest(store))
         session, judged, evidence = load_session(store, number, reports_dir)
         changes = None
@@ -74,19 +74,19 @@ def report(reports_dir: Path, name: str | None, against: str | None, fail_if_wor
         sys.exit(1)
 
 
-def _latest(store: Store) -> str:
+def _latest(store: Database) -> str:
     sessions = store.sessions()
     if not sessions:
         raise GRITError(f"{store.path} has no session yet; run the verification first")
     return str(sessions[-1]["id"])
 
 
-def _other(store: Store, name: str) -> tuple[str, dict[str, Judgement], Answers]:
+def _other(store: Database, name: str) -> tuple[str, dict[str, Judgement], Answers]:
     from grit_impl.verify.store.history import find_session
 
     folder = Path(name)
     if (folder / "results.db").is_file():
-        with Store(folder / "results.db", readonly=True) as other:
+        with Database(folder / "results.db", readonly=True) as other:
             number = int(_latest(other))
             return f"{name}, session {number}", other.judged(number), other.answers(number)
     number = find_session(store, name)
@@ -94,7 +94,7 @@ def _other(store: Store, name: str) -> tuple[str, dict[str, Judgement], Answers]
     return title, store.judged(number), store.answers(number)
 
 
-def load_session(store: Store, number: int, folder: Path) -> tuple[Session, list[JudgedClaim], Evidence]:
+def load_session(store: Database, number: int, folder: Path) -> tuple[Session, list[JudgedClaim], Evidence]:
     """A stored session with its claims, and the evidence that still lies in `folder`."""
     from grit_impl.verify.evidence.stored import stored_evidence
 
@@ -136,7 +136,7 @@ def promote(reports_dir: Path, session: str | None, force: bool) -> None:
     """Make SESSION (default: the latest) the baseline; a number, a label or a git revision."""
     from grit_impl.verify.store.history import BASELINE, find_session
 
-    with Store(reports_dir / "results.db") as store:
+    with Database(reports_dir / "results.db") as store:
         number = find_session(store, session or _latest(store))
         gates = {row["id"]: row["gates"] for row in store.query("SELECT id, gates FROM claims")}
         judged = store.judged(number)
@@ -155,7 +155,7 @@ def show(reports_dir: Path) -> None:
     """Say which session is the baseline."""
     from grit_impl.verify.store.history import BASELINE, find_session
 
-    with Store(reports_dir / "results.db", readonly=True) as store:
+    with Database(reports_dir / "results.db", readonly=True) as store:
         number = find_session(store, BASELINE)
         row = next(row for row in store.sessions() if row["id"] == number)
     click.echo(f"session {number}, {row['finished']}, commit {row['git_commit'] or 'unknown'}")

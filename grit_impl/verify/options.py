@@ -21,7 +21,7 @@ REPORTS = Path("reports")
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunOptions:
     """What is trained, where its records lie, and what it is evaluated with."""
 
     base_model: str = setting("tiny", "base model: tiny, smollm2, a folder, a .gguf file, a hub id, random:llama-1b")
@@ -36,7 +36,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Options(Thresholds, Questions, Runs):
+class Options(Thresholds, Questions, RunOptions):
     """The options of a verification; `--min-delta-aqi` on the command line is `min_delta_aqi` here."""
 
     min_fine_tuning_gain: float = setting(20.0, "points that LoRA must gain over the base on AQI", points)

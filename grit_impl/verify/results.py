@@ -13,7 +13,7 @@ from grit_impl.machine import git_commit, versions
 from grit_impl.record import write_atomic
 from grit_impl.verify.claims import Claim, Evidence, Judgement, catalogue
 from grit_impl.verify.options import Options
-from grit_impl.verify.store.database import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import Database, JudgedClaim, Session
 from grit_impl.verify.store.junit import TestOutcome, junit_xml
 
 
@@ -76,7 +76,7 @@ class Results:
         folder = self.options.reports_dir
         session = Session(self.started, now(), git_commit(), self.options.to_dict(), environment(), exit_status)
         judged = self.ordered()
-        with Store(folder / "results.db") as store:
+        with Database(folder / "results.db") as store:
             store.add(session, judged, evidence)
         write_atomic(folder / "junit.xml", junit_xml(session, self.outcomes.values(), judged))
         write_report(folder, session, judged, evidence)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grit_impl.config import GRITConfig
-from grit_impl.cost.bench import TARGETS, Bench, Growth, exponent, in_turn, ledger_blocks, ratios, spread
+from grit_impl.cost.bench import TARGETS, Growth, StepBench, exponent, in_turn, ledger_blocks, ratios, spread
 
 # Collecting the suites imports no torch: each function imports what it measures.
 if TYPE_CHECKING:
@@ -35,17 +35,19 @@ def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
 
 
 @pytest.fixture
-def bench() -> Callable[..., Bench]:
-    """(rank, length, checkpointing, optimizer) -> a Bench of the tiny base."""
+def bench() -> Callable[..., StepBench]:
+    """(rank, length, checkpointing, optimizer) -> a StepBench of the tiny base."""
     from grit_impl.recipes.bases import load_base
     from grit_impl.recipes.lora import LoRASettings, add_lora
 
-    def build(rank: int = 16, length: int = LENGTH, *, checkpointing: bool = False, optimizer: Any = adamw) -> Bench:
+    def build(
+        rank: int = 16, length: int = LENGTH, *, checkpointing: bool = False, optimizer: Any = adamw
+    ) -> StepBench:
         base, _ = load_base("tiny")
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.config.use_cache = False
-        return Bench(add_lora(base, LoRASettings(r=rank, alpha=rank), 3407), optimizer, length)
+        return StepBench(add_lora(base, LoRASettings(r=rank, alpha=rank), 3407), optimizer, length)
 
     return build
 

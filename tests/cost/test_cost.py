@@ -18,8 +18,8 @@ import torch
 from grit_impl.config import GRITConfig
 from grit_impl.cost.bench import (
     SETTLED,
-    Bench,
     Figure,
+    StepBench,
     exponent,
     in_turn,
     misses,
@@ -96,7 +96,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
             def state_dict(self) -> None:
                 reach(self.value)
 
-        bench: Any = Bench.__new__(Bench)
+        bench: Any = StepBench.__new__(StepBench)
         bench.device = torch.device("cuda")
         bench.inner, bench.grit_optimizer = Optimizer(0), Optimizer(checkpoint)
         bench.config, bench.manager = GRITConfig(), types.SimpleNamespace(step=SETTLED)
@@ -126,7 +126,7 @@ def test_peaks_are_of_a_step_that_inverts(frequency: int, monkeypatch: pytest.Mo
     monkeypatch.setattr("grit_impl.cost.bench.SETTLED", 1)
     base, _ = load_base("random:tiny")
     config = GRITConfig(kfac_update_freq=frequency, kfac_min_samples=1)
-    bench = Bench(add_lora(base, LoRASettings(r=4, alpha=4), 0), torch.optim.AdamW, length=8, config=config)
+    bench = StepBench(add_lora(base, LoRASettings(r=4, alpha=4), 0), torch.optim.AdamW, length=8, config=config)
     assert bench.peaks() == {False: 0, True: 0}
     assert bench.manager.step == (2 if frequency == 1 else 5)
     assert [row["step"] for row in bench.manager.spectrum_history()] == ([1, 2] if frequency == 1 else [5])

@@ -15,7 +15,7 @@ from grit_impl.verify.claims import find
 from grit_impl.verify.evidence.live import LiveEvidence
 from grit_impl.verify.evidence.stored import stored_evidence
 from grit_impl.verify.options import PLAN_MODELS, Options
-from grit_impl.verify.store.database import Session, Store
+from grit_impl.verify.store.database import Database, Session
 
 ITEMS = aqi.generate(40, seed=5, exclude=aqi.frozen_items())
 NEEDS = ["evaluation:baseline", "evaluation:pure", "seeds:baseline", "seeds:pure"]
@@ -91,7 +91,7 @@ def test_every_arm_is_run_with_every_seed(live, tmp_path: Path) -> None:
     assert judged.metrics[0].estimate == pytest.approx(25)
     assert (judged.verdict, judged.needed) == ("inconclusive", 6), "three seeds cannot decide"
     assert "3 seeds" in find("hypotheses.pure-lower-loss").judge(evidence).summary
-    with Store(tmp_path / "results.db") as store:
+    with Database(tmp_path / "results.db") as store:
         store.add(Session("a", "b", None, {}, {}), [], evidence)
         found = {row["model"] for row in store.query("SELECT DISTINCT model FROM items")}
         assert found == {*PLAN_MODELS, "baseline-seed3408", "pure-seed3408", "baseline-seed3409", "pure-seed3409"}

@@ -46,7 +46,7 @@ def test_installed_versions_pass(tmp_path, capsys):
     assert events["forward hook on q_proj.lora_A"].per_step == (2, 2)
     assert events["on_substep_end"].per_step == (1, 1)
     assert events["on_step_end"].total == 5
-    assert probe.Probe.read(tmp_path / probe.FILE) == found
+    assert probe.ProbeReport.read(tmp_path / probe.FILE) == found
     show(found)
     assert "on_pre_optimizer_step" in capsys.readouterr().out
 
@@ -138,7 +138,7 @@ def test_the_command_reports_a_failure(monkeypatch):
     """Oracle: exit status 1 and the check's name."""
     from grit_impl.probe.commands import probe as command
 
-    broken = probe.Probe("peft", "AdamW", {"torch": "2"}, (), (probe.Check("fires once", False, "0 per step"),))
+    broken = probe.ProbeReport("peft", "AdamW", {"torch": "2"}, (), (probe.Check("fires once", False, "0 per step"),))
     monkeypatch.setattr(probe_run, "run_probe", lambda *_, **__: broken)
     result = click.testing.CliRunner().invoke(command, ["--no-unsloth"])
     assert result.exit_code == 1

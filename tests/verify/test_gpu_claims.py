@@ -7,7 +7,7 @@ import json
 import pytest
 
 from grit_impl.errors import GRITError
-from grit_impl.probe.findings import FILE, Check, Probe
+from grit_impl.probe.findings import FILE, Check, ProbeReport
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import find
 from grit_impl.verify.claims.base import Evidence
@@ -219,7 +219,7 @@ def test_a_failed_probe_refutes_and_names_the_check(tmp_path):
     evidence = Evidence(records={"hybrid": record})
     assert claim.judge(evidence).verdict == "supported"
     lost = Check("bit for bit", False, "0 of 448 tensors, AdamW8bit")
-    Probe("unsloth", "AdamW8bit", {}, (), (lost,)).write(record.path / FILE)
+    ProbeReport("unsloth", "AdamW8bit", {}, (), (lost,)).write(record.path / FILE)
     judgement = claim.judge(evidence)
     assert judgement.verdict == "refuted"
     assert "0 of 448 tensors, AdamW8bit" in judgement.summary

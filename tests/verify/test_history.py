@@ -11,7 +11,7 @@ from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Judgement, Metric
 from grit_impl.verify.commands import baseline, report
 from grit_impl.verify.results import Results
-from grit_impl.verify.store.database import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import Database, JudgedClaim, Session
 from grit_impl.verify.store.history import change, compare_items, compare_sessions, find_session
 
 
@@ -95,7 +95,7 @@ def reports(make_evidence, claims, tmp_path):
     for number, share in enumerate((0.61, 0.1)):
         evidence = make_evidence(folder=tmp_path / str(number), right={"pure": (share, 0.86)})
         session = Session(f"2026-01-0{number + 1}T00:00:00+00:00", "x", f"{number + 1}" * 12, options, {})
-        with Store(folder / "results.db") as store:
+        with Database(folder / "results.db") as store:
             found = [JudgedClaim(claim, claim.judge(evidence)) for claim in claims if claim.family == "evaluation"]
             store.add(session, found, evidence)
     return folder
@@ -170,7 +170,7 @@ def test_revisions_are_resolved(tmp_path):
     for number in (1, 2):
         git("commit", "-q", "--allow-empty", "-m", str(number))
         commits.append(git("rev-parse", "--short=12", "HEAD"))
-    with Store(tmp_path / "results.db") as store:
+    with Database(tmp_path / "results.db") as store:
         for commit in (*commits, commits[0] + "+"):
             store.add(Session("a", "b", commit, {}, {}), [])
         assert find_session(store, "HEAD", tmp_path) == 2
@@ -185,7 +185,7 @@ def test_results_name_their_commit_and_environment(make_evidence, claims):
         results.add(claim, Judgement("supported", "first"), "t::x")
         results.add(claim, Judgement("supported", "again"), "t::x")
     results.write(make_evidence(folder=results.options.reports_dir.parent / "other"), 0)
-    with Store(results.options.reports_dir / "results.db") as store:
+    with Database(results.options.reports_dir / "results.db") as store:
         (session,) = store.sessions()
         assert [each.summary for each in store.judged(1).values()] == ["again"] * 3
         names = {row["name"] for row in store.query("SELECT name FROM environment")}

@@ -13,7 +13,7 @@ import pytest
 
 import grit_impl
 from grit_impl.verify.claims import catalogue
-from grit_impl.verify.store.database import Store
+from grit_impl.verify.store.database import Database
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_files_are_the_same_under_xdist(project):
     )
 
     def rows(folder: str) -> list[str]:
-        with Store(project.path / folder / "results.db", readonly=True) as db:
+        with Database(project.path / folder / "results.db", readonly=True) as db:
             return [repr(pair) for pair in db.judged(1).items()]
 
     def xml(folder: str) -> list[tuple[str, dict[str, str], str]]:

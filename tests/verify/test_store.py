@@ -19,7 +19,7 @@ from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
 from grit_impl.verify.store import database as store
 from grit_impl.verify.store import schema
-from grit_impl.verify.store.database import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import Database, JudgedClaim, Session
 
 SESSION = Session("2026-01-01T00:00:00+00:00", "2026-01-01T00:10:00+00:00", "abc", {"steps": 200}, {"torch": "2.13.0"})
 PLAN_COLUMNS = ["model_name", "aqi_accuracy", "delta_aqi", "inference_speed", "delta_speed", "timestamp"]
@@ -39,9 +39,9 @@ VALUES = [0.0, -1.5, 1e-300, math.pi, math.inf, -math.inf, math.nan]
 @pytest.mark.parametrize("value", VALUES)
 def test_numbers_round_trip(tmp_path, value):
     """Oracle: the value itself, bit for bit, NaN and infinities included; an absent bound stays absent."""
-    with Store(tmp_path / "results.db") as db:
+    with Database(tmp_path / "results.db") as db:
         session = db.add(SESSION, judged(Metric("m", value, value, None, "s", 3, "by hand", "pure")))
-    with Store(tmp_path / "results.db", readonly=True) as db:
+    with Database(tmp_path / "results.db", readonly=True) as db:
         (metric,) = db.judged(session)["test.it"].metrics
     assert repr(metric) == repr(Metric("m", value, value, None, "s", 3, "by hand", "pure"))
 
@@ -50,7 +50,7 @@ def test_judgements_round_trip(tmp_path, make_evidence, claims):
     """Oracle: the judgements of the whole catalogue on sound evidence."""
     evidence = make_evidence()
     everything = [JudgedClaim(each, each.judge(evidence), f"t::{each.id}") for each in claims]
-    with Store(tmp_path / "results.db") as db:
+    with Database(tmp_path / "results.db") as db:
         session = db.add(SESSION, everything, evidence)
         found = db.judged(session)
     expected = {each.claim.id: each.judgement for each in everything}
@@ -63,7 +63,7 @@ def test_judgements_round_trip(tmp_path, make_evidence, claims):
 def test_tables_hold_the_evidence(tmp_path, make_evidence):
     """Oracle: counts and values of the hand-written evidence; the plan's columns come first, in its order."""
     evidence = make_evidence()
-    with Store(tmp_path / "results.db") as db:
+    with Database(tmp_path / "results.db") as db:
         db.add(SESSION, judged(), evidence)
         db.add(SESSION, judged(), evidence)  # reused runs are stored once, sessions twice
         assert [row[1] for row in db.query("PRAGMA table_info(evaluation_results)")][:6] == PLAN_COLUMNS
@@ -90,7 +90,7 @@ def test_documented_queries_run(tmp_path, make_evidence, claims):
     """Oracle: the queries in the schema's own documentation give rows on a full database, and so does every view."""
     evidence = make_evidence()
     everything = [JudgedClaim(each, each.judge(evidence)) for each in claims]
-    with Store(tmp_path / "results.db") as db:
+    with Database(tmp_path / "results.db") as db:
         db.add(SESSION, everything, evidence)
         documented = schema.__doc__.partition("Questions people ask:")[2]
         queries = [text for text in documented.split(";") if "SELECT" in text]
@@ -106,7 +106,7 @@ def test_failed_write_leaves_nothing(tmp_path):
     """Oracle: the rows before; the second claim of the session cannot be stored (its verdict is not one of four)."""
     path = tmp_path / "results.db"
     bad = JudgedClaim(claim("test.bad"), Judgement("maybe", "?"))  # type: ignore[arg-type]
-    with Store(path) as db:
+    with Database(path) as db:
         db.add(SESSION, judged())
         with pytest.raises(GRITError, match="CHECK constraint"):
             db.add(SESSION, [*judged(), bad])
@@ -116,7 +116,7 @@ def test_failed_write_leaves_nothing(tmp_path):
 
 def test_label_moves(tmp_path):
     """Oracle: a label names one session at a time."""
-    with Store(tmp_path / "results.db") as db:
+    with Database(tmp_path / "results.db") as db:
         first, second = db.add(SESSION, judged()), db.add(SESSION, judged())
         db.label(first, "baseline")
         db.label(second, "baseline")
@@ -128,30 +128,30 @@ def test_not_a_database(tmp_path):
     path = tmp_path / "results.db"
     path.write_bytes(b"not a database, but long enough to look like one" * 40)
     with pytest.raises(GRITError, match=r"results\.db: file is not a database"):
-        Store(path)
+        Database(path)
 
 
 def test_newer_schema_is_refused(tmp_path):
     """Oracle: a file of a later version must not be written by an earlier one."""
     path = tmp_path / "results.db"
-    Store(path).close()
+    Database(path).close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {store.SCHEMA_VERSION + 1}")
         connection.commit()
     with pytest.raises(GRITError, match="upgrade"):
-        Store(path)
+        Database(path)
 
 
 def test_migration_keeps_rows(tmp_path, monkeypatch):
     """Oracle: a session written before a migration is still there after it, and the migration ran once."""
     path = tmp_path / "results.db"
-    with Store(path) as db:
+    with Database(path) as db:
         db.add(SESSION, judged())
     more = (*schema.MIGRATIONS, "CREATE TABLE extra (a); INSERT INTO extra VALUES (1);")
     monkeypatch.setattr(store, "MIGRATIONS", more)
     monkeypatch.setattr(store, "SCHEMA_VERSION", len(more))
     for _ in range(2):
-        with Store(path) as db:
+        with Database(path) as db:
             assert len(db.sessions()) == 1
             assert [row[0] for row in db.query("SELECT a FROM extra")] == [1]
             assert db.query("PRAGMA user_version")[0][0] == len(more)
@@ -160,13 +160,13 @@ def test_migration_keeps_rows(tmp_path, monkeypatch):
 def test_broken_migration_changes_nothing(tmp_path, monkeypatch):
     """Oracle: the old version, when the second statement of a migration fails."""
     path = tmp_path / "results.db"
-    Store(path).close()
+    Database(path).close()
     monkeypatch.setattr(
         store, "MIGRATIONS", (*schema.MIGRATIONS, "CREATE TABLE extra (a); INSERT INTO nowhere VALUES (1);")
     )
     monkeypatch.setattr(store, "SCHEMA_VERSION", 2)
     with pytest.raises(GRITError, match="nowhere"):
-        Store(path)
+        Database(path)
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (1,)
         assert not connection.execute("SELECT * FROM sqlite_master WHERE name = 'extra'").fetchall()
@@ -175,16 +175,16 @@ def test_broken_migration_changes_nothing(tmp_path, monkeypatch):
 def test_missing_database_is_named(tmp_path):
     """Oracle: reading what is not there says what to do."""
     with pytest.raises(GRITError, match="run the verification first"):
-        Store(tmp_path / "results.db", readonly=True)
+        Database(tmp_path / "results.db", readonly=True)
 
 
 WRITER = """
 import sys
 from grit_impl.verify.claims import Claim, Judgement, Metric
-from grit_impl.verify.store.database import JudgedClaim, Session, Store
+from grit_impl.verify.store.database import JudgedClaim, Session, Database
 claims = [JudgedClaim(Claim(f"test.c{i}", "S.", ("record:x",), "R.", None), Judgement("supported", "yes",
           tuple(Metric(f"m{k}", k) for k in range(20)))) for i in range(40)]
-with Store(sys.argv[1]) as db:
+with Database(sys.argv[1]) as db:
     print("ready", flush=True)
     while True:
         print(db.add(Session("a", "b", None, {}, {"x": "y"}), claims), flush=True)
@@ -222,7 +222,7 @@ def test_two_writers_take_turns(tmp_path):
         subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.DEVNULL) for _ in range(2)
     ]
     assert [process.wait(60) for process in processes] == [0, 0]
-    with Store(path, readonly=True) as db:
+    with Database(path, readonly=True) as db:
         assert len(db.sessions()) == 10
 
 
@@ -235,7 +235,7 @@ def test_full_disk_is_one_line(tmp_path, make_evidence):
     if mounted.returncode:
         pytest.skip("needs the right to mount a file system, found none")
     try:
-        with Store(small / "results.db") as db:
+        with Database(small / "results.db") as db:
             db.add(SESSION, judged())
             with pytest.raises(GRITError, match="disk is full") as error:
                 db.add(SESSION, judged(), make_evidence())
@@ -250,7 +250,7 @@ def test_full_disk_is_one_line(tmp_path, make_evidence):
 def test_evidence_without_evaluation(tmp_path, make_evidence):
     """Oracle: runs are stored when nothing was evaluated."""
     evidence = dataclasses.replace(make_evidence(), evaluation=None)
-    with Store(tmp_path / "results.db") as db:
+    with Database(tmp_path / "results.db") as db:
         db.add(SESSION, judged(), evidence)
         db.add(SESSION, judged(), Evidence())
         assert len(db.query("SELECT * FROM runs")) == 5

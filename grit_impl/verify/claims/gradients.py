@@ -45,12 +45,12 @@ def moment_reaches(evidence: Evidence) -> Judgement:
     The seed experiment concluded that its trainer discarded modified gradients. The probe that every hybrid run starts
     with rewrites them on a small model, with the same libraries and the same optimizer.
     """
-    from grit_impl.probe.findings import FILE, Probe
+    from grit_impl.probe.findings import FILE, ProbeReport
 
     path = evidence.records["hybrid"].path / FILE
     if not path.is_file():
         return Judgement("inconclusive", f"{path} is missing: the run is older than the probe")
-    probe = Probe.read(path)
+    probe = ProbeReport.read(path)
     wrong = [f"{check.name}: {check.found}" for check in probe.checks if not check.good]
     found = "; ".join(wrong) or "; ".join(check.found for check in probe.checks)
     text = f"{probe.stack} with {probe.optimizer}: {found}"

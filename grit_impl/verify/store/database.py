@@ -56,7 +56,7 @@ class Session:
     exit_status: int = 0
 
 
-class Store:
+class Database:
     """The results database.
 
     Args:
@@ -87,7 +87,7 @@ class Store:
                 self.connection.close()
                 raise
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Database:
         return self
 
     def __exit__(self, *_: object) -> None:

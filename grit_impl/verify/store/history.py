@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Judgement, Metric
-from grit_impl.verify.store.database import Store
+from grit_impl.verify.store.database import Database
 
 BASELINE = "baseline"
 
@@ -73,7 +73,7 @@ class Changes:
         return any(row.worse for row in self.rows)
 
 
-def find_session(store: Store, name: str, folder: Path | None = None) -> int:
+def find_session(store: Database, name: str, folder: Path | None = None) -> int:
     """The session that a person means.
 
     Args:
@@ -112,7 +112,7 @@ def _commit(revision: str, folder: Path | None) -> str | None:
 
 
 Answers = Mapping[tuple[str, str], Mapping[tuple[str, str], bool]]
-"""What `Store.answers` returns."""
+"""What `Database.answers` returns."""
 
 
 def compare_items(before: Answers, after: Answers) -> tuple[ItemChange, ...]:
