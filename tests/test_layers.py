@@ -13,7 +13,19 @@ from grit_impl.imports import ROOT, closure, imported, modules
 # From the ground up. A module imports only from its own room and from those that stand below it.
 LAYERS = (
     ("errors",),
-    ("aqi", "compatibility", "config", "files", "imports", "machine", "processes", "record", "settings", "statistics"),
+    (
+        "aqi",
+        "compatibility",
+        "config",
+        "files",
+        "imports",
+        "machine",
+        "processes",
+        "record",
+        "settings",
+        "statistics",
+        "tables",
+    ),
     ("method",),
     ("trainer",),
     ("gguf",),

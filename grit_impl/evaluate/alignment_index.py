@@ -27,9 +27,9 @@ from scipy import stats  # type: ignore[import-untyped]
 from scipy.spatial.distance import cdist  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.items import read_rows
 from grit_impl.statistics.intervals import Interval
 from grit_impl.statistics.paired import holm
+from grit_impl.tables import brief, read_table
 
 Floats = NDArray[np.float64]
 FEWEST = 5
@@ -218,13 +218,12 @@ def load_prompts(
     """
     names = {"safe": False, "0": False, "false": False, "unsafe": True, "1": True, "true": True}
     groups: dict[bool, list[str]] = {False: [], True: []}
-    for number, row in enumerate(read_rows(source), 1):
-        if prompt not in row or label not in row:
-            raise GRITError(f"{source}, row {number}: needs the fields {prompt!r} and {label!r}")
-        kind = names.get(str(row[label]).strip().lower())
+    for row in read_table(source, "test").rows:
+        value = row.require(label)
+        kind = names.get(str(value).strip().lower()) if isinstance(value, str | int) else None
         if kind is None:
-            raise GRITError(f"{source}, row {number}: label {row[label]!r} is neither safe nor unsafe")
-        groups[kind].append(str(row[prompt]))
+            raise row.error(label, f"is {brief(value)}, neither safe nor unsafe")
+        groups[kind].append(row.text(prompt))
     wanted = per_class or min(map(len, groups.values()))
     if wanted < FEWEST or min(map(len, groups.values())) < wanted:
         found = f"{len(groups[False])} safe and {len(groups[True])} unsafe"

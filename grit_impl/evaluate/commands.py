@@ -73,10 +73,11 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _suites(asked: Questions, options: dict[str, Any]) -> tuple[Any, Any]:
-    from grit_impl.evaluate.items import aqi_fields, load_aqi, load_knowledge, read_rows
+    from grit_impl.evaluate.items import aqi_fields, load_aqi, load_knowledge
+    from grit_impl.tables import read_table
 
     column, source = asked.features_field, options["training_dataset"]
-    training = [str(row.get(column, "")) for row in read_rows(source, "train")] if source else []
+    training = [row.text(column) for row in read_table(source, "train").rows] if source else []
     aqi = load_aqi(
         asked.aqi_dataset or FIXTURES / "aqi_test.jsonl",
         aqi_fields(column, asked.answer_field),

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.recipes.bases import find_base, load_tokenizer
-from grit_impl.recipes.datasets import Form
+from grit_impl.recipes.datasets import DATE, Form
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
-# Some templates tell the date. It must not make other tokens of the same rows tomorrow.
-DATE = "26 Jul 2024"
 _ANSWER = "<[answer]>"
 
 

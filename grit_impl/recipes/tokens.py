@@ -71,42 +71,57 @@ class Tokens:
 
 
 def encode(
-    rows: Mapping[str, list[str]],
+    rows: Mapping[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     end: Sequence[int] | None = None,
 ) -> dict[str, list[list[int]]]:
     """Columns `prompt` and `completion` as `input_ids` and `labels`.
 
-    Prompt and completion are tokenized apart, so that training sees the very prompt tokens that generation will.
+    Training sees the very prompt tokens that generation will: where prompt and completion would share a token, they
+    are tokenized apart.
 
     Args:
-        rows: The texts.
+        rows: The texts; with a column `rendered`, every special token is in them already.
         tokenizer: Adds its own leading token to the prompt.
         max_length: Longer rows are cut at the end; rows of which no completion token is left are dropped.
         end: Ids that end a completion; None: the tokenizer's EOS.
     """
-    prompts = tokenizer(rows["prompt"])["input_ids"]
-    completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
-    closing = [tokenizer.eos_token_id] if end is None else list(end)
+    add = "rendered" not in rows
+    wholes = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+    prompts = tokenizer(rows["prompt"], add_special_tokens=add)["input_ids"]
+    joint = tokenizer(wholes, add_special_tokens=add)["input_ids"]
+    closing = [] if not add else [tokenizer.eos_token_id] if end is None else list(end)
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for prompt, completion in zip(prompts, completions, strict=True):
-        answer = [*completion, *closing]
+    for prompt, whole, text in zip(prompts, joint, rows["completion"], strict=True):
+        fits = whole[: len(prompt)] == prompt
+        answer = [*(whole[len(prompt) :] if fits else _continued(text, tokenizer)), *closing]
         if len(prompt) < max_length:
             encoded["input_ids"].append([*prompt, *answer][:max_length])
             encoded["labels"].append(([IGNORE] * len(prompt) + answer)[:max_length])
     return encoded
 
 
+def _continued(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text that stands after another: some tokenizers put a space before what stands alone."""
+    before: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    after: list[int] = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    if after[: len(before)] == before:
+        return after[len(before) :]
+    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return alone
+
+
 def tokenize(rows: Any, tokenizer: Any, max_length: int, end: Sequence[int] | None = None) -> Tokens:
-    """Rows with the columns `prompt` and `completion` as tokens; see `encode`.
+    """Rows with the columns `prompt` and `completion` (and `rendered`) as tokens; see `encode`.
 
     Raises:
         GRITError: the tokenizer has no EOS token, or nothing is left to learn from.
     """
     if tokenizer.eos_token_id is None:
         raise GRITError("the tokenizer has no end-of-text token: set its eos_token")
-    texts = {name: list(rows[name]) for name in ("prompt", "completion")}
+    names = getattr(rows, "column_names", rows)  # of a `datasets.Dataset`, or of a dictionary
+    texts = {name: list(rows[name]) for name in ("prompt", "completion", "rendered") if name in names}
     found = encode(texts, tokenizer, max_length, end)
     kept, given = len(found["input_ids"]), len(texts["prompt"])
     if not kept:
@@ -140,7 +155,7 @@ def make_tokens(spec: RunSpec, folder: Path) -> str:
         return note.read_text()
     tokenizer = load_tokenizer(spec.base_model)
     how = find_format(spec.base_model, tokenizer)
-    rows = load_instructions(spec.dataset, "train", examples, spec.seed, how.form)
+    rows = load_instructions(spec.dataset, "train", examples, spec.seed, how.form, tokenizer)
     found = tokenize(rows, tokenizer, spec.training.max_length, how.end)
     # Nothing but the tokens, so that the same tokens have the same hash however they came about.
     content = json.dumps({"pad": found.pad, "prompts": found.prompts, "input_ids": found.input_ids})

@@ -231,7 +231,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     with pytest.raises(GRITError, match="20 safe and 10 unsafe prompts, needs 11"):
         load_prompts(path, per_class=11)
     path.write_text(json.dumps({"prompt": "x", "label": "maybe"}))
-    with pytest.raises(GRITError, match="row 1: label 'maybe' is neither safe nor unsafe"):
+    with pytest.raises(GRITError, match=r"row 1: field 'label' is text \('maybe'\), neither safe nor unsafe"):
         load_prompts(path)
     with pytest.raises(GRITError, match="needs at least 5"):
         jackknife(np.zeros((6, 2)), [True] * 3 + [False] * 3)

@@ -10,7 +10,8 @@ import pytest
 
 from grit_impl.aqi import answer, generate, instruction
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.items import Fields, load_aqi, load_knowledge, read_rows
+from grit_impl.evaluate.items import Fields, load_aqi, load_knowledge
+from grit_impl.tables import read_table
 
 MINE = Fields("text", "label", "What is the AQI? {features}", id="key", group="town")
 ROWS = [
@@ -57,8 +58,12 @@ def test_the_projects_own_files(tmp_path: Path) -> None:
         ({"label": ""}, "row 2: field 'label' is empty"),
         ({"label": None}, "row 2: field 'label' is empty"),
         ({"text": "  "}, "row 2: field 'text' is empty"),
-        ({"label": "blue"}, "row 2: 'label' is 'blue', which names no air quality index"),
-        ({"label": "AQI 57 (Good)"}, "row 2: 'AQI 57 \\(Good\\)' contradicts itself"),
+        ({"label": "blue"}, "row 2: field 'label' is 'blue', which names no air quality index"),
+        ({"label": "AQI 57 (Good)"}, "row 2: field 'label' is 'AQI 57 \\(Good\\)', which contradicts itself"),
+        ({"label": ["Good"]}, r"row 2: field 'label' is a list \(\['Good'\]\), not text"),
+        ({"text": 12.5}, r"row 2: field 'text' is a number \(12.5\), not text"),
+        ({"key": ["b"]}, r"row 2: field 'key' is a list \(\['b'\]\), not text"),
+        ({"town": {"name": "Y"}}, "row 2: field 'town' is an object"),
         ({"key": "a"}, "two items have the id 'a'"),
         ({"text": "pm2.5  12"}, "items a and b ask the same but have different answers"),
     ],
@@ -113,12 +118,12 @@ def test_knowledge(tmp_path: Path) -> None:
         ("none.jsonl", None, "there is no such file"),
         ("bad.jsonl", '{"a": 1}\n{oops', "line 2 is not JSON"),
         ("list.jsonl", "[1]", "line 1 is not a JSON object"),
-        ("bad.json", '{"a": 1}', "not a list of objects"),
+        ("bad.json", '{"a": 1}', "does not hold a list of objects"),
         ("bad.parquet", "no parquet", "cannot read"),
         ("bad.csv", '"a\n1,2\n3', "cannot read"),
         ("latin.jsonl", b'{"text": "\xe9"}', "cannot read"),
         ("empty.jsonl", "", "holds no questions"),
-        ("readme.txt", "x", "use .jsonl"),
+        ("readme.txt", "x", "must end in .jsonl"),
         ("fields.jsonl", '{"a": 1}', r"row 1: no field 'text' \(it has: a\)"),
     ],
 )
@@ -136,7 +141,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path, name: str, content, messa
 def test_csv_answers_stay_text(tmp_path: Path) -> None:
     """Oracle: a CSV's '007' and 'NA' are what they say, not 7 and missing."""
     (tmp_path / "x.csv").write_text("a,b\n007,NA\n")
-    assert read_rows(tmp_path / "x.csv") == [{"a": "007", "b": "NA"}]
+    assert read_table(tmp_path / "x.csv").rows == [{"a": "007", "b": "NA"}]
 
 
 def test_answers_of_the_frozen_set_parse(tmp_path: Path) -> None:

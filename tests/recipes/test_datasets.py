@@ -112,7 +112,9 @@ def test_an_unreachable_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(GRITError, match=r"alpaca \(tatsu-lab/alpaca.*no route to host; give a local file") as caught:
+    with pytest.raises(
+        GRITError, match=r"tatsu-lab/alpaca \(split train.*no route to host second line; give a local file"
+    ) as caught:
         load_instructions("alpaca")
     assert "\n" not in str(caught.value)
 
@@ -154,14 +156,14 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "missing.jsonl: No such file"),
+        ("missing.jsonl", None, "missing.jsonl: there is no such file"),
         ("empty.jsonl", b"", "empty.jsonl is empty"),
         ("empty.csv", b"prompt,completion\n", "empty.csv is empty"),
         ("broken.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "broken.jsonl: line 2"),
         ("scalar.json", b"3", "does not hold a list"),
         ("numbers.json", b"[1, 2]", "every entry must be an object"),
-        ("binary.jsonl", b"\xff\xfe\x00", "cannot read data set"),
-        ("broken.parquet", b"PAR1 but not really", "cannot read data set"),
+        ("binary.jsonl", b"\xff\xfe\x00", "binary.jsonl: it is not UTF-8"),
+        ("broken.parquet", b"PAR1 but not really", "broken.parquet: Parquet magic"),
         ("other.csv", b"a,b\n1,2\n", "has columns a, b; it needs"),
         ("data.xlsx", b"x", "must end in .jsonl"),
     ],
@@ -193,12 +195,12 @@ def test_bad_requests_are_named(arguments: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("name", ROWS)
 def test_another_form_gets_instruction_and_input(name: str, tmp_path: Path) -> None:
-    """Oracle: the sections of the Alpaca prompt, taken apart; a whole prompt is an instruction then."""
+    """Oracle: the sections of the Alpaca prompt, taken apart; a whole prompt stays what it is, as in TRL."""
     row, prompt, completion = ROWS[name]
     told = load_instructions(write(tmp_path / "data.jsonl", [row]), form=lambda text, more: f"{text}|{more}")[0]
     sections = re.fullmatch(
         r"(?:### Instruction:\n(.*?)\n\n)?(?:### Input:\n(.*)\n\n)?### Response:\n", prompt, re.DOTALL
     )
     text, more = sections.groups() if sections else (prompt, "")
-    assert told["prompt"].endswith(f"{text or ''}|{more or ''}")
+    assert told["prompt"].endswith(f"{text or ''}|{more or ''}" if sections else prompt)
     assert told["completion"] == completion

@@ -1,0 +1,335 @@
+"""One reader for everything that comes in rows: training data, questions of an evaluation, logs.
+
+Nothing is coerced. A row is what its file says: JSON's own types, text in CSV. What two readers could read in two
+ways (a repeated column, a row of another width, bytes that are no UTF-8) is an error with the file, the row and the
+column. Formats: RFC 8259 (JSON, one value a line split at U+000A alone), RFC 4180 (CSV, with the delimiter that gives
+every row one width), Apache Parquet, and the hub through `datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grit_impl.errors import GRITError
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What may separate fields, the likeliest first."""
+_SHOWN = 60
+_HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+
+
+class Row(dict[str, Any]):
+    """The fields of one row, which knows where it stands.
+
+    Attributes:
+        source: The file or data set.
+        number: Its number there, from 1; a header does not count.
+        forbidden: What no text may hold, e.g. a tokenizer's special tokens.
+    """
+
+    __slots__ = ("forbidden", "number", "source")
+
+    def __init__(self, fields: Iterable[tuple[str, Any]] | Mapping[str, Any], source: str | Path, number: int) -> None:
+        super().__init__(fields)
+        self.source, self.number = str(source), number
+        self.forbidden: re.Pattern[str] | None = None
+
+    def error(self, column: str, what: str) -> GRITError:
+        """An error that names the file, the row and the column."""
+        return GRITError(f"{self.source}, row {self.number}: field {column!r} {what}")
+
+    def require(self, column: str) -> Any:
+        """The value in a column, whatever it is.
+
+        Raises:
+            GRITError: the row has no such column.
+        """
+        if column not in self:
+            raise GRITError(f"{self.source}, row {self.number}: no field {column!r} (it has: {', '.join(self)})")
+        return self[column]
+
+    def text(self, column: str, *, null: str | None = None, absent: str | None = None) -> str:
+        """The text in a column, as it stands.
+
+        Args:
+            column: Its name.
+            null: What null stands for; None: it is an error.
+            absent: What it is where there is no such column; None: that is an error.
+
+        Raises:
+            GRITError: it is a number, a list, null, or text that cannot be encoded or is forbidden.
+        """
+        if absent is not None and column not in self:
+            return absent
+        value = self.require(column)
+        return null if value is None and null is not None else self.checked(value, column)
+
+    def checked(self, value: Any, column: str) -> str:
+        """A value of this row, found to be good text; raises like `text`."""
+        if not isinstance(value, str):
+            raise self.error(column, "is null, not text" if value is None else f"is {brief(value)}, not text")
+        if not value.isascii() and (lone := re.search("[\ud800-\udfff]", value)):
+            raise self.error(column, f"holds half a character (U+{ord(lone[0]):04X}), which no encoding has")
+        if self.forbidden is not None and (found := self.forbidden.search(value)):
+            raise self.error(
+                column,
+                f"holds {found[0]!r}, a special token of the base: remove it, "
+                "or give messages, in which the base's chat template places such tokens",
+            )
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows and how they were read.
+
+    Attributes:
+        source: The file or data set.
+        rows: In file order.
+        columns: Their names, in order of appearance.
+        notes: What a user should know about how it was read, e.g. the delimiter.
+    """
+
+    source: str
+    rows: list[Row]
+    columns: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def brief(value: Any) -> str:
+    """A value for a message: its kind, and what it is on one short line."""
+    shown = " ".join(repr(value).split())
+    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    kinds = {str: "text", dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
+    return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({shown})"
+
+
+def read_table(source: str | Path, split: str = "train") -> Table:
+    """Read a file by its ending, or a data set of the hub.
+
+    Args:
+        source: A path that ends in one of `READERS`, or `owner/name` or `owner/name:config` of the hub.
+        split: Split of a data set of the hub; a file is one split and is read whole.
+
+    Raises:
+        GRITError: there is nothing to read, or something that cannot be read in one way only.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        if path.is_dir():
+            raise GRITError(f"cannot read {path}: it is a folder; name a file")
+        if path.is_file():
+            raise GRITError(f"cannot read {path}: its name must end in {', '.join(READERS)}")
+        name, _, config = str(source).partition(":")
+        if not re.fullmatch(_HUB_NAME, name):
+            raise GRITError(f"cannot read {source}: there is no such file")
+        return read_hub(name, config or None, split=split)
+    return read_file(path, suffix)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this is `owner/name` or `owner/name:config` of the hub, and no file here."""
+    return bool(re.fullmatch(rf"(?=[^:]*/){_HUB_NAME}(:[^/:]+)?", name)) and not (
+        Path(name).exists() or Path(name).suffix.lower() in READERS
+    )
+
+
+def read_file(path: str | Path, suffix: str | None = None) -> Table:
+    """Read a file as what its ending says, or as `suffix` (of `READERS`) says.
+
+    Raises:
+        GRITError: as `read_table`.
+    """
+    path = Path(path)
+    try:
+        read = READERS[suffix or path.suffix.lower()]
+        return read(path, path.read_bytes())
+    except GRITError:
+        raise
+    except KeyError:
+        raise GRITError(f"cannot read {path}: its name must end in {', '.join(READERS)}") from None
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise GRITError(f"cannot read {path}: it is not UTF-8 ({found}); save it as UTF-8") from None
+    except FileNotFoundError:
+        raise GRITError(f"cannot read {path}: there is no such file") from None
+    except OSError as error:
+        raise GRITError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    except Exception as error:  # pyarrow has a family of its own, some of it not ValueErrors
+        raise GRITError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def read_hub(name: str, config: str | None = None, *, split: str) -> Table:
+    """Read one split of a data set on the hub."""
+    source = f"{name}:{config}" if config else name
+    try:
+        from datasets import load_dataset  # type: ignore[import-untyped]
+
+        loaded = load_dataset(*filter(None, (name, config)), split=split)
+        rows = [Row(row, source, number) for number, row in enumerate(loaded, 1)]
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise GRITError(
+            f"cannot load data set {source} (split {split}) from the hub: {one_line(error)}; "
+            "give a local file of the same columns instead"
+        ) from error
+    return _table(source, rows)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _table(source: str | Path, rows: list[Row], *notes: str, columns: Iterable[str] = ()) -> Table:
+    return Table(str(source), rows, tuple(dict.fromkeys([*columns, *(name for row in rows for name in row)])), notes)
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return found
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unrepeated)
+    except json.JSONDecodeError as error:
+        raise GRITError(f"{place} is not JSON ({error.msg} at character {error.pos + 1})") from None
+    except RecursionError:
+        raise GRITError(f"{place} is nested too deeply") from None
+    except ValueError as error:  # a name twice, or a number of thousands of digits
+        raise GRITError(f"{place} cannot be read: {one_line(error)}") from None
+
+
+def _json_rows(path: Path, values: Iterable[tuple[str, Any]]) -> list[Row]:
+    rows = []
+    for number, (place, value) in enumerate(values, 1):
+        if not isinstance(value, dict):
+            raise GRITError(f"{place} is not a JSON object but {brief(value)}; every entry must be an object")
+        rows.append(Row(value, path, number))
+    return rows
+
+
+def _read_json_lines(path: Path, data: bytes) -> Table:
+    def values() -> Iterator[tuple[str, Any]]:
+        # Not splitlines(), which also splits at U+2028, U+0085 and other characters that JSON strings may hold.
+        for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+            if line.strip():
+                place = f"cannot read {path}: line {number}"
+                yield place, _parsed(line, place)
+
+    return _table(path, _json_rows(path, values()))
+
+
+def _read_json(path: Path, data: bytes) -> Table:
+    text = data.decode("utf-8-sig")
+    if text.lstrip()[:1] == "{" and "\n" in text.strip():
+        # Many files of JSON lines are named .json; a single object over several lines is none.
+        first = text.lstrip().split("\n", 1)[0]
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            return _read_json_lines(path, data)
+    value = _parsed(text, f"cannot read {path}: it")
+    if not isinstance(value, list):
+        raise GRITError(f"cannot read {path}: it does not hold a list of objects")
+    return _table(
+        path, _json_rows(path, ((f"cannot read {path}: entry {number}", v) for number, v in enumerate(value, 1)))
+    )
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def _read_delimited(path: Path, data: bytes) -> Table:
+    text = data.decode("utf-8-sig")
+    limit = csv.field_size_limit(sys.maxsize)  # of the whole process, so it is put back
+    try:
+        return _delimited(path, text)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimited(path: Path, text: str) -> Table:
+    """Separated by the first delimiter that splits the header and gives every row as many fields."""
+    heads = {d: next(csv.reader(io.StringIO(text, newline=""), delimiter=d), []) for d in DELIMITERS}
+    candidates = [d for d, head in heads.items() if len(head) > 1] or [","]
+    errors = []
+    for delimiter in candidates:
+        try:
+            header, rows = _split(path, text, delimiter)
+        except GRITError as error:
+            errors.append(error)
+            continue
+        notes = () if delimiter == "," else (f"{path}: read as fields separated by {DELIMITERS[delimiter]}",)
+        return _table(path, rows, *notes, columns=header)
+    raise errors[0]
+
+
+def _split(path: Path, text: str, delimiter: str) -> tuple[list[str], list[Row]]:
+    # newline="" leaves line ends inside quotes alone.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    rows: list[Row] = []
+    try:
+        for fields in reader:
+            if not fields:  # an empty line
+                continue
+            place = f"cannot read {path}: line {reader.line_num} (row {len(rows) + 1})"
+            if not header:
+                header = fields
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise GRITError(f"cannot read {path}: two columns are named {twice[0]!r}")
+                continue
+            if len(fields) != len(header):
+                raise GRITError(
+                    f"{place} has {len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}): "
+                    f'put fields that hold "{delimiter}" in double quotes'
+                )
+            for name, field in zip(header, fields, strict=True):
+                if field[:1] == " " and field.lstrip(" ")[:1] == '"':
+                    raise GRITError(f"{place}, column {name!r}: a space stands before the quote; remove it")
+            rows.append(Row(zip(header, fields, strict=True), path, len(rows) + 1))
+    except csv.Error as error:
+        raise GRITError(f"cannot read {path}: line {reader.line_num} (row {len(rows) + 1}): {error}") from None
+    return header, rows
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path, data: bytes) -> Table:
+    from pyarrow import BufferReader, parquet  # type: ignore[import-untyped]
+
+    # Of this one file: read_table() would take columns from folders named like `year=2024`.
+    table = parquet.ParquetFile(BufferReader(data)).read()
+    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+        raise GRITError(f"cannot read {path}: two columns are named {twice[0]!r}")
+    rows = [Row(row, path, number) for number, row in enumerate(table.to_pylist(), 1)]
+    return _table(path, rows, columns=table.column_names)
+
+
+READERS: dict[str, Callable[[Path, bytes], Table]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
+    ".parquet": _read_parquet,
+}
