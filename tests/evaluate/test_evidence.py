@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def test_every_arm_is_run_with_every_seed(live, tmp_path: Path) -> None:
         found = {row["model"] for row in store.query("SELECT DISTINCT model FROM items")}
         assert found == {*PLAN_MODELS, "baseline-seed3408", "pure-seed3408", "baseline-seed3409", "pure-seed3409"}
         assert len(store.query("SELECT * FROM runs")) == 3 + 2 + 2
+
+
+def test_all_seeds_train_at_once_where_enough_jobs_are_allowed(live, monkeypatch) -> None:
+    """Oracle: a barrier that only three seeds' trainings, running at the same time, can pass."""
+    original, barrier = LiveEvidence._runs, threading.Barrier(3)
+
+    def runs(self, arms, seed):
+        if self.options.jobs:
+            barrier.wait(timeout=20)
+        return original(self, arms, seed)
+
+    monkeypatch.setattr(LiveEvidence, "_runs", runs)
+    evidence = live(seeds=3, jobs=9)
+    evidence.gather(NEEDS)
+    assert list(evidence.seeds) == [3407, 3408, 3409]
 
 
 def test_what_is_there_is_not_made_again(live) -> None:

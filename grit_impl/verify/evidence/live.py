@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,8 @@ class LiveEvidence(Evidence):
         repeated = {name for kind, name in wanted if kind == "seeds"} if self.options.seeds > 1 else set()
         arms, models, evaluate = arms | repeated, models | repeated, evaluate or bool(repeated)
         self._refuse_early(evaluate)
-        with self._lock():
+        with self._lock(), ThreadPoolExecutor(max(1, self.options.seeds)) as pool:
+            ahead = self._train_ahead([name for name in PLAN_ARMS if name in repeated], pool)
             self._train([name for name in ARMS if name in arms])
             for name in dict.fromkeys(name for kind, name in wanted if kind == "cost"):
                 self._cost(name)
@@ -86,7 +88,7 @@ class LiveEvidence(Evidence):
             if evaluate and self.evaluation is None and "evaluation" not in self.missing:
                 self._evaluate()
             if repeated and not self.seeds and "seeds" not in {**self.missing, **self.failed}:
-                self._over_seeds([name for name in PLAN_ARMS if name in repeated])
+                self._over_seeds([name for name in PLAN_ARMS if name in repeated], ahead, pool)
         return self
 
     def _refuse_early(self, evaluate: bool) -> None:
@@ -160,7 +162,8 @@ class LiveEvidence(Evidence):
                 found[name] = record or f"no finished run in {folder}, and --reuse-runs trains none"
             return found
         # One at a time where they would share a GPU; else one per core, for a run of one thread each.
-        jobs = self.options.jobs or (1 if has_gpu() else max(1, min(2, os.cpu_count() or 1)))
+        share = self.options.jobs // self.options.seeds if self._all_at_once else self.options.jobs
+        jobs = share or (1 if has_gpu() else max(1, min(2, os.cpu_count() or 1)))
         return run_arms(self._specs(arms, seed), folder, jobs=jobs, progress=self.progress)
 
     def _judge(self, name: str, record: RunRecord) -> None:
@@ -374,19 +377,39 @@ class LiveEvidence(Evidence):
     def _all_seeds(self) -> range:
         return range(self.options.seed, self.options.seed + self.options.seeds)
 
-    def _over_seeds(self, arms: list[str]) -> None:
-        """Train, export and evaluate these arms with every seed. One that is not there leaves nothing to pair."""
+    def _train_ahead(self, arms: list[str], pool: Executor) -> dict[int, Future[Any]]:
+        """Start training the other seeds' arms, where `--jobs` allows that many at the same time."""
+        others = [seed for seed in self._all_seeds if seed != self.options.seed] if arms else []
+        return {seed: pool.submit(self._runs, arms, seed) for seed in others if self._all_at_once}
+
+    @property
+    def _all_at_once(self) -> bool:
+        """Whether the arms of all seeds train at the same time."""
+        return self.options.seeds > 1 and self.options.jobs >= len(PLAN_ARMS) * self.options.seeds
+
+    def _over_seeds(self, arms: list[str], ahead: Mapping[int, Future[Any]], pool: Executor) -> None:
+        """Train, export and evaluate these arms with every seed. One that is not there leaves nothing to pair.
+
+        Args:
+            arms: The arms that are paired.
+            ahead: Runs that have been started already, by seed.
+            pool: For seeds that are evaluated at the same time, each by servers of its own.
+        """
         seeds: dict[int, SeedEvidence] = {}
+        others = [seed for seed in self._all_seeds if seed != self.options.seed]
+        runs = {seed: ahead[seed].result() if seed in ahead else self._runs(arms, seed) for seed in others}
+        # Answers do not depend on what else is running; four cores are enough for one seed's server and its client.
+        together = len(others) > 1 and not self.ollama_url and (os.cpu_count() or 1) >= 4 * len(others)
+        evaluations = dict(
+            zip(others, (pool.map if together else map)(self._evaluate_seed, runs.values()), strict=True)
+        )
         for seed in self._all_seeds:
             if seed == self.options.seed:
                 records = {name: self.records[name] for name in arms if name in self.records}
                 found: Evaluation | str = self.evaluation or "no evaluation"
             else:
-                runs = self._runs(arms, seed)
-                records = {name: run for name, run in runs.items() if isinstance(run, RunRecord)}
-                found = "; ".join(run for run in runs.values() if isinstance(run, str))
-                if not found:
-                    found = self._evaluate_seed(records)
+                records = {name: run for name, run in runs[seed].items() if isinstance(run, RunRecord)}
+                found = evaluations[seed]
             if isinstance(found, str) or len(records) < len(arms):
                 why = {"seeds": f"seed {seed}: {found if isinstance(found, str) else 'an arm has no run'}"}
                 if self.options.reuse_runs:
@@ -397,7 +420,10 @@ class LiveEvidence(Evidence):
             seeds[seed] = SeedEvidence(records, found)
         self.seeds = seeds
 
-    def _evaluate_seed(self, records: Mapping[str, RunRecord]) -> Evaluation | str:
+    def _evaluate_seed(self, runs: Mapping[str, RunRecord | str]) -> Evaluation | str:
+        records = {name: run for name, run in runs.items() if isinstance(run, RunRecord)}
+        if why := "; ".join(run for run in runs.values() if isinstance(run, str)):
+            return why
         exports: dict[str, dict[str, Any]] = {"base": dict(self.exports["base"])}
         for name, record in records.items():
             found = self._exported(name, record)
