@@ -12,13 +12,11 @@ Units: PM in ug/m3, O3 and CO in ppm, SO2 and NO2 in ppb. Nothing here imports t
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, InvalidOperation
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from grit_impl.errors import GRITError
@@ -239,29 +237,6 @@ def _values(level: int, pollutant: str, multiple: bool, random_: random.Random) 
 
 def _key(concentrations: Mapping[str, Any]) -> frozenset[tuple[str, float]]:
     return frozenset((name, float(value)) for name, value in concentrations.items())
-
-
-def read_items(path: str | Path) -> list[dict[str, Any]]:
-    """Items of a JSONL file such as `fixtures/aqi_test.jsonl`.
-
-    Raises:
-        GRITError: the file cannot be read, or a line is not an item; the message names file and line.
-    """
-    items: list[dict[str, Any]] = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GRITError(f"cannot read AQI items from {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-            missing = {"id", "features", "concentrations", "aqi_value", "category"} - item.keys()
-        except (json.JSONDecodeError, AttributeError):
-            raise GRITError(f"{path}, line {number} is not a JSON object") from None
-        if missing:
-            raise GRITError(f"{path}, line {number} lacks {', '.join(sorted(missing))}")
-        items.append(item)
-    return items
 
 
 def frozen_items() -> list[dict[str, Any]]:

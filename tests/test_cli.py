@@ -45,6 +45,7 @@ def test_help_is_light(command):
     [
         (("train", "--dataset", "missing.jsonl"), "cannot read data set missing.jsonl: No such file or directory"),
         (("train", "--dataset", "riddles"), "unknown data set 'riddles': use alpaca"),
+        (("train", "--base-model", "nope"), "unknown base model 'nope': give tiny"),
         (("train", "--set", "damping=1"), "GRITConfig has no option 'damping'"),
         (("train", "--lr", "fast"), "'fast' is not a valid float"),
         (("export", "missing"), "missing is no run record, no PEFT adapter and no model folder"),
@@ -54,7 +55,7 @@ def test_help_is_light(command):
         (("evaluate", "--min-retention", "700"), "--min-retention takes a percentage between 0 and 100, not '700'"),
         (("compare", "a", "b"), "a: no such file or folder"),
         (("compare", "--arm", "x=a", "--arm", "y=b"), "a: no such file or folder"),
-        (("compare", "a"), "takes two runs, A and B, got 1"),
+        (("compare",), "takes two runs, A and B, got 0"),
         (("report", "--reports-dir", "missing"), "no results in missing/results.db"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -1,4 +1,4 @@
-"""What the callback probe found: which events and hooks fire, in which order. `probe_run` makes it; no torch here."""
+"""What the callback probe found: which events and hooks fire, in which order. `run.py` makes it; no torch here."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 An arm gets its own process because Unsloth patches transformers, peft and trl when it is imported, and because peak
 memory is a property of a process. This module is both sides: `run_arms` starts `python -m grit_impl.runs.execute`,
-which trains one arm under the gradient ledger; `run_cost` starts cost_run.py. The parent imports no torch.
+which trains one arm under the gradient ledger; `run_cost` starts `grit_impl.cost.measure`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A claim is a small declaration; judging it on evidence gives one of four verdicts.
-
-Two values are not enough: an underpowered measurement must not look like a pass, nor a missing GPU like a success.
-"""
+"""Evidence, and claims that are judged on it. What a claim needs and does not find leaves it "not exercised"."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def beyond_noise(evidence: Evidence, arm: str) -> Judgement:
     curve statistic with neither misses nor false alarms in our calibration.
     """
     from grit_impl.curves.compare import compare_records
-    from grit_impl.curves.logs import FEWEST_LOSSES
+    from grit_impl.curves.names import FEWEST_LOSSES
 
     if len(evidence.records[arm].steps) < FEWEST_LOSSES:
         return Judgement("inconclusive", f"fewer than {FEWEST_LOSSES} steps to compare", needed=FEWEST_LOSSES)

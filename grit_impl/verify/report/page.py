@@ -1,4 +1,4 @@
-"""Fills the templates."""
+"""The report's two pages, from their templates: HTML for a browser, Markdown for a pull request."""
 
 from __future__ import annotations
 
