@@ -46,7 +46,7 @@ class Evaluation:
     Args:
         models: Name on the server by label, in the order of the report.
         answers: One row per (model, suite, item): `label`, `suite`, `item`, `prompt`, `answer`, `scores` (of
-            `scoring.score_aqi` or `score_knowledge`), `correct` (by the primary metric), and the server's counters;
+            `scoring.score_aqi` or `scoring.score`), `correct` (by the primary metric), and the server's counters;
             `error` instead of an answer where there is none.
         speed: One row per (round, label) with `tokens_per_second`.
         meta: What was asked, of whom, when.

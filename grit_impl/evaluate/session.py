@@ -24,7 +24,7 @@ from grit_impl.errors import GRITError
 from grit_impl.evaluate import speed
 from grit_impl.evaluate.items import ItemSet, load_aqi, load_knowledge
 from grit_impl.evaluate.results import SCORE_FIELD, Evaluation, read_lines
-from grit_impl.evaluate.scoring import AQI_METRICS, score_aqi, score_knowledge
+from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
 
@@ -43,7 +43,7 @@ class EvaluationOptions:
         baseline: Label of the fine-tuned model that GRIT is compared with.
         num_predict: Token limit of an answer.
         stop: Strings that end an answer; `###` opens the next section of the Alpaca format.
-        knowledge_match: `exact`, or `contains` for models that answer in sentences.
+        knowledge_scorer: What reads the answers to knowledge questions, one of `scoring.SCORERS`.
         seed: Sent with every request; greedy answers do not depend on it.
         in_flight: Requests at the same time. More than the server's own parallelism gains nothing.
         timeout: Seconds for one request, loading the model included.
@@ -65,7 +65,7 @@ class EvaluationOptions:
     baseline: str = "baseline"
     num_predict: int = 32
     stop: tuple[str, ...] = ("###",)
-    knowledge_match: str = "exact"
+    knowledge_scorer: str = "contains-as-answer"
     seed: int = 0
     in_flight: int = 2
     timeout: float = 120.0
@@ -84,8 +84,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.aqi_metric not in AQI_METRICS:
             raise GRITError(f"unknown AQI metric {self.aqi_metric!r}: use {', '.join(AQI_METRICS)}")
-        if self.knowledge_match not in ("exact", "contains"):
-            raise GRITError(f"unknown knowledge match {self.knowledge_match!r}: use exact or contains")
+        find_scorer(self.knowledge_scorer)
         if min(self.num_predict, self.in_flight, self.attempts, self.give_up_after) < 1:
             raise GRITError("num_predict, in_flight, attempts and give_up_after must be at least 1")
         if self.speed_rounds < 0 or self.speed_tokens < 2 or min(self.timeout, self.speed_width) <= 0:
@@ -244,7 +243,7 @@ class _Session:
             scores = score_aqi(item, answer)
             groups = {"true_category": item.get("category"), "pollutant": item.get("pollutant")}
             return {"correct": scores[SCORE_FIELD[self.options.aqi_metric]], "scores": scores, **groups}
-        scores = score_knowledge(item, answer, self.options.knowledge_match)
+        scores = score(self.options.knowledge_scorer, item, answer)
         return {"correct": scores["correct"], "scores": scores}
 
     # -- questions ----------------------------------------------------------------------------------------------------

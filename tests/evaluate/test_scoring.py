@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grit_impl import aqi
-from grit_impl.evaluate.scoring import NAMES, category_of, normalise, parse_aqi, score_aqi, score_knowledge
+from grit_impl.evaluate.scoring import NAMES, category_of, parse_aqi, score_aqi
 
 GOOD, MODERATE, USG, UNHEALTHY, VERY, HAZARDOUS = NAMES
 
@@ -67,9 +67,9 @@ ANSWERS = {
     "### Instruction: AQI 57": (None, None, "empty"),
     "AQI 57 (Moderate)\n### Instruction: AQI 99": (57, MODERATE, ""),
     "<think>AQI 99? no</think>AQI 57": (57, MODERATE, ""),
-    "AQI -5": (None, None, "out of range"),
-    "AQI 1,000": (None, None, "out of range"),
-    "AQI 20240506": (None, None, "out of range"),
+    "AQI -5": (-5, None, "out of range"),
+    "AQI 1,000": (1000, None, "out of range"),
+    "AQI 20240506": (20240506, None, "out of range"),
     "Paris is the capital of France.": (None, None, "no answer"),
 }
 
@@ -131,27 +131,3 @@ def test_a_truth_without_a_value_has_no_exact_score() -> None:
     assert scores["category_right"] is True
     assert scores["exact"] is None
     assert scores["absolute_error"] is None
-
-
-@pytest.mark.parametrize(
-    ("answer", "match", "right"),
-    [
-        ("Hanoi", "exact", True),
-        (" the HANOI.\nIt is in Vietnam", "exact", True),
-        ("It is Hanoi", "exact", False),
-        ("It is Hanoi", "contains", True),
-        ("Hanoian", "contains", False),
-        ("", "contains", False),
-        ("Paris", "exact", False),
-    ],
-)
-def test_knowledge(answer: str, match: str, right: bool) -> None:
-    """Oracle: by hand."""
-    assert score_knowledge({"answer": "Hanoi"}, answer, match)["correct"] is right
-
-
-def test_several_truths_and_empty_answers() -> None:
-    """Oracle: by hand; an empty answer is unparsable, not merely wrong."""
-    assert score_knowledge({"answer": ["late", "tardy"]}, "Tardy")["correct"]
-    assert score_knowledge({"answer": "late"}, " .. ") == {"correct": False, "unparsable": True, "note": "empty"}
-    assert normalise("The  Cat, a dog!") == "cat dog"

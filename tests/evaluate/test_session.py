@@ -219,7 +219,13 @@ def test_impossible_evaluations_are_one_line(server, files, tmp_path: Path, mode
 
 def test_options_are_checked() -> None:
     """Oracle: the message names the option."""
-    for bad in ({"aqi_metric": "mae"}, {"knowledge_match": "x"}, {"in_flight": 0}, {"speed_tokens": 1}, {"timeout": 0}):
+    for bad in (
+        {"aqi_metric": "mae"},
+        {"knowledge_scorer": "x"},
+        {"in_flight": 0},
+        {"speed_tokens": 1},
+        {"timeout": 0},
+    ):
         with pytest.raises(GRITError, match=next(iter(bad)).split("_")[-1]):
             EvaluationOptions(**bad)
 

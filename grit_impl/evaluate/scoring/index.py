@@ -13,9 +13,7 @@ category when all of it lies in one.
 from __future__ import annotations
 
 import re
-import string
-import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from text_to_num import alpha2digit  # type: ignore[import-untyped]
 
 from grit_impl.aqi import CATEGORIES
 from grit_impl.aqi import category as aqi_category
+from grit_impl.evaluate.scoring.text import REFUSAL, plain, sentences, spoken, words
 
 NAMES = tuple(CATEGORIES)
 HIGHEST = 999
@@ -86,14 +85,41 @@ _CATEGORY = re.compile(
     r"|(?P<good>good(?!\s+(?:question|day|morning|afternoon|evening|luck|news|point|idea|job))))\b",
     re.IGNORECASE,
 )
-_GROUP_CATEGORY = dict(zip(("good", "moderate", "usg", "unhealthy", "very", "hazardous"), NAMES, strict=True))
-_REFUSAL = re.compile(
-    r"\bi(?:'m| am) sorry|\bi (?:can(?:no|')t|do(?:n't| not) (?:know|have)|am unable|refuse)|\bas an ai\b|\bunable to\b"
-    r"|\b(?:cannot|can't) (?:be|predict|determine|provide|help|answer)|\bnot (?:possible|enough)|\binsufficient\b",
-    re.IGNORECASE,
+_LISTED = re.compile(
+    r"(?:(?:unhealthy|good|moderate|hazardous)\W*,\s*(?:very )?){2}(?:unhealthy|good|moderate|hazardous)", re.IGNORECASE
 )
+_GROUP_CATEGORY = dict(zip(("good", "moderate", "usg", "unhealthy", "very", "hazardous"), NAMES, strict=True))
 _NEAR = 40
 """Characters between a number and the category that belongs to it."""
+
+
+TERSE = 16
+"""Words up to which an answer is read as a whole; a longer one must state its value in a sentence."""
+_FORMULA = re.compile(r"aqi ?\d* *[-+*/] *\(?aq|aqi\w* *(?:=|\u2248) *[^\n]*(?:[-+*/\u00d7(]|=|\baqi)", re.IGNORECASE)
+_AVERAGED = re.compile(r"(?<=[\s(])\d+ ?-?(?:h|hr|hour)s?\b", re.IGNORECASE)
+_VALUE = re.compile(
+    r"(?P<whole>\b(?:overall|final)\s+(?:\w+ )?)?(?P<an>\ban\s+(?:overall )?)?"
+    r"\b(?:aqi|air quality index)\b(?:\s*\((?:aqi|air quality index)\))?(?:\s*(?:value|level|score|index)\b)?"
+    # "AQI 57"; "AQI is 57", "AQI of PM10: 57"; "an AQI of 57", but not "the AQI of 57", which names what is given.
+    r"(?:\s*(?=-?\d)"
+    r"|(?P<of>\s+(?:of|for|at|in|due to)\s(?:(?!\b(?:is|are|was|would|equals?)\b)[^=:\n])*?)?"
+    r"\s*(?:\b(?:is|are|was|would be|will be|equals?|becomes)\b|:|(?P<sign>[=\u2248])|[-=]+>|\u2192)"
+    r"|(?(an)\s+of\b|(?!)))"
+    r"\s*(?:\b(?:approximately|about|around|roughly|calculated as|estimated (?:at|to be)|equal to)|~|\u2248)?"
+    r"\s*(?<![\w.,])(?P<value>-?\d+(?:,\d{3})*(?:[.,]\d+)?)(?![\w]|[.,]?\d)\s*%?"
+    r"(?P<category>\s*(?:[(,:-]|which is|and is)*\s*(?:(?:very )?unhealthy[a-z ]*|good|moderate|hazardous|usg)\b)?",
+    re.IGNORECASE,
+)
+_CONCLUDED = re.compile(
+    r"^(?:so|this means|which means|therefore|thus|hence|finally|the final|overall|the answer)\b", re.IGNORECASE
+)
+_SCALE = re.compile(r"\brang(?:es?|ing)\b|\bscale\b.*\bto\b|\bbetween\b.*\band\b|\bcategories\b|\d\s*%", re.IGNORECASE)
+_DECLARES = re.compile(
+    r"\bcategory\b|\bconsidered\b"
+    r"|\b(?:aqi|air quality(?: index)?|this|it)\s+(?:level\s+|value\s+)?(?:is|falls|corresponds|means|indicates)\b",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:\w+ ){0,2}[\"']?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +137,10 @@ def _number(text: str) -> float:
 
 
 def _clean(answer: str) -> str:
-    text = unicodedata.normalize("NFKC", answer)
-    text = re.sub(r"<think>.*?(?:</think>|$)", " ", text, flags=re.DOTALL)
-    text = re.sub(r"\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}", r"\1", text.split("###")[0])
-    text = re.sub(r"[*_`$#\\]", "", text).replace("\u2019", "'")
-    text = re.sub(r"(aqi|指数为?)(?=\d)", r"\1 ", text, flags=re.IGNORECASE)
-    return re.sub(r"[ \t]+", " ", alpha2digit(text, "en")).strip()
+    text = re.sub(r"[_`$#]", "", plain(answer))
+    # A formula's AQI1 is a name; an answer's AQI57 is a value.
+    text = re.sub(r"(^aqi|\u6307\u6570\u4e3a?)(?=\d)", r"\1 ", text, flags=re.IGNORECASE)
+    return re.sub(r"[ \t]+", " ", str(alpha2digit(text, "en"))).strip()
 
 
 def _quantities(text: str) -> list[_Quantity]:
@@ -145,6 +169,8 @@ def _categories(text: str) -> list[tuple[str, int, int]]:
 
 def _stated(text: str, chosen: _Quantity | None) -> str | None:
     """The one category that the text states, or the one beside the number; None if that is undecided."""
+    if _LISTED.search(text):
+        return None
     mentions = _categories(text)
     if len({name for name, _, _ in mentions}) == 1:
         return mentions[0][0]
@@ -159,36 +185,111 @@ def parse_aqi(answer: str) -> Parsed:
     """What an answer to "Predict AQI given: ..." says. Any text is accepted, none raises."""
     text = _clean(answer)
     if not text:
-        return Parsed(note="empty")
-    plain = _NOISE.sub(" ", text)
-    quantities = _quantities(plain)
+        return Parsed(note="only reasoning" if answer.strip() and not spoken(answer) else "empty")
+    formula = _FORMULA.search(text) is not None
+    if len(words(text)) <= TERSE and not formula:
+        return _terse(text)
+    return _prose(text)
+
+
+def _terse(text: str) -> Parsed:
+    """An answer of a few words: the numbers and categories in it, by rank."""
+    pure = _NOISE.sub(" ", text)
+    quantities = _quantities(pure)
     best = max((q.rank for q in quantities), default=0)
-    candidates = [q for q in quantities if q.rank == best]
-    refused = _REFUSAL.search(plain) is not None and best == 0
-    if refused:
+    # A bare number outside the index is a year or a population; "AQI 1497" is an answer, if an absurd one.
+    candidates = [q for q in quantities if q.rank == best and (best or not q.point or 0 <= q.low <= HIGHEST)]
+    if REFUSAL.search(pure) is not None and best == 0:
         return Parsed(note="refusal")
-    possible = [q for q in candidates if q.low >= 0 and (q.low <= HIGHEST or not q.point)]
-    distinct = {(q.low, q.high) for q in possible}
-    chosen = possible[0] if len(distinct) == 1 else None
+    if quantities and not candidates and not _categories(pure):
+        return Parsed(note="out of range")
+    distinct = {(q.low, q.high) for q in candidates}
+    chosen = candidates[0] if len(distinct) == 1 else None
     value = chosen.low if chosen is not None and chosen.point else None
-    category = _stated(plain, chosen)
+    category = _stated(pure, chosen)
     if category is not None:
-        note = "" if value is not None else "category only" if not quantities else _why(candidates, possible, chosen)
+        note = "" if value is not None else "category only" if not quantities else _why(candidates, chosen)
         return Parsed(value, category, True, note)
     if value is not None:
-        return Parsed(value, category_of(value), False, "")
-    if len({name for name, _, _ in _categories(plain)}) > 1:
+        return _valued(value)
+    if len({name for name, _, _ in _categories(pure)}) > 1:
         return Parsed(note="several categories")
+    possible = [q for q in candidates if q.low >= 0 and (q.low <= HIGHEST or not q.point)]
     if possible and len(ends := {category_of(min(end, HIGHEST)) for q in possible for end in (q.low, q.high)}) == 1:
-        return Parsed(None, ends.pop(), False, _why(candidates, possible, chosen))
-    return Parsed(note=_why(candidates, possible, chosen))
+        return Parsed(None, ends.pop(), False, _why(candidates, chosen))
+    return Parsed(note=_why(candidates, chosen))
 
 
-def _why(candidates: list[_Quantity], possible: list[_Quantity], chosen: _Quantity | None) -> str:
+def _valued(value: float) -> Parsed:
+    """A value without a stated category; one outside the index implies none."""
+    inside = 0 <= value <= HIGHEST
+    return Parsed(value, category_of(value) if inside else None, False, "" if inside else "out of range")
+
+
+def _prose(text: str) -> Parsed:
+    """An answer in sentences: the value and the category that are stated, the headline's before later ones."""
+    if REFUSAL.search(text) is not None and not _VALUE.search(text):
+        return Parsed(note="refusal")
+    parts, formula = sentences(text), _FORMULA.search(text)
+    statements = [
+        (part, match)
+        for number, part in enumerate(parts)
+        for match in _VALUE.finditer(_AVERAGED.sub(" ", _concluded(part)))
+        if _whole(match) and not (number and formula and match["sign"] and not _CONCLUDED.search(part))
+    ]
+    final = [each for each in statements if _CONCLUDED.search(each[0])]
+    overall = [each for each in statements if each[1]["whole"]]
+    headline = [each for each in statements if each[0] == parts[0]]
+    chosen = next(iter(overall or headline or final[-1:] or statements), None)
+    value = _number(chosen[1]["value"]) if chosen else None
+    beside = _category(chosen[1]["category"]) if chosen and chosen[1]["category"] else None
+    category = beside or next((name for part in parts if (name := _declared(part))), None)
+    if category is None and chosen and len(names := {name for name, _, _ in _categories(chosen[0])}) == 1:
+        category = names.pop()
+    if category is not None:
+        return Parsed(value, category, True, "" if value is not None else "category only")
+    if value is not None:
+        return _valued(value)
+    return Parsed(note="no answer")
+
+
+def _concluded(sentence: str) -> str:
+    """A sentence that draws the conclusion, its chain "AQI = 15 * 10 = 150" with the last value only."""
+    chain = r"(\baqi\s*)=[^=\n]*[-+*/\u00d7][^\n]*=(?=\s*[\d.,]+\W*$)"
+    return re.sub(chain, r"\1=", sentence, flags=re.IGNORECASE) if _CONCLUDED.search(sentence) else sentence
+
+
+_GOES_ON = re.compile(
+    r"\s*(?:(?:[-+*/=^\u00d7(]|x(?=\s*\d))\s*[\dA-Za-z(]|to \d|:?\d|%? ?(?:times|percent|points|lower|higher)\b)"
+)
+
+
+def _whole(match: re.Match[str]) -> bool:
+    """Whether the number is all there is to the right of "AQI is": no formula, no range, no ratio, no share."""
+    return bool(match["category"]) or not _GOES_ON.match(match.string[match.end("value") :])
+
+
+def _category(text: str) -> str | None:
+    names = {name for name, _, _ in _categories(text)}
+    return names.pop() if len(names) == 1 else None
+
+
+def _declared(sentence: str) -> str | None:
+    """The one category that a sentence gives as this item's."""
+    if _SCALE.search(sentence):
+        return None
+    ends = [match.end() for match in _DECLARES.finditer(sentence)]
+    names = {
+        name
+        for name, start, _ in _categories(sentence)
+        if any(0 <= start - end <= _NEAR for end in ends) and not _DENIED.search(sentence[:start])
+    }
+    return names.pop() if len(names) == 1 else None
+
+
+def _why(candidates: list[_Quantity], chosen: _Quantity | None) -> str:
     if not candidates:
         return "no answer"
-    if not possible:
-        return "out of range"
     if chosen is None:
         return "several numbers"
     return "bound" if chosen.high == float("inf") or chosen.low == 0.0 else "range"
@@ -219,34 +320,3 @@ def score_aqi(item: Mapping[str, Any], answer: str) -> dict[str, Any]:
         "category_right": None if wanted is None else parsed.category == wanted,
         "absolute_error": error,
     }
-
-
-# -- general knowledge ------------------------------------------------------------------------------------------------
-
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces (as SQuAD's evaluation script, Rajpurkar et al. 2016)."""
-    folded = unicodedata.normalize("NFKC", text).casefold().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", folded).split())
-
-
-def score_knowledge(item: Mapping[str, Any], answer: str, match: str = "exact") -> dict[str, Any]:
-    """One answer against its item's `answer` (a string, or a list of equally good ones).
-
-    Args:
-        item: With `answer`.
-        answer: What the model wrote; only its first non-empty line counts.
-        match: `exact` (after `normalise`), or `contains` for models that answer in sentences.
-
-    Returns:
-        `correct`, `unparsable` (nothing but white space or punctuation) and `note`.
-    """
-    truths: Iterable[Any] = item["answer"] if isinstance(item["answer"], list | tuple) else [item["answer"]]
-    given = normalise(next((line for line in answer.split("###")[0].splitlines() if line.strip()), ""))
-    wanted = [normalise(str(truth)) for truth in truths]
-    inside = match == "contains" and any(f" {truth} " in f" {given} " for truth in wanted)
-    right = inside or given in wanted
-    return {"correct": bool(given) and right, "unparsable": not given, "note": "" if given else "empty"}

@@ -1,0 +1,61 @@
+"""Agreement of the scorers with the labelled answers: `python tests/evaluate/labelled.py [development|held-out]`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grit_impl.evaluate.scoring import parse_aqi
+from grit_impl.evaluate.scoring.knowledge import judge
+from grit_impl.statistics.intervals import wilson
+
+FILE = Path(__file__).parents[2] / "fixtures/labelled_answers.jsonl"
+Row = dict[str, Any]
+
+
+def rows(half: str = "", suite: str = "") -> list[Row]:
+    """The labelled answers of a half and a suite; "" for all. Halves by the parity of sha256 of the id."""
+    found = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    return [row for row in found if row["suite"] == (suite or row["suite"]) and half_of(row) == (half or half_of(row))]
+
+
+def half_of(row: Row) -> str:
+    even = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 2 == 0
+    return "development" if even else "held-out"
+
+
+def compared(row: Row) -> dict[str, bool]:
+    """Whether the scorer says what the label says, by question."""
+    label = row["label"]
+    if row["suite"] == "knowledge":
+        said = judge(row["question"], row["truth"], row["answer"])
+        return {
+            "knowledge, right or not": (said == "right") == (label == "right"),
+            "knowledge, right, wrong or none": said == label,
+        }
+    parsed = parse_aqi(row["answer"])
+    stated = parsed.category if parsed.stated else None
+    agreed = {
+        "AQI, stated or not": (parsed.value is not None or stated is not None) == label["stated"],
+        "AQI, value": parsed.value == label["aqi"],
+        "AQI, category": stated == label["category"],
+    }
+    return {**agreed, "AQI, all three": all(agreed.values())}
+
+
+def agreement(half: str = "") -> Iterator[tuple[str, list[str], int]]:
+    """What is compared, the ids on which scorer and label differ, and of how many."""
+    results = {row["id"]: compared(row) for row in rows(half)}
+    for what in dict.fromkeys(name for result in results.values() for name in result):
+        asked = {name: result[what] for name, result in results.items() if what in result}
+        yield what, [name for name, same in asked.items() if not same], len(asked)
+
+
+if __name__ == "__main__":
+    for what, differing, n in agreement(*sys.argv[1:2]):
+        share = wilson(n - len(differing), n).scaled(100)
+        print(f"{what}: {n - len(differing)} of {n}, {share.estimate:.1f}% [{share.low:.1f}, {share.high:.1f}]")
