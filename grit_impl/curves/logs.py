@@ -244,7 +244,7 @@ def _read(kind: str, files: list[Path], source: Path) -> Table:
     if kind == "mlflow":
         folder = files[0] / "metrics" if files[0].is_dir() else files[0].parent
         found = [p for p in sorted(folder.rglob("*")) if p.is_file()] if files[0].is_dir() else files
-        return tables.read_mlflow({p.relative_to(folder).as_posix(): p for p in found}, folder.parent)
+        return tables.read_mlflow({p.relative_to(folder).as_posix(): p for p in found}, source, folder.parent)
     return {"trainer_state": tables.read_json, "csv": tables.read_csv, "jsonl": tables.read_jsonl}[kind](files[0])
 
 
@@ -261,7 +261,7 @@ def _rows(table: Table, wanted: str | None, until: int | None) -> Rows:
             try:
                 value = tables.number(cells.get(name))
             except GRITError as error:
-                raise GRITError(f"{table.path}, line {line}: {name} is {error}") from None
+                raise GRITError(f"{table.path}, line {line}: {listed([name])} is {error}") from None
             if series == "loss":
                 row[series] = float("nan") if value is None else value
             elif value is not None and np.isfinite(value):

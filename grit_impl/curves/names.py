@@ -126,5 +126,5 @@ def pick(series: str, counts: Mapping[str, int], wanted: str | None = None) -> s
 
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Names for a message, the first few of many."""
-    found = list(names)
+    found = [" ".join(name.split()) for name in names]
     return (", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")) or "nothing"

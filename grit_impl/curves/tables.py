@@ -180,17 +180,18 @@ def read_json(file: Path) -> Table:
     return Table(file, list(enumerate(history, 1)))
 
 
-def read_mlflow(files: Mapping[str, Path], path: Path) -> Table:
-    """Metric files of one MLflow run, by metric."""
+def read_mlflow(files: Mapping[str, Path], path: Path, run: Path) -> Table:
+    """Metric files, by metric, of the MLflow run in the folder `run`; `path` is for messages."""
     table = Table(path, [])
     wanted = {name: file for name, file in files.items() if is_series(name)} or dict(files)
     for name, file in wanted.items():
         for line, text in enumerate(_text(file).split("\n"), 1):
             if not text.strip():
                 continue
-            cells = text.split()
+            cells = text.strip().split(" ")
             try:
-                if len(cells) not in (2, 3) or number(cells[0]) is None or number(cells[1]) is None:
+                broken = len(cells) not in (2, 3) or any(cell != cell.strip() for cell in cells)
+                if broken or number(cells[0]) is None or number(cells[1]) is None:
                     raise GRITError("expected `timestamp value step`")
                 step = number(cells[2]) if len(cells) == 3 else 0.0
             except GRITError as error:
@@ -198,7 +199,7 @@ def read_mlflow(files: Mapping[str, Path], path: Path) -> Table:
             clock = float(cells[0])
             table.clock = clock if table.clock is None else min(table.clock, clock)
             table.rows.append((line, {"step": step, name: cells[1]}))
-    seed = path / "params" / "seed"
+    seed = run / "params" / "seed"
     if seed.is_file() and finite(_text(seed)):
         table.meta["seed"] = int(float(_text(seed)))
     return table
