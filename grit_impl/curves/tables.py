@@ -70,7 +70,7 @@ def number(value: Any) -> float | None:
     if is_hole(value):
         return None
     if isinstance(value, str):
-        text = value.strip()
+        text = value.strip(" \t\r\n")
         if _NUMBER.fullmatch(text) or text.lower() in _NOT_FINITE:
             return float(text)
         if re.fullmatch(r"[+-]?\d+,\d+", text):

@@ -70,7 +70,7 @@ def damaged(data: bytes, damages: list[Damage]) -> bytes:
 
 def _curve(frame: pd.DataFrame) -> Curve:
     """The columns step and loss, whatever the case of their names; without a step, rows are counted."""
-    frame = frame.rename(columns=lambda name: "".join(c for c in str(name).lower().rpartition("/")[2] if c.isalnum()))
+    frame = frame.rename(columns=lambda name: str(name).lower().rpartition("/")[2].strip())
     # A second `loss` that pandas has renamed is no column of that name.
     loss = pd.to_numeric(frame["loss"].replace("", np.nan))
     kept = frame[loss.notna()]
