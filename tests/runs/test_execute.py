@@ -215,7 +215,10 @@ class TestFirstBatch:
             ("fp32", {"loss": 2.5 * (1 + 2e-5)}, "first batch has loss 2.5 and 2.50005"),
             ("fp32", {"gradient_norm": 1.25 * (1 + 2e-4)}, "first batch has gradient_norm 1.25 and 1.25025"),
             ("bf16", {"loss": 2.5 * (1 + 2e-3), "gradient_norm": 1.25 * 1.02}, None),
-            ("bf16", {"gradient_norm": 1.25 * 1.05}, "bf16 explains 0.03"),
+            # SmolLM2-135M on an H200, the same tokens under Unsloth's kernels and under peft's modules.
+            ("bf16", {"loss": 2.5 * 3.34949 / 3.33412}, None),
+            ("bf16", {"loss": 2.5 * 1.03}, "bf16 explains 0.02"),
+            ("bf16", {"gradient_norm": 1.25 * 1.15}, "bf16 explains 0.1"),
             ("bf16", {"loss": float("nan")}, "first batch has loss 2.5 and nan"),
             ("bf16", {"batch": "abd"}, "were given other tokens"),
         ],
