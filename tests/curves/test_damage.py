@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +71,7 @@ def damaged(data: bytes, damages: list[Damage]) -> bytes:
 
 def _curve(frame: pd.DataFrame) -> Curve:
     """The columns step and loss, whatever the case of their names; without a step, rows are counted."""
-    frame = frame.rename(columns=lambda name: str(name).lower().rpartition("/")[2].strip())
+    frame = frame.rename(columns=lambda name: re.sub(r"^\W+|\W+$", "", str(name).lower().rpartition("/")[2]))
     # A second `loss` that pandas has renamed is no column of that name.
     loss = pd.to_numeric(frame["loss"].replace("", np.nan))
     kept = frame[loss.notna()]
