@@ -53,6 +53,18 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
+def available_memory() -> int | None:
+    """Bytes that new processes can use without swapping, within this container's limit; None where nobody says."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found) if found else None
+
+
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs that may be used; without it the indices that nvidia-smi lists."""
     if (asked := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:

@@ -63,6 +63,11 @@ def count(text: str) -> int:
     return value
 
 
+def count_or_nothing(text: str) -> int | None:
+    """a whole number of at least 1, or nothing"""
+    return count(text) if text and text != "None" else None
+
+
 def whole(text: str) -> int:
     """a whole number of at least 0"""
     if (value := int(text)) < 0:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.recipes.bases import find_base, load_tokenizer
-from grit_impl.recipes.datasets import DATE, Form
+from grit_impl.recipes.datasets import DATE, Form, alpaca_prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,7 @@ class Format:
         end: Ids of the tokens that end an answer.
         template: The TEMPLATE of a Modelfile, or the name of one.
         stop: Texts that end an answer besides the model's own end: `###` opens the Alpaca form's next section.
+        room: Tokens for an answer: a chat model explains before it says a number.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Format:
     end: tuple[int, ...]
     template: str
     stop: tuple[str, ...]
+    room: int
+
+    def told(self) -> str:
+        """The prompt of an instruction, with `{instruction}` in its place."""
+        return (self.form or alpaca_prompt)("{instruction}", "")
 
 
 def find_format(spec: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Format:
@@ -54,11 +60,11 @@ def find_format(spec: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
         raise GRITError("the tokenizer has no end-of-text token: set its eos_token")
     name = find_base(spec).format or ("chat" if tokenizer.chat_template else "alpaca")
     if name == "alpaca":
-        return Format("alpaca", None, (tokenizer.eos_token_id,), "alpaca", ("###",))
+        return Format("alpaca", None, (tokenizer.eos_token_id,), "alpaca", ("###",), 32)
     from grit_impl.gguf.chat import go_template
 
     chat = _Chat(tokenizer)
-    return Format("chat", chat.ask, chat.end(), go_template(chat.render), ())
+    return Format("chat", chat.ask, chat.end(), go_template(chat.render), (), 128)
 
 
 class _Chat:

@@ -157,16 +157,36 @@ def make_tokens(spec: RunSpec, folder: Path) -> str:
     how = find_format(spec.base_model, tokenizer)
     rows = load_instructions(spec.dataset, "train", examples, spec.seed, how.form, tokenizer)
     found = tokenize(rows, tokenizer, spec.training.max_length, how.end)
-    # Nothing but the tokens, so that the same tokens have the same hash however they came about.
-    content = json.dumps({"pad": found.pad, "prompts": found.prompts, "input_ids": found.input_ids})
-    hashed = hashlib.sha256(content.encode()).hexdigest()
-    write_atomic(folder / f"{hashed}.json", content)
+    hashed = _write(found, folder)
     write_atomic(note, hashed)
     return hashed
 
 
 def _of_tokenizer(path: Path) -> bool:
     return path.is_file() and (path.suffix == ".jinja" or "token" in path.name)
+
+
+def longest(path: Path, n: int, folder: Path) -> tuple[str, float]:
+    """Write a file with the n longest rows of another: its SHA-256, and how many times an average step's tokens it has.
+
+    Args:
+        path: The whole file.
+        n: Rows of a step.
+        folder: Where the new one goes, as `<sha256>.json`.
+    """
+    whole = read_tokens(path, path.stem)
+    order = sorted(range(len(whole.input_ids)), key=lambda i: len(whole.input_ids[i]), reverse=True)[:n]
+    ids, prompts = [whole.input_ids[i] for i in order], [whole.prompts[i] for i in order]
+    average = sum(map(len, whole.input_ids)) / len(whole.input_ids)
+    return _write(Tokens(ids, prompts, whole.pad), folder), sum(map(len, ids)) / (n * average)
+
+
+def _write(tokens: Tokens, folder: Path) -> str:
+    # Nothing but the tokens, so that the same tokens have the same hash however they came about.
+    content = json.dumps({"pad": tokens.pad, "prompts": tokens.prompts, "input_ids": tokens.input_ids})
+    hashed = hashlib.sha256(content.encode()).hexdigest()
+    write_atomic(folder / f"{hashed}.json", content)
+    return hashed
 
 
 def read_tokens(path: Path, sha256: str) -> Tokens:

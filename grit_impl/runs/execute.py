@@ -84,7 +84,7 @@ def run_arms(
     *,
     jobs: int,
     progress: Progress,
-    name: Callable[[RunSpec], str] = lambda spec: f"{spec.arm}-seed{spec.seed}",
+    name: Callable[[RunSpec], str] | None = None,
     ledger: bool = True,
 ) -> dict[str, RunRecord | str]:
     """Train the arms that have no finished record.
@@ -94,7 +94,7 @@ def run_arms(
         folder: Where run records are kept, each in a folder of its own.
         jobs: Arms that train at the same time, spread over the GPUs there are.
         progress: Told about optimizer steps.
-        name: The name of a run's folder.
+        name: The name of a run's folder. Default: `run_name`.
         ledger: Record what happens to the gradients.
 
     Returns:
@@ -107,7 +107,7 @@ def run_arms(
     waiting: list[tuple[RunSpec, Path, str]] = []
     paths: dict[str, Path] = {}
     for spec in (with_tokens(spec, folder) for spec in specs):
-        path, wanted = folder / name(spec), spec_fingerprint(spec)
+        path, wanted = folder / (name or run_name)(spec), spec_fingerprint(spec)
         paths[spec.arm] = path
         if (record := finished(path, wanted)) is not None:
             results[spec.arm] = record
@@ -150,6 +150,16 @@ def with_tokens(spec: RunSpec, folder: Path) -> RunSpec:
     from grit_impl.recipes.tokens import make_tokens
 
     return replace(spec, tokens=make_tokens(spec, folder / TOKENS))
+
+
+def unfinished(specs: Iterable[RunSpec], folder: Path) -> list[RunSpec]:
+    """Those that `run_arms` would train, in folders of their usual names."""
+    return [spec for spec in specs if not finished(folder / run_name(spec), spec_fingerprint(spec))]
+
+
+def run_name(spec: RunSpec) -> str:
+    """The name of a run's folder."""
+    return f"{spec.arm}-seed{spec.seed}"
 
 
 def _require_agreement(paths: Mapping[str, Path], spec: RunSpec) -> None:

@@ -51,6 +51,10 @@ class ProgressLine:
             self._shown[label] = done
             self._write(stream, f"{label}: {done}/{total}{left}", last=True)
 
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._write(self._stream or sys.stderr, text, last=True)
+
     def _left(self, label: str, done: int, total: int, now: float) -> str:
         # The pace is taken from the first change on: before it a model was loaded, and what was done then is an earlier
         # call's. A run that falls back to its checkpoint begins anew.

@@ -12,7 +12,9 @@ from typing import Any
 
 from grit_impl import settings
 from grit_impl.evaluate.options import Questions, Thresholds
-from grit_impl.settings import count, points, positive, seed, setting, url, whole
+from grit_impl.machine import has_gpu
+from grit_impl.recipes.arms import default_training
+from grit_impl.settings import count, count_or_nothing, points, positive, seed, setting, url, whole
 
 PLAN_ARMS = ("baseline", "hybrid", "pure")
 """The arms that are exported and evaluated, next to the base model itself."""
@@ -28,7 +30,7 @@ class RunOptions:
     reports_dir: Path = setting(REPORTS, "folder of run records and reports", Path)  # noqa: RUF009 (Path is immutable)
     seed: int = setting(3407, "seed of every arm", seed)
     seeds: int = setting(1, "train every arm of the plan with so many seeds, from --seed on; 6 decide", count)
-    steps: int = setting(200, "optimizer steps of every arm", count)
+    steps: int = setting(None, "optimizer steps of every arm; empty: the base's own, mostly 200", count_or_nothing)
     jobs: int = setting(0, "arms that train at the same time, spread over the GPUs; 0: two, and one on a GPU", whole)
     cost_seconds: float = setting(90.0, "on a GPU: seconds of steps with and without GRIT, per length", positive)
     reuse_runs: bool = setting(False, "judge the runs that exist; train, export and evaluate nothing")
@@ -43,6 +45,11 @@ class Options(Thresholds, Questions, RunOptions):
     strict_claims: bool = setting(False, "a gating claim that is inconclusive or not exercised fails")
     gate_hypotheses: bool = setting(False, "hypotheses gate too")
     require_gpu: bool = setting(False, "fail unless at least one test marked gpu ran")
+
+    def __post_init__(self) -> None:
+        if not self.steps:  # None, as it was declared
+            own = default_training(self.base_model, cuda=has_gpu()).steps
+            object.__setattr__(self, "steps", own)
 
     @classmethod
     def parse(cls, texts: Mapping[str, Any]) -> Options:

@@ -7,61 +7,50 @@ by the same code, and only a finished one counts. Several processes (pytest-xdis
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import os
-import subprocess
-import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.config import GRITConfig
 from grit_impl.cost.measure import complete, read
 from grit_impl.errors import GRITError
-from grit_impl.files import FIXTURES
-from grit_impl.machine import gpu_names, has_gpu, switches, versions
+from grit_impl.machine import gpu_names, has_gpu, switches, versions, visible_gpus
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
-from grit_impl.recipes.bases import BASES, find_base, resolve_base
-from grit_impl.recipes.fetch import digest
-from grit_impl.recipes.formats import Format, find_format
-from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
-from grit_impl.runs.execute import Progress, finished, run_arms, run_cost, source_fingerprint
+from grit_impl.recipes.bases import find_base
+from grit_impl.record import RunRecord, fingerprint
+from grit_impl.runs.execute import finished, run_arms, run_cost, source_fingerprint, unfinished, with_tokens
+from grit_impl.runs.progress import ProgressLine
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
+from grit_impl.verify.evidence import preflight
+from grit_impl.verify.evidence.products import Products
+from grit_impl.verify.evidence.questions import questions
 from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
 
 if TYPE_CHECKING:
-    from grit_impl.evaluate.items import ItemSet
     from grit_impl.evaluate.results import Evaluation
 
 
-def no_progress(label: str, done: int, total: int) -> None:
-    """Say nothing."""
-
-
 @dataclass
-class LiveEvidence(Evidence):
+class LiveEvidence(Products):
     """Evidence that is made when it is asked for.
 
     Attributes:
-        progress: Told what is going on.
         config: GRIT's options for the arms that use it.
     """
 
-    progress: Progress = no_progress
     # Hybrid and pure share a rule that works beside the optimizer of any training loop.
     config: GRITConfig = field(default_factory=lambda: GRITConfig.preset("precondition"))
 
     def __post_init__(self) -> None:
         self.records, self.verdicts, self.exports, self.costs, self.seeds = {}, {}, {}, {}, {}
         self.missing, self.failed = {}, {}
-
-    @property
-    def reports(self) -> Path:
-        """The folder of run records and reports."""
-        return Path(self.options.reports_dir)
+        self._wanted: frozenset[str] = frozenset()
+        self._evaluating, self._tried, self._first = False, False, threading.Lock()
 
     def gather(self, requires: Iterable[str]) -> Evidence:
         """Make what these requirements need and does not exist yet.
@@ -78,6 +67,7 @@ class LiveEvidence(Evidence):
         repeated = {name for kind, name in wanted if kind == "seeds"} if self.options.seeds > 1 else set()
         arms, models, evaluate = arms | repeated, models | repeated, evaluate or bool(repeated)
         self._refuse_early(evaluate)
+        self._wanted, self._evaluating = frozenset(models), evaluate
         with self._lock(), ThreadPoolExecutor(max(1, self.options.seeds)) as pool:
             ahead = self._train_ahead([name for name in PLAN_ARMS if name in repeated], pool)
             self._train([name for name in ARMS if name in arms])
@@ -104,7 +94,7 @@ class LiveEvidence(Evidence):
             with Endpoint(self.ollama_url) as endpoint:
                 endpoint.version()
         if evaluate and self.evaluation is None:
-            self._questions()
+            questions(self.options)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -164,7 +154,52 @@ class LiveEvidence(Evidence):
         # One at a time where they would share a GPU; else one per core, for a run of one thread each.
         share = self.options.jobs // self.options.seeds if self._all_at_once else self.options.jobs
         jobs = share or (1 if has_gpu() else max(1, min(2, os.cpu_count() or 1)))
-        return run_arms(self._specs(arms, seed), folder, jobs=jobs, progress=self.progress)
+        specs = [with_tokens(spec, folder) for spec in self._specs(arms, seed)]
+        if todo := unfinished(specs, folder):
+            with self._first:
+                self._preflight(todo, jobs)
+        return run_arms(specs, folder, jobs=jobs, progress=self.progress)
+
+    def _preflight(self, todo: list[RunSpec], jobs: int) -> None:
+        """Before the first training, try on the untrained base what the session will need later.
+
+        Raises:
+            GRITError: something does not work, so nothing is trained.
+        """
+        if self._tried:
+            return
+        runs, seeds, seconds = self.reports / "runs", self.options.seeds, 0.0
+        preflight.require_disk(self.reports, 0)
+        exported = self._exported("base", None) if self._wanted and isinstance(self.base, Path) else None
+        if isinstance(exported, str):
+            raise GRITError(f"the untrained base cannot be exported, so nothing is trained: {exported}")
+        items = questions(self.options) if self._evaluating else ()
+        if exported:
+            self.progress("verifying the untrained base's export", 0, 1)
+            preflight.require_export(Path(self.base), exported, self.format.told())
+            self.progress("verifying the untrained base's export", 1, 1)
+            if items:
+                seconds = self._try_answers(exported)
+        step = preflight.rehearse(todo, runs, self.reports / ".rehearsal", self.progress)
+        size = Path(exported["path"]).stat().st_size if exported else 0
+        if step:
+            # One after another where they share a GPU; else as many as the machine has to hold.
+            preflight.require_memory(step, -(-jobs // max(1, len(visible_gpus()))) if step.total else jobs)
+            size += seeds * (len(todo) * step.adapter * 4 + len(self._wanted) * size)
+        preflight.require_disk(self.reports, size)
+        ahead = preflight.minutes(step, todo, jobs, seeds, seconds, items, len(self._wanted))
+        if ahead and isinstance(self.progress, ProgressLine):
+            self.progress.note(ahead)
+        self._tried = True
+
+    def _try_answers(self, exported: Mapping[str, Any]) -> float:
+        """Ask the untrained base a few questions, through the server that will be used; returns the seconds."""
+        began = time.monotonic()
+        found = self._evaluated({"base": exported}, only=preflight.few)
+        if isinstance(found, str):
+            raise GRITError(f"the untrained base cannot be evaluated, so nothing is trained: {found}")
+        preflight.require_answers(found)
+        return time.monotonic() - began
 
     def _judge(self, name: str, record: RunRecord) -> None:
         from grit_impl.ledger.verdict import judge_ledger
@@ -208,30 +243,6 @@ class LiveEvidence(Evidence):
 
     # Export
 
-    @property
-    def base(self) -> Path | str:
-        """The base model's folder; a random shape's name, but on a GPU the folder that Unsloth can load it from."""
-        base = find_base(self.options.base_model)
-        if base.shape:
-            return self.reports / "bases" / base.shape if has_gpu() else base.name
-        return base.folder()
-
-    @functools.cached_property
-    def format(self) -> Format:
-        """How the base is asked, in training and in every Modelfile."""
-        return find_format(self.base)
-
-    def _prepare_base(self) -> str:
-        """What the arms load as their base model."""
-        base = self.base
-        if self.options.base_model.startswith("random:") and isinstance(base, Path) and not base.is_dir():
-            self.progress(f"making {self.options.base_model}", 0, 1)
-            command = [sys.executable, "-m", "grit_impl.recipes.random_base", self.options.base_model, str(base)]
-            made = subprocess.run(command, capture_output=True, text=True)
-            if made.returncode:
-                raise GRITError((made.stderr.strip().splitlines() or ["no message"])[-1])
-        return self.options.base_model if self.options.base_model in BASES else str(base)
-
     def _export(self, name: str) -> None:
         key = f"export:{name}"
         if name in self.exports or key in self.missing or key in self.failed:
@@ -248,46 +259,6 @@ class LiveEvidence(Evidence):
         else:
             self.exports = {**self.exports, name: found}
 
-    def _exported(self, name: str, record: RunRecord | None) -> dict[str, Any] | str:
-        """A model's export note, made now if it is not there, or why there is none. Without a record: the base's."""
-        from grit_impl.export import export_merged, write_modelfile
-
-        folder = record.gguf if record is not None else self.reports / "runs" / "base" / "gguf"
-        note, gguf, modelfile = folder / "export.json", folder / "model-q8_0.gguf", folder / "Modelfile"
-        there = note.is_file() and gguf.is_file()
-        if self.options.reuse_runs:
-            found: dict[str, Any] = json.loads(note.read_text()) if there else {}
-            return found or f"no export in {folder}, and --reuse-runs makes none"
-        try:
-            base = resolve_base(self.base)
-        except GRITError as error:
-            return str(error)
-        adapter = record.adapter if record is not None else None
-        inputs = fingerprint(
-            {
-                "base": [digest(path) for path in sorted(base.glob("*.safetensors"))],
-                "adapter": sha256_file(adapter / "adapter_model.safetensors") if adapter else None,
-                "template": self.format.template,
-                "source": source_fingerprint("export"),
-            }
-        )
-        if not there or json.loads(note.read_text()).get("inputs") != inputs:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                export = export_merged(
-                    base, adapter, gguf, "q8_0", lambda done, total, _: self.progress(f"exporting {name}", done, total)
-                )
-            except GRITError as error:  # a finding about this arm; the others go on
-                return str(error)
-            stops = export.stops or ("<|end_of_text|>",)
-            write_modelfile(gguf, modelfile, self.format.template, stop=stops)
-            # Written last: its presence says that the rest is whole.
-            write_atomic(
-                note, json.dumps({"inputs": inputs, **export.as_dict(), "modelfile": str(modelfile)}, indent=2)
-            )
-        found = json.loads(note.read_text())
-        return found
-
     # Evaluation
 
     def _evaluate(self) -> None:
@@ -300,76 +271,6 @@ class LiveEvidence(Evidence):
             self.missing = {**self.missing, "evaluation": found}
         else:
             self.evaluation = found
-
-    def _evaluated(self, exports: Mapping[str, Mapping[str, Any]], *, speed: bool = True) -> Evaluation | str:
-        """The evaluation of these models, made now if it is not there, or why there is none."""
-        from grit_impl.evaluate.session import EvaluationOptions, evaluate
-
-        aqi, knowledge = self._questions()
-        models = {
-            "models": {name: export["sha256"] for name, export in exports.items()},
-            "items": [fingerprint(aqi.items), fingerprint(knowledge.items)],
-        }
-        if self.options.reuse_runs:
-            return self._stored_evaluation(models)
-        inputs = {
-            **models,
-            "source": source_fingerprint("evaluate"),
-            "versions": versions(),
-            "url": self.ollama_url,
-        }
-        out = self.reports / "evaluation" / fingerprint({**inputs, "speed": speed})[:12]
-        with self._server(exports) as (url, names):
-            # On a terminal it shows bars of its own; a log gets one line when it is done.
-            how = EvaluationOptions(
-                aqi_metric=self.options.aqi_metric, stop=self.format.stop, progress=sys.stderr.isatty()
-            )
-            how = how if speed else replace(how, speed_rounds=0)
-            self.progress("evaluating", 0, 1)
-            found = evaluate(url, names, aqi, knowledge, out, how, inputs)
-            self.progress("evaluating", 1, 1)
-        return found
-
-    def _stored_evaluation(self, inputs: Mapping[str, Any]) -> Evaluation | str:
-        """The latest finished evaluation of just these files and questions."""
-        from grit_impl.evaluate.results import Evaluation
-
-        folder = self.reports / "evaluation"
-        done = sorted(folder.glob("*/evaluation.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in done:
-            found = Evaluation.load(path.parent, self.options.aqi_metric)
-            if all(found.meta.get("inputs", {}).get(name) == value for name, value in inputs.items()):
-                return found
-        if done:
-            return f"none of the {len(done)} evaluations in {folder} is of these exports and questions"
-        return "no finished evaluation, and --reuse-runs makes none"
-
-    def _questions(self) -> tuple[ItemSet, ItemSet]:
-        """The AQI questions that were asked for, none of them in the training data, and those about knowledge.
-
-        Raises:
-            GRITError: unusable questions.
-        """
-        from grit_impl.evaluate.items import aqi_fields, load_aqi, load_knowledge
-
-        options, own = self.options, not self.options.aqi_dataset
-        aqi = load_aqi(
-            FIXTURES / "aqi_test.jsonl" if own else options.aqi_dataset,
-            aqi_fields(options.features_field, options.answer_field),
-            # The frozen set is not in the training data by construction, and a test holds it to that.
-            training=() if own else self._trained_on(),
-            allow_overlap=options.allow_overlap,
-        )
-        return aqi, load_knowledge(FIXTURES / "knowledge_test.jsonl")
-
-    def _trained_on(self) -> list[str]:
-        """The AQI questions of the training data of every seed."""
-        from grit_impl import aqi
-
-        frozen = aqi.frozen_items()
-        training = default_training(self.options.base_model, cuda=has_gpu(), steps=self.options.steps)
-        size = training.steps * training.batch_size * training.accumulation
-        return [item["features"] for seed in self._all_seeds for item in aqi.generate(size, seed, frozen)]
 
     # Seeds
 
@@ -431,28 +332,3 @@ class LiveEvidence(Evidence):
                 return found
             exports[name] = found
         return self._evaluated(exports, speed=False)
-
-    # Serving
-
-    @property
-    def ollama_url(self) -> str:
-        """The Ollama that was asked for; empty for the embedded server."""
-        return self.options.ollama_url or os.environ.get("OLLAMA_HOST", "")
-
-    @contextlib.contextmanager
-    def _server(self, exports: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, str]]]:
-        """A server that holds the models: the embedded one, or a real Ollama to which they are deployed."""
-        files = {name: Path(export["modelfile"]) for name, export in exports.items()}
-        if url := self.ollama_url:
-            from grit_impl.export.deploy import deploy
-
-            names = {name: f"grit-{name}" for name in exports}
-            for name in exports:
-                self.progress(f"deploying {name}", 0, 1)
-                deploy(url, names[name], files[name])
-            yield url, names
-            return
-        from grit_impl.serve.server import EmbeddedOllama
-
-        with EmbeddedOllama(files, port=0) as server:
-            yield server.url, {name: name for name in exports}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.options import Options
+
+if TYPE_CHECKING:
+    from grit_impl.evaluate.results import Evaluation
 
 
 def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path | None = None) -> Evidence:
@@ -39,3 +43,17 @@ def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path 
 
         found = Evaluation.load(evaluation, options.aqi_metric)
     return Evidence(options, records=records, exports=exports, evaluation=found)
+
+
+def stored_evaluation(folder: Path, metric: str, inputs: Mapping[str, Any]) -> Evaluation | str:
+    """The latest finished evaluation in a folder of just these files and questions, or why there is none."""
+    from grit_impl.evaluate.results import Evaluation
+
+    done = sorted(folder.glob("*/evaluation.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in done:
+        found = Evaluation.load(path.parent, metric)
+        if all(found.meta.get("inputs", {}).get(name) == value for name, value in inputs.items()):
+            return found
+    if done:
+        return f"none of the {len(done)} evaluations in {folder} is of these exports and questions"
+    return "no finished evaluation, and --reuse-runs makes none"
