@@ -23,6 +23,9 @@ from grit_impl.gguf.architecture import architecture
 if TYPE_CHECKING:
     import torch
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# The names that transformers looks for, in this order.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Enough of every tensor that two different models cannot share it, little enough that 16 GB take a second.
 SAMPLE_BYTES = 65536
 # safetensors' names of the number types that torch has under the same layout.
@@ -104,24 +107,89 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._tied: bool | None = None
         if not self.folder.is_dir():
             raise GRITError(f"base model {self.folder} is not a folder: give a folder saved by save_pretrained")
         self.config = read_json(self.folder / "config.json")
         self.architecture = architecture(self.config, self.folder)
-        files = sorted(self.folder.glob("model*.safetensors"))
-        if not files:
-            raise GRITError(f"{self.folder} holds no model*.safetensors: save it with save_pretrained first")
+        if (self.folder / "adapter_config.json").exists():
+            raise GRITError(
+                f"{self.folder} holds an adapter_config.json beside the model, so transformers would load that adapter "
+                "into the base; move it away"
+            )
         self.entries: dict[str, TensorEntry] = {}
-        for file in files:
+        for file in self._files():
             self.entries.update(safetensors_entries(file))
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists() and (missing := set(read_json(index).get("weight_map", {})) - set(self.entries)):
-            raise GRITError(f"{self.folder} lacks a shard: tensor {sorted(missing)[0]} is in none of its files")
+        self._check_index()
+
+    def _files(self) -> list[Path]:
+        """The files that transformers loads: one of its fixed names, or those that the index of shards names."""
+        from transformers.utils.hub import get_checkpoint_shard_files
+
+        whole, index = self.folder / SINGLE, self.folder / INDEX
+        if whole.is_file():
+            files = [whole]
+        elif index.is_file():
+            read_json(index)
+            try:
+                found, _ = get_checkpoint_shard_files(str(self.folder), str(index))  # type: ignore[no-untyped-call]
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise GRITError(f"{index} is no index of shards ({error})") from error
+            files = [Path(file) for file in found]
+        else:
+            raise GRITError(f"{self.folder} holds no {SINGLE} and no {INDEX}: save it with save_pretrained first")
+        for file in files:
+            if not file.is_file():
+                raise GRITError(f"{self.folder} lacks a shard: {file.name} is named in {INDEX} and missing")
+        used = {file.name for file in files}
+        if stray := sorted({file.name for file in self.folder.glob("model*.safetensors")} - used):
+            raise GRITError(
+                f"{self.folder} holds {stray[0]}, which transformers does not load ({', '.join(sorted(used)[:2])} "
+                "is what it takes): it is left from another save; remove it, or the files that are stale"
+            )
+        return files
+
+    def _check_index(self) -> None:
+        """An index and the shards that it names hold the same tensors."""
+        index = self.folder / INDEX
+        if (self.folder / SINGLE).is_file() or not index.exists():
+            return
+        named = read_json(index)["weight_map"]
+        for name in sorted(set(named) | set(self.entries)):
+            if name not in self.entries:
+                raise GRITError(f"{self.folder} lacks tensor {name}, which {INDEX} promises in {named[name]}")
+            if named.get(name) != self.entries[name].file.name:
+                where = self.entries[name].file.name
+                raise GRITError(f"{self.folder}: {name} is in {where}, {INDEX} says {named.get(name, 'nothing')}")
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding: then there is no tensor `lm_head.weight` of its own."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        """Whether the head is the embedding.
+
+        The configuration says so; but where both matrices are stored and differ, transformers 5 keeps them apart, and
+        so does this. transformers 4 would drop the stored head.
+
+        Raises:
+            GRITError: both are stored and differ, and transformers is older than 5.
+        """
+        if self._tied is None:
+            self._tied = bool(self.config.get("tie_word_embeddings", False)) and not self._stored_apart()
+        return self._tied
+
+    def _stored_apart(self) -> bool:
+        if not {EMBEDDING, HEAD} <= set(self.entries):
+            return False
+        import transformers
+
+        with self.reader() as reader:
+            pairs = zip(reader.pieces(EMBEDDING, 1 << 20), reader.pieces(HEAD, 1 << 20), strict=False)
+            same = self.shape(EMBEDDING) == self.shape(HEAD) and all(bool((one == two).all()) for one, two in pairs)
+        if not same and int(transformers.__version__.split(".")[0]) < 5:
+            raise GRITError(
+                f"{self.folder} has tie_word_embeddings and yet stores another {HEAD}, which transformers "
+                f"{transformers.__version__} would drop: remove the tensor, or set tie_word_embeddings to false"
+            )
+        return not same
 
     @property
     def four_bit(self) -> bool:
@@ -129,15 +197,58 @@ class Checkpoint:
         settings = self.config.get("quantization_config") or {}
         return bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
 
+    def skeleton(self, rows: int | None = None) -> Any:
+        """The model as transformers builds it, without memory: every parameter is one zero seen in all its places.
+
+        Args:
+            rows: Rows of the embedding and the head, if not those of the configuration.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.folder)
+        if rows is not None:
+            config.vocab_size = rows
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    place = torch.zeros(()).expand(parameter.shape)
+                    module._parameters[name] = torch.nn.Parameter(place, requires_grad=False)
+        return model
+
+    def check(self) -> None:
+        """Raise `GRITError` unless the files hold exactly the parameters of the model that transformers builds."""
+        expected = {name: tuple(p.shape) for name, p in self.skeleton().named_parameters()}
+        for name in self.names():
+            if name not in expected:
+                raise GRITError(f"cannot export {self.folder}: transformers has no place for its tensor {name}")
+            if self.shape(name) != expected[name]:
+                raise GRITError(f"{self.folder}: {name} is {self.shape(name)}, config.json makes it {expected[name]}")
+        for name in expected:
+            if self.source(name) is None:
+                raise GRITError(f"{self.folder} lacks tensor {name}, which transformers would make up at random")
+
+    def source(self, name: str) -> str | None:
+        """The stored tensor that a parameter is read from; a tied matrix may be stored under the other's name."""
+        if name in self.entries:
+            return name
+        other = {HEAD: EMBEDDING, EMBEDDING: HEAD}.get(name)
+        return other if other in self.entries and self.config.get("tie_word_embeddings", False) else None
+
     def names(self) -> list[str]:
         """The model's parameters, in a stable order; the quantisation's side tensors and a tied head are left out."""
-        kept = [name for name in self.entries if ".weight." not in name and not name.endswith("rotary_emb.inv_freq")]
+        kept = {name for name in self.entries if ".weight." not in name and not name.endswith("rotary_emb.inv_freq")}
         if self.tied:
-            kept = [name for name in kept if name != "lm_head.weight"]
+            kept = (kept - {HEAD}) | {EMBEDDING}
         return sorted(kept, key=_natural)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A parameter's shape in the model: for a 4-bit tensor that of the matrix it stands for."""
+        name = self.source(name) or name
         if self.is_quantized(name):
             return tuple(int(n) for n in self._quant_state(name)["shape"])
         return self.entries[name].shape
@@ -190,6 +301,7 @@ class TensorReader:
 
     def pieces(self, name: str, numbers: int) -> Iterator[torch.Tensor]:
         """A parameter as `floating` gives it, from its first row to its last, about so many numbers at a time."""
+        name = self.checkpoint.source(name) or name
         shape = self.checkpoint.entries[name].shape
         if self.checkpoint.is_quantized(name) or len(shape) < 2:
             yield self.floating(name)
@@ -226,6 +338,7 @@ class TensorReader:
 
     def floating(self, name: str) -> torch.Tensor:
         """A parameter as it is stored; 4-bit weights are dequantised to float32."""
+        name = self.checkpoint.source(name) or name
         if self.checkpoint.is_quantized(name):
             from grit_impl.export.four_bit import dequantize
 

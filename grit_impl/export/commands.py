@@ -59,6 +59,13 @@ class Source:
 @click.option(
     "--verify/--no-verify", default=False, show_default=True, help="Compare with Hugging Face, token by token."
 )
+@click.option("--max-kl", type=float, default=None, help="Most that rounding may cost, nats per token.  [default: any]")
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Least share of positions where rounding keeps the most likely token.  [default: any]",
+)
 @click.option(
     "--qlora/--no-qlora", default=None, help="The adapter was trained on NF4 weights.  [default: as the run says]"
 )
@@ -100,10 +107,11 @@ def export(run: Path, target: str, dtype: str, **options: Any) -> None:
                         four_bit=source.four_bit, sixteen_bit_base=options["sixteen_bit_base"],
                     )
                 )  # fmt: skip
-        from grit_impl.recipes.formats import find_format
-
-        template = find_format(source.base).template
-        write_modelfile(model, modelfile, template, adapter=lora, stop=written[0].stops, **sampling)
+        write_modelfile(model, modelfile, written[-1].template, adapter=lora, stop=written[-1].stops, **sampling)
+        if written[-1].notes:
+            click.echo(f"note: the tokenizer that training saved is used; it has {', '.join(written[-1].notes)}")
+        if written[-1].template is None:
+            click.echo("note: no TEMPLATE in the Modelfile, Go's language cannot say this chat template")
         for item in written:
             click.echo(f"{item.path}  {item.dtype}  {item.size / 2**20:.1f} MiB  sha256 {item.sha256[:16]}")
         click.echo(str(modelfile))
@@ -111,10 +119,12 @@ def export(run: Path, target: str, dtype: str, **options: Any) -> None:
     if options["verify"] or options["existing"] is not None:
         from grit_impl.export.check import verify_export
 
-        verification = verify_export(
-            source.base, source.adapter, model, gguf_adapter=lora, modelfile=modelfile_or_none,
-            four_bit=source.four_bit, sixteen_bit_base=options["sixteen_bit_base"],
-        )  # fmt: skip
+        with _progress(f"verifying {source.name}") as progress:
+            verification = verify_export(
+                source.base, source.adapter, model, gguf_adapter=lora, modelfile=modelfile_or_none,
+                four_bit=source.four_bit, sixteen_bit_base=options["sixteen_bit_base"],
+                max_kl=options["max_kl"], min_agreement=options["min_agreement"], progress=progress,
+            )  # fmt: skip
     _record(source.folder, written, verification)
     if verification is not None:
         click.echo(("verified  " if verification.passed else "NOT THE TRAINED MODEL  ") + verification.summary())
@@ -214,7 +224,7 @@ class _progress:
 
     def __enter__(self) -> Progress:
         self._bar.start()
-        return lambda done, total, _: self._bar.update(self._task, completed=done, total=total)
+        return lambda done, total, what: self._bar.update(self._task, completed=done, total=total)
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

@@ -20,6 +20,11 @@ MODES = {
     "no-op-merge": "the adapter is not in the exported weights, or changes nothing",
     "wrong-base": "the adapter belongs to another base model",
     "evaluation-artefact": "the measurement itself is off: cut prompts, too few tokens, errors inside a stream",
+    "wrong-adapter": "the file was made from another state of the adapter",
+    "settings": "a setting that the engine builds the model from is not the trained model's",
+    "vocabulary": "tokens or merges are not those of training",
+    "engine": "llama.cpp computes another model than the file's numbers make",
+    "rounding": "rounding to the file's number type costs more than is allowed",
     "weights": "a tensor differs from the trained one beyond its number type's rounding",
     "load": "llama.cpp cannot load the file",
 }

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.export.checkpoint import Checkpoint, TensorReader
-from grit_impl.export.lora import Adapter
+from grit_impl.export.adapter import NAME, Adapter
+from grit_impl.export.checkpoint import EMBEDDING, HEAD, Checkpoint, TensorReader
 from grit_impl.export.vocabulary import Vocabulary, read_vocabulary
 from grit_impl.gguf.architecture import gguf_name, permute, rope_factors, rotary_heads, write_architecture
 from grit_impl.gguf.encoding import DTYPES, FILE_TYPES, FINGERPRINT_KEY, encode
@@ -29,8 +29,6 @@ from grit_impl.gguf.encoding import DTYPES, FILE_TYPES, FINGERPRINT_KEY, encode
 if TYPE_CHECKING:
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Numbers that are in float32 at once: 1 MiB, so that quantising, which takes a few times that, stays in the cache.
 BLOCK = 1 << 18
@@ -45,7 +43,8 @@ class Export:
     """A finished GGUF file.
 
     `merge_base` says into which weights the adapter went: "stored" (the base as it is), "dequantised-nf4" (what QLoRA
-    trained on) or "sixteen-bit" (the original weights of a QLoRA run).
+    trained on) or "sixteen-bit" (the original weights of a QLoRA run). `template` is the training format as a Go
+    template, None if it cannot be one; `notes` say what training's tokenizer has other than the base's.
     """
 
     path: Path
@@ -58,6 +57,8 @@ class Export:
     adapter_sha256: str | None = None
     merge_base: str = "stored"
     stops: list[str] = field(default_factory=list)
+    template: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For a run record."""
@@ -101,14 +102,16 @@ def export_merged(
     """
     kinds = _check_dtype(dtype)
     model = Checkpoint(base)
-    lora = Adapter(adapter) if adapter is not None else None
-    if lora is not None:
-        lora.check_fits(model)
+    model.check()
+    lora = Adapter(adapter, model) if adapter is not None else None
+    rows = lora.rows if lora is not None else model.shape(EMBEDDING)[0]
     if sixteen_bit_base and model.four_bit:
         raise GRITError(f"{base} is stored in 4 bits and holds no 16-bit weights: give the original model's folder")
     simulate = bool(four_bit) and not model.four_bit and not sixteen_bit_base and lora is not None
     merge_base = "dequantised-nf4" if simulate or model.four_bit else "sixteen-bit" if sixteen_bit_base else "stored"
-    vocabulary = read_vocabulary(model, model.shape(EMBEDDING)[0])
+    vocabulary = read_vocabulary(
+        model, rows, lora.folder if lora is not None else None, retrained=lora is not None and EMBEDDING in lora.changed
+    )
     fingerprint = model.fingerprint()
 
     from gguf import GGUFWriter
@@ -118,7 +121,7 @@ def export_merged(
     writer.add_name(model.folder.name)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(2)
-    write_architecture(writer, model.config, model.shape(EMBEDDING)[0])
+    write_architecture(writer, model.config, rows)
     vocabulary.write(writer)
     writer.add_string(FINGERPRINT_KEY, fingerprint)
     writer.add_string("grit.merge_base", merge_base)
@@ -144,18 +147,11 @@ def export_adapter(
     if dtype not in ("f32", "f16"):
         raise GRITError(f"an adapter is written as f32 or f16, not {dtype}: its inner dimension is no multiple of 32")
     kinds = _check_dtype(dtype)
-    model, lora = Checkpoint(base), Adapter(adapter)
-    lora.check_fits(model)
-    reason = (
-        "DoRA" if lora.uses_dora
-        else f"modules_to_save ({next(iter(lora.replaced))})" if lora.replaced
-        else "LoRA on the embedding" if "model.embed_tokens" in lora.pairs
-        else "LoRA on a tied head" if model.tied and "lm_head" in lora.pairs
-        else None
-    )  # fmt: skip
-    if reason:
+    model = Checkpoint(base)
+    lora = Adapter(adapter, model)
+    if reason := lora.kept_apart:
         raise GRITError(f"{lora.folder} uses {reason}, which a GGUF adapter cannot hold: export the merged model")
-    vocabulary = read_vocabulary(model, model.shape(EMBEDDING)[0])
+    vocabulary = read_vocabulary(model, lora.rows, lora.folder)
     fingerprint = model.fingerprint()
 
     from gguf import GGUFWriter
@@ -185,49 +181,52 @@ def _check_dtype(dtype: str) -> dict[str, GGMLQuantizationType]:
 
 
 def _merged_items(model: Checkpoint, lora: Adapter | None, reader: TensorReader, simulate: bool) -> Iterator[Item]:
-    pairs = lora.pairs if lora is not None else {}
-    replaced = lora.replaced if lora is not None else {}
+    changed = lora.changed if lora is not None else set()
 
-    def value(name: str, stored: str) -> Callable[[], Iterable[torch.Tensor]]:
-        module, heads = name.removesuffix(".weight"), rotary_heads(name, model.config)
+    def rounded(name: str) -> bool:
+        return simulate and name not in (EMBEDDING, HEAD) and len(model.shape(name)) == 2
 
-        def base() -> Iterable[torch.Tensor]:
-            if name in replaced:
-                return [replaced[name]]
-            if simulate and name not in (EMBEDDING, HEAD) and len(model.shape(name)) == 2:
-                from grit_impl.export.four_bit import round_trip
+    def base(name: str) -> torch.Tensor:
+        if rounded(name):
+            from grit_impl.export.four_bit import round_trip
 
-                return [round_trip(reader(stored))]
-            # Rows that change places are needed all at once.
-            return [reader.floating(stored)] if heads else reader.pieces(stored, BLOCK)
+            return round_trip(reader(name))
+        return reader(name)
+
+    def item(name: str, place: str) -> Item:
+        heads = rotary_heads(name, model.config)
 
         def pieces() -> Iterable[torch.Tensor]:
-            weight = pairs[module].merged_pieces(base()) if module in pairs else base()
+            if lora is not None and name in changed:
+                weight: Iterable[torch.Tensor] = [lora.merged(name, base)]
+            elif rounded(name):
+                weight = [base(name)]
+            else:
+                # Rows that change places are needed all at once.
+                weight = [reader.floating(name)] if heads else reader.pieces(name, BLOCK)
             return (permute(piece, heads) for piece in weight) if heads else weight
 
-        return pieces
+        return Item(place, lora.shape(name) if lora is not None else model.shape(name), pieces)
 
     factors = rope_factors(model.config)
     if factors is not None:
         yield Item("rope_freqs.weight", tuple(factors.shape), lambda: [factors])
     for name in model.names():
-        yield Item(gguf_name(name, model.config), model.shape(name), value(name, name))
-    changed = {EMBEDDING, HEAD} & {*replaced, *(f"{module}.weight" for module in pairs)}
-    if model.tied and changed:
+        yield item(name, gguf_name(name, model.config))
+    if model.tied and changed & {EMBEDDING, HEAD}:
         # One of the two was trained, so they are no longer the same matrix.
-        if lora is not None and lora.config.get("ensure_weight_tying"):
-            raise GRITError(f"cannot export {lora.folder}: ensure_weight_tying on {sorted(changed)[0]} is not merged")
-        yield Item("output.weight", model.shape(EMBEDDING), value(HEAD, EMBEDDING))
+        yield item(HEAD, gguf_name(HEAD, model.config))
 
 
 def _adapter_items(model: Checkpoint, lora: Adapter, alpha: float) -> Iterator[Item]:
-    for module, pair in lora.pairs.items():
+    for module, layer in lora.layers.items():
         name = gguf_name(f"{module}.weight", model.config)
         heads = rotary_heads(f"{module}.", model.config)
-        folded = pair.b * (pair.scaling / (alpha / pair.rank))
-        b = permute(folded, heads) if heads else folded
-        yield Item(f"{name}.lora_a", tuple(pair.a.shape), lambda a=pair.a: [a])  # type: ignore[misc]
-        yield Item(f"{name}.lora_b", tuple(b.shape), lambda b=b: [b])  # type: ignore[misc]
+        a, b = layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()
+        folded = b * (layer.scaling[NAME] / (alpha / a.shape[0]))
+        folded = permute(folded, heads) if heads else folded
+        yield Item(f"{name}.lora_a", tuple(a.shape), lambda a=a: [a])  # type: ignore[misc]
+        yield Item(f"{name}.lora_b", tuple(folded.shape), lambda b=folded: [b])  # type: ignore[misc]
 
 
 def _stream(
@@ -349,4 +348,6 @@ def _finished(
         adapter_sha256=lora.sha256 if lora is not None else None,
         merge_base=merge_base,
         stops=vocabulary.stops,
+        template=vocabulary.template,
+        notes=vocabulary.notes,
     )

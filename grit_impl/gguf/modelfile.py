@@ -94,7 +94,7 @@ class Modelfile:
 def write_modelfile(
     gguf: Path | str,
     out: Path | str,
-    template: str = "alpaca",
+    template: str | None = "alpaca",
     *,
     adapter: Path | str | None = None,
     stop: Sequence[str] = ("<|end_of_text|>",),
@@ -108,7 +108,8 @@ def write_modelfile(
     Args:
         gguf: The model; the Modelfile names it relative to its own folder, so that both can be moved together.
         out: The Modelfile.
-        template: "alpaca", "plain", or a Go template.
+        template: "alpaca", "plain", or a Go template (`Export.template`); None writes no TEMPLATE, so that Ollama uses
+            the file's own, or guesses.
         adapter: A GGUF adapter over `gguf`.
         stop: Texts that end an answer; pass `Export.stops`.
         temperature: For chat; an evaluation overrides it with 0 and a seed.
@@ -120,13 +121,14 @@ def write_modelfile(
         GRITError: the template is unknown, or the file cannot be written.
     """
     target = Path(out)
-    text = TEMPLATES.get(template, template)
-    if "{{" not in text:
+    text = TEMPLATES.get(template, template) if template is not None else None
+    if text is not None and "{{" not in text:
         raise GRITError(f"unknown template {template!r}: one of {', '.join(TEMPLATES)}, or a Go template")
     lines = [f"FROM {_relative(Path(gguf), target.parent)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_relative(Path(adapter), target.parent)}")
-    lines.append(f"TEMPLATE {_quote(text)}")
+    if text is not None:
+        lines.append(f"TEMPLATE {_quote(text)}")
     if system:
         lines.append(f"SYSTEM {_quote(system)}")
     lines += [f"PARAMETER stop {_quote(s)}" for s in stop]

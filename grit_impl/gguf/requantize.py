@@ -70,8 +70,9 @@ def rewrite(
             changed = change(tensor.name, full) if change is not None else full
             if changed is None:
                 continue
-            kind = _kind(changed, dtype, kind)
-            array = quants.quantize(np.ascontiguousarray(changed), kind)
+            if changed is not full or dtype is not None:
+                kind = _kind(changed, dtype, kind)
+                array = quants.quantize(np.ascontiguousarray(changed), kind)
         writer.add_tensor(tensor.name, array, raw_dtype=Kind(kind))
     partial = out.with_name(f".{out.name}.partial")
     try:

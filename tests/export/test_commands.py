@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from grit_impl.errors import GRITError
 from grit_impl.export import commands, export_merged, read_metadata
 from grit_impl.record import RunRecord
+from grit_impl.serve import commands as serving
 from grit_impl.serve.server import EmbeddedOllama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +94,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path) -> None:
     assert "no Ollama at" in refuse(commands.deploy, "--delete", "x", "--ollama-url", "127.0.0.1:9")
     assert "run grit export first" in refuse(commands.deploy, run)
     assert "nothing to deploy" in refuse(commands.deploy)
-    assert "run grit export first" in refuse(commands.serve, tmp_path / "absent.gguf")
+    assert "run grit export first" in refuse(serving.serve, tmp_path / "absent.gguf")
 
 
 def test_help_is_instant() -> None:
@@ -102,7 +103,7 @@ def test_help_is_instant() -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert time.perf_counter() - start < 10
-    for command in (commands.export, commands.serve, commands.deploy):
+    for command in (commands.export, serving.serve, commands.deploy):
         assert "Usage" in call(command, "--help").output
 
 

@@ -68,6 +68,10 @@ PLANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rows cut": ("untied", "vocabulary-size", {"change": lambda n, a: a[:-8] if n == "token_embd.weight" else a}),
     "end token": ("untied", "stop-token", {"keys": {"tokenizer.ggml.eos_token_id": 300}}),
     "no chat template": ("untied", "chat-template", {"drop_keys": ("tokenizer.chat_template",)}),
+    "norm's epsilon": ("untied", "settings", {"keys": {"llama.attention.layer_norm_rms_epsilon": 1e-3}}),
+    "a layer too many": ("untied", "load", {"keys": {"llama.block_count": 3}}),
+    "two tokens swapped": ("untied", "vocabulary", {"swap": ("tokenizer.ggml.tokens", 200, 300)}),
+    "a head off by 0.3%": ("untied", "weights", {"change": lambda n, a: a * 1.003 if n == "output.weight" else a}),
     "one matrix damaged": ("untied", "weights", {"change": lambda n, a: a * 1.2 if n == "blk.1.ffn_up.weight" else a}),
 }
 
@@ -76,6 +80,11 @@ PLANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_planted_in_the_model_file(lab: SimpleNamespace, good: SimpleNamespace, tmp_path: Path, plant: str) -> None:
     """Oracle: the plant; the mode must be named."""
     base, mode, changes = PLANTS[plant]
+    if "swap" in changes:
+        key, one, two = changes["swap"]
+        listed = list(read_metadata(getattr(good, base), arrays=True)[key])
+        listed[one], listed[two] = listed[two], listed[one]
+        changes = {"keys": {key: listed}}
     broken = rewrite(getattr(good, base), tmp_path / "broken.gguf", **changes)
     assert mode in modes(judge(lab, base, broken))
     TESTED.add(mode)
@@ -212,13 +221,52 @@ def test_no_tokens_is_no_evidence(lab: SimpleNamespace, good: SimpleNamespace) -
 
 
 def test_file_cut_short(lab: SimpleNamespace, good: SimpleNamespace, tmp_path: Path) -> None:
-    """Oracle: llama.cpp's refusal, in its own words."""
+    """Oracle: refused before anything is compared."""
     broken = tmp_path / "short.gguf"
     broken.write_bytes(good.untied.read_bytes()[:-20000])
-    result = judge(lab, "untied", broken)
-    assert "load" in modes(result)
-    assert "file bounds" in result.summary()
-    TESTED.add("load")
+    with pytest.raises(GRITError, match="truncated"):
+        judge(lab, "untied", broken)
+
+
+def test_another_state_of_the_adapter(lab: SimpleNamespace, good: SimpleNamespace, tmp_path: Path) -> None:
+    """Oracle: the adapter's file was written again, with the same numbers and another name for its metadata."""
+    from safetensors.torch import load_file, save_file
+
+    lora = shutil.copytree(lab.untied_lora, tmp_path / "lora")
+    file = lora / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "again": "yes"})
+    assert modes(verify_export(lab.untied, lora, good.untied, prompts=FEW, tokens=4)) == {"wrong-adapter"}
+    TESTED.add("wrong-adapter")
+
+
+def test_what_rounding_may_cost(lab: SimpleNamespace, tmp_path: Path) -> None:
+    """Oracle: q8_0 of a random model changes likely tokens; that is told, and judged by a given limit only."""
+    out = export_merged(lab.untied, lab.untied_lora, tmp_path / "m.gguf", "q8_0").path
+    told = judge(lab, "untied", out)
+    assert told.passed, told.summary()
+    assert told.cost_kl > 0
+    assert judge(lab, "untied", out, max_kl=told.cost_kl * 1.01, min_agreement=told.agreement).passed
+    assert modes(judge(lab, "untied", out, max_kl=told.cost_kl * 0.99)) == {"rounding"}
+    assert modes(judge(lab, "untied", out, min_agreement=told.agreement + 0.01)) == {"rounding"}
+    TESTED.add("rounding")
+
+
+def test_an_engine_that_computes_something_else(
+    lab: SimpleNamespace, good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: every key and tensor is right, and the rotation that transformers is given is not llama.cpp's."""
+    from grit_impl.export.reference import Reference
+
+    said = Reference.log_probabilities
+
+    def turned(self: Reference, ids: list[int], *rest: Any) -> Any:
+        inside = self.model.base_model.model if self.adapted else self.model
+        inside.model.rotary_emb.attention_scaling = 1.01
+        return said(self, ids, *rest)
+
+    monkeypatch.setattr(Reference, "log_probabilities", turned)
+    assert modes(judge(lab, "untied", good.untied)) == {"engine"}
+    TESTED.add("engine")
 
 
 def test_every_named_mode_was_planted() -> None:

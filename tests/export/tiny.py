@@ -64,7 +64,8 @@ def make_tokenizer(folder: Path, vocab: int = 512, *, split: str = "llama3") -> 
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    # transformers' tokenizer of a Qwen2 adds the last one where it is missing.
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", *(["<|endoftext|>"] if split == "qwen2" else [])]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=special,

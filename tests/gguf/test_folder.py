@@ -28,7 +28,14 @@ BASES: dict[str, dict[str, Any]] = {
     "tied-llama3-gpt2-padded": {"tied": True, "llama3_rope": True, "split": "gpt2", "pad_rows": 13, "seed": 2},
     "biases": {"attention_bias": True, "mlp_bias": True, "seed": 3},
     "qwen2": {"model": "Qwen2", "split": "qwen2", "seed": 4},
-    "qwen2-tied-30-layers": {"model": "Qwen2", "tied": True, "num_hidden_layers": 30, "hidden_size": 64, "seed": 5},
+    "qwen2-tied-30-layers": {
+        "model": "Qwen2",
+        "split": "qwen2",
+        "tied": True,
+        "num_hidden_layers": 30,
+        "hidden_size": 64,
+        "seed": 5,
+    },
     "linear-rope": {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, "split": "smollm"},
 }
 
