@@ -34,9 +34,9 @@ MODULES = {
     **dict.fromkeys((IMPL / f"statistics/{name}.py" for name in ("intervals", "paired", "series")), STATISTICS),
     IMPL / "statistics/decision.py": [TESTS / "verify/test_claims.py"],
     IMPL / "curves/noise.py": [TESTS / "curves/test_curves.py", TESTS / "curves/test_curves_exact.py"],
-    IMPL / "ledger/verdict.py": [TESTS / "ledger/test_detectors.py"],
-    IMPL / "ledger/detectors.py": [TESTS / "ledger/test_detectors.py"],
-    IMPL / "ledger/findings.py": [TESTS / "ledger/test_detectors.py"],
+    IMPL / "ledger/verdict.py": [TESTS / "ledger/test_chain.py"],
+    IMPL / "ledger/chain.py": [TESTS / "ledger/test_chain.py"],
+    IMPL / "ledger/findings.py": [TESTS / "ledger/test_chain.py"],
     IMPL / "verify/claims/base.py": [TESTS / "verify/test_claims.py"],
 }
 COPIED = ("grit_impl", "tests", "fixtures", "conftest.py", "pyproject.toml")

@@ -1,8 +1,9 @@
-"""A ledger's rows as tables, and the quantities that the detectors look at."""
+"""A ledger's rows as tables, and the quantities that the chain looks at."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,12 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.ledger.rows import read_rows
+from grit_impl.ledger.rows import FLAG, NUMBER, TENSOR, TEXT, read_rows
 from grit_impl.ledger.timeline import SCALER, TURN
 from grit_impl.record import RunRecord
 
-_NUMBERS = ["raw", "entry", "turn", "written", "turn_written", "turns", "mods", "update", "update_exact", "update_raw"]
-_NUMBERS += ["update_turn", "replay", "reaction", "fit", "condition", "identity", "twice", "stale", "step"]
-_FLAGS = ("unheld", "nonfinite", "lost")
-_TEXTS = ("name", "hash_raw", "hash_entry", "hash_before", "hash_after", "by", "undone_by", "micro", "late")
+AWAY = 1.1
+"""1 - cos from which on a gradient points away from the raw one; a preconditioner is positive and stays below 1."""
 
 
 @dataclass
@@ -28,11 +27,13 @@ class Facts:
         run: The header row.
         steps: The step rows.
         tensors: One row per step and tensor (a missing number is NaN, a missing text None), with the columns
-            `group` ("A", "B" or "other"), `layer`, `live` (held by an optimizer, gradient not zero), `bent` (live, and
-            the gradient at the optimizer's entry has another direction than the raw one).
+            `group` ("A", "B" or "other"), `layer`, `live` (held by an optimizer, gradient finite and not zero), `bent`
+            (live, and the gradient at the optimizer's entry has another direction than the raw one).
         report: The preconditioner's last own report, or None.
         unseen: Optimizer steps of the run that are not in this ledger: a run that was killed may have lost what its
             ledger saw. Steps are numbered like the run's.
+        problem: What went wrong in the ledger, or None.
+        weights: Name -> hash of the tensor when the ledger was closed.
     """
 
     run: dict[str, Any]
@@ -40,21 +41,13 @@ class Facts:
     tensors: pd.DataFrame
     report: dict[str, Any] | None
     unseen: int = 0
+    problem: str | None = None
+    weights: dict[str, str] | None = None
 
-    @property
-    def live(self) -> pd.DataFrame:
-        """Rows whose gradient is not zero and which an optimizer holds."""
-        return self.tensors[self.tensors.live]
-
-    @property
-    def bent(self) -> pd.DataFrame:
-        """Rows whose direction was changed, at the optimizer's entry."""
-        return self.tensors[self.tensors.bent]
-
-    @property
-    def touched(self) -> pd.DataFrame:
-        """Live rows that any modifier changed before the optimizer, if only in size."""
-        return self.tensors[self.tensors.live & (self.tensors.mods > 0)]
+    def __post_init__(self) -> None:
+        t = self.tensors
+        self.live, self.bent = t[t.live], t[t.bent]
+        self.touched = t[t.live & (t.mods > 0)]
 
     @property
     def statuses(self) -> dict[str, int]:
@@ -66,9 +59,18 @@ class Facts:
         """Whether a preconditioner is attached: it reports on itself, or its hooks sit on LoRA's modules."""
         return self.report is not None or any(s.get("hooked_modules") for s in self.steps)
 
+    @property
+    def start(self) -> float:
+        """The first step with a turned gradient; infinite where there is none."""
+        return float(self.bent.step.min()) if len(self.bent) else float("inf")
+
     def total(self, key: str) -> int:
         """Sum of a step fact over the run."""
         return int(sum(s.get(key) or 0 for s in self.steps))
+
+    def most(self, key: str) -> Any:
+        """The largest value of a step fact; 0 for none."""
+        return max((s.get(key) or 0 for s in self.steps), default=0)
 
     def share(self, part: pd.DataFrame, whole: pd.DataFrame) -> float:
         """len(part) / len(whole); 0 for nothing."""
@@ -99,27 +101,33 @@ def facts(source: Any) -> Facts:
     reports = [r for r in rows if r["kind"] == "factors"]
     ends = [r["step"] for r in rows if r["kind"] in ("step", "end")]
     unseen = ends[-1] - len(steps) if ends else 0
-    return Facts(rows[0], steps, _derive(tensors, steps), reports[-1] if reports else None, unseen)
+    problem = next((r["text"] for r in rows if r["kind"] == "problem"), None)
+    hashes = next((r["weights"] for r in reversed(rows) if r.get("weights")), None)
+    weights = {t["name"]: h for t, h in zip(rows[0]["tensors"], hashes, strict=True)} if hashes else None
+    report = reports[-1] if reports else None
+    return Facts(rows[0], steps, _derive(tensors, steps), report, unseen, problem, weights)
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=["kind", *_NUMBERS, *_FLAGS, *_TEXTS])
-    for column in _NUMBERS:
-        table[column] = pd.to_numeric(table[column], errors="coerce").astype(float)
-    for column in _FLAGS:
-        table[column] = table[column].notna()
-    for column in _TEXTS:
-        table[column] = table[column].astype(object).where(table[column].notna(), None)
+    table = pd.DataFrame(rows, columns=["kind", *TENSOR])
+    convert: dict[str, Callable[[pd.Series], pd.Series]] = {
+        NUMBER: lambda column: pd.to_numeric(column, errors="coerce").astype(float),
+        FLAG: lambda column: column.notna(),
+        TEXT: lambda column: column.astype(object).where(column.notna(), None),
+    }
+    for column, (kind, _) in TENSOR.items():
+        table[column] = convert[kind](table[column])
     return table
 
 
 def _derive(t: pd.DataFrame, steps: list[dict[str, Any]]) -> pd.DataFrame:
     name = t.name.astype(str)
-    t["group"] = np.select([name.str.contains("lora_A"), name.str.contains("lora_B")], ["A", "B"], "other")
+    t["group"] = np.select([name.str.contains("lora_.*A"), name.str.contains("lora_.*B")], ["A", "B"], "other")
     t["layer"] = name.str.split(".lora_").str[0]
     for column in ("turns", "mods"):
         t[column] = t[column].fillna(0)
     t["turn"] = t.turn.where(t.turn.notna() | t.entry.isna(), 0.0)
+    t["skipped"] = t.step.isin([s["step"] for s in steps if s.get("skipped")])
     t["live"] = (t.raw > 0) & ~t.unheld & np.isfinite(t.raw)
     t["bent"] = t.live & (t.turn > TURN) & (t.mods > 0)
     events = ((s["step"], e) for s in steps for e in s.get("events", ()))
@@ -127,3 +135,28 @@ def _derive(t: pd.DataFrame, steps: list[dict[str, Any]]) -> pd.DataFrame:
     t["unscaled"] = t.raw * t.step.map(unscaled).astype(float).fillna(1.0)
     t["gain"] = t.entry / t.unscaled.where(t.unscaled > 0)
     return t
+
+
+def lasting(rows: pd.DataFrame, bad: pd.Series, *, half: bool = True) -> list[str]:
+    """Tensors for which something is so in half of their rows (if that counts), or at the end and has come to stay.
+
+    The end is the last tenth of the rows, at least two of at least six, and at least twice the longest time that it
+    was so before: what happens every twentieth step has not ended when it does not happen for nine.
+    """
+    if not bad.any():
+        return []
+    found = []
+    for name, flags in bad.groupby(rows.name, sort=False):
+        values = flags.to_numpy()
+        if (half and 2 * values.sum() >= len(values)) or _ends(values):
+            found.append(str(name))
+    return found
+
+
+def _ends(values: np.typing.NDArray[np.bool_]) -> bool:
+    n = len(values)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], values.astype(int), [0]])))
+    runs = [int(b - a) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if n < 6 or not values[-1]:
+        return False
+    return runs[-1] >= max(2, -(-n // 10)) and runs[-1] >= 2 * max(runs[:-1], default=0)

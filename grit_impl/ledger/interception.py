@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +19,15 @@ LIBRARIES = ("transformers.", "trl.", "accelerate.")
 
 
 class Listener(Protocol):
-    """Who is told; `GradientLedger` is the one."""
+    """Who is told; `GradientLedger` is the one, behind a guard: none of these raises."""
 
-    @property
     def active(self) -> bool: ...
-    @property
     def stepped(self) -> bool: ...
     def backward_begins(self) -> None: ...
     def backward_ended(self) -> None: ...
-    def clips(self, maximum: float | None, value: float | None) -> None: ...
-    def unscales(self, inverse: Tensor) -> None: ...
+    def grad_returned(self, inputs: Any, grads: Any) -> None: ...
+    def clips(self, maximum: Any, norm_type: Any, value: Any) -> None: ...
+    def unscales(self, scaler: Any) -> None: ...
     def clears(self) -> None: ...
     def passed(self, who: str) -> None: ...
     def event_begins(self, event: str, who: str) -> None: ...
@@ -35,16 +36,24 @@ class Listener(Protocol):
 
 
 class Interception:
-    """Wraps the functions while a ledger is open; `remove` restores what it replaced."""
+    """Wraps the functions while a ledger is open; `remove` restores what it replaced.
+
+    Functions that were imported by name before are found in the modules that hold them. A name in a closure or on an
+    object cannot be found: what such a function does is seen by its effect.
+    """
 
     def __init__(self, ledger: Listener) -> None:
         self._ledger = ledger
         self._undo: list[tuple[Any, str, Any, Any]] = []
         self._depth = self._zeroing = 0
-        self._wrap(torch.autograd, "backward", self._backward)
-        for space in (torch.nn.utils, torch.nn.utils.clip_grad):
-            self._wrap(space, "clip_grad_norm_", self._clip_norm)
-            self._wrap(space, "clip_grad_value_", self._clip_value)
+        functions = (
+            (torch.autograd, "backward", self._backward),
+            (torch.autograd, "grad", self._grad),
+            (torch.nn.utils.clip_grad, "clip_grad_norm_", self._clip_norm),
+            (torch.nn.utils.clip_grad, "clip_grad_value_", self._clip_value),
+        )
+        wrapped = {id(getattr(owner, name)): self._wrap(owner, name, inner) for owner, name, inner in functions}
+        self._follow(wrapped)
         self._wrap(torch.amp.GradScaler, "unscale_", self._unscale)
         self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
         self._wrap(torch.optim.Optimizer, "zero_grad", self._zero_grad)
@@ -57,11 +66,11 @@ class Interception:
     def remove(self) -> None:
         """Restore the originals, unless someone else has wrapped ours since."""
         for owner, name, original, wrapper in reversed(self._undo):
-            if getattr(owner, name) is wrapper:
+            if getattr(owner, name, None) is wrapper:
                 setattr(owner, name, original)
         self._undo = []
 
-    def _wrap(self, owner: Any, name: str, inner: Callable[..., Any]) -> None:
+    def _wrap(self, owner: Any, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -71,6 +80,19 @@ class Interception:
 
         setattr(owner, name, wrapper)
         self._undo.append((owner, name, original, wrapper))
+        return wrapper
+
+    def _follow(self, wrapped: dict[int, Callable[..., Any]]) -> None:
+        """Replace the functions under the names that other modules have for them."""
+        for module in list(sys.modules.values()):
+            # Not torch's own, which use them inside what is wrapped already.
+            inside = str(getattr(module, "__name__", "")).startswith("torch.") and module is not torch.nn.utils
+            if inside or not isinstance(module, ModuleType):
+                continue
+            for name, value in list(vars(module).items()):
+                if id(value) in wrapped:
+                    vars(module)[name] = wrapped[id(value)]
+                    self._undo.append((module, name, value, wrapped[id(value)]))
 
     def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Reentrant checkpointing runs backward passes inside a backward pass.
@@ -85,41 +107,45 @@ class Interception:
             self._ledger.backward_ended()
         return result
 
+    def _grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self._depth == 0:
+            self._ledger.grad_returned(kwargs.get("inputs", args[1] if len(args) > 1 else None), result)
+        return result
+
     def _clip_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._ledger.active:
+        if not self._ledger.active():
             return original(*args, **kwargs)
-        maximum = float(kwargs.get("max_norm", args[1] if len(args) > 1 else float("inf")))
-        p = float(kwargs.get("norm_type", args[2] if len(args) > 2 else 2.0))
-        self._ledger.clips(maximum if p == 2.0 else None, None)
+        maximum = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
+        self._ledger.clips(maximum, kwargs.get("norm_type", args[2] if len(args) > 2 else 2.0), None)
         result = original(*args, **kwargs)
         self._ledger.passed(CLIP)
         return result
 
     def _clip_value(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._ledger.active:
+        if not self._ledger.active():
             return original(*args, **kwargs)
-        self._ledger.clips(None, float(kwargs.get("clip_value", args[1] if len(args) > 1 else float("inf"))))
+        self._ledger.clips(None, None, kwargs.get("clip_value", args[1] if len(args) > 1 else None))
         result = original(*args, **kwargs)
         self._ledger.passed(CLIP_VALUE)
         return result
 
     def _unscale(self, original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> Any:
-        scale = getattr(scaler, "_scale", None)
-        if scale is None or not self._ledger.active:
+        if not self._ledger.active():
             return original(scaler, *args, **kwargs)
-        self._ledger.unscales(scale.reciprocal())
+        self._ledger.unscales(scaler)
         result = original(scaler, *args, **kwargs)
         self._ledger.passed(SCALER)
         return result
 
     def _scaler_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = self._ledger.stepped
+        before = self._ledger.stepped()
         result = original(*args, **kwargs)
         self._ledger.scaler_stepped(before)
         return result
 
     def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._zeroing or not self._ledger.active:
+        if self._zeroing or not self._ledger.active():
             return original(*args, **kwargs)
         self._zeroing += 1
         try:
@@ -131,25 +157,46 @@ class Interception:
         return result
 
     def _call_event(self, original: Callable[..., Any], handler: Any, event: str, *args: Any, **kwargs: Any) -> Any:
-        names = foreign_listeners(handler, event) if event in GRADIENT_EVENTS and self._ledger.active else []
-        if not names:
+        if event not in GRADIENT_EVENTS or not self._ledger.active():
             return original(handler, event, *args, **kwargs)
-        self._ledger.event_begins(event, ", ".join(names))
-        with _GradientReads() as reads:
-            result = original(handler, event, *args, **kwargs)
-        self._ledger.event_ends(reads.missing)
-        return result
+        with contextlib.ExitStack() as stack:
+            for callback in foreign_listeners(handler, event):
+                stack.enter_context(self._segment(callback, event))
+            return original(handler, event, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _segment(self, callback: Any, event: str) -> Iterator[None]:
+        """While open, what this callback does at this event is seen by itself."""
+        method, name = getattr(callback, event), type(callback).__name__
+
+        @functools.wraps(method)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._ledger.event_begins(event, name)
+            with _GradientReads() as reads:
+                result = method(*args, **kwargs)
+            self._ledger.event_ends(reads.missing)
+            return result
+
+        own = vars(callback).get(event) if hasattr(callback, "__dict__") else None
+        with contextlib.suppress(AttributeError):  # a callback that takes no attributes is seen with its neighbours
+            setattr(callback, event, watched)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(AttributeError):
+                setattr(callback, event, own) if own is not None else delattr(callback, event)
 
 
-def foreign_listeners(handler: Any, event: str) -> list[str]:
-    """Class names of callbacks, other than the libraries' own, that implement an event."""
+def foreign_listeners(handler: Any, event: str) -> list[Any]:
+    """Callbacks, other than the libraries' own, that implement an event."""
     from transformers import TrainerCallback
 
     default = getattr(TrainerCallback, event, None)
     return [
-        type(c).__name__
-        for c in handler.callbacks
-        if not type(c).__module__.startswith(LIBRARIES) and getattr(type(c), event, default) is not default
+        c
+        for c in getattr(handler, "callbacks", ())
+        if not type(c).__module__.startswith(LIBRARIES)
+        and getattr(getattr(c, event, None), "__func__", None) is not default
     ]
 
 

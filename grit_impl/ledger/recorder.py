@@ -5,43 +5,48 @@
     judge_ledger(ledger)
 
 It uses torch's global optimizer hooks and, while the context is open, stands in front of the few functions that every
-training loop passes through: `torch.autograd.backward`, clipping, GradScaler, `zero_grad`, and the callback events of
-transformers. A trainer needs to know nothing of it and cannot avoid it. All device work is batched, and a step's
-results are fetched while the next step runs.
+training loop passes through: `torch.autograd.backward` and `grad`, clipping, GradScaler, `zero_grad`, and the callback
+events of transformers. A trainer needs to know nothing of it and cannot avoid it. All device work is batched, and a
+step's results are fetched while the next step runs.
 
-From the third step on, gradients whose version (torch counts in-place writes) has not changed since the last look are
-not fingerprinted again; the hashes of a few guard against writes that are not counted (`.data`, foreign kernels). If
-one of those ever differs, or something writes between the backward passes of a step, that step counts as not sampled,
-and every later look is a full one.
+It never ends or changes a training: an exception of its own ends the observation (`GradientLedger.problem`), and the
+verdict is then undecided.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from grit_impl.errors import GRITError
 from grit_impl.ledger import timeline
+from grit_impl.ledger.fingerprints import Look
+from grit_impl.ledger.guard import Guarded
 from grit_impl.ledger.interception import Interception
+from grit_impl.ledger.looks import Looks
 from grit_impl.ledger.rows import RowWriter, factor_row, run_row
-from grit_impl.ledger.shadow import GHOST, Shadows
-from grit_impl.ledger.sketches import Sketcher
+from grit_impl.ledger.shadow import GHOST, Shadows, foreign
 from grit_impl.ledger.step import Step, same_stamps, stamps
-from grit_impl.ledger.timeline import Probe
-from grit_impl.ledger.watches import ORPHAN_STEP, HookWatch, OrphanWatch, owners, spread
+from grit_impl.ledger.watches import ORPHAN_STEP, HookWatch, LayerWatch, OrphanWatch, masters, owners, sharded, spread
 
-SAMPLE, STRUCTURE, FULL_STEPS = 16, 4, 2
+SAMPLE, STRUCTURE = 16, 4
 # Above it a matrix is no LoRA factor, and its inner products would cost more than the step.
 LARGEST_RANK = 512
 FACTOR_STEPS = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000}
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -67,7 +72,8 @@ def gradient_ledger(
             is kept up to there, and steps are numbered from there on; call `flush` whenever a checkpoint is written.
 
     Raises:
-        GRITError: the model has no trainable parameter, `every` is below 1, or the file cannot be written.
+        GRITError: the model has no trainable parameter, its parameters are sharded, `every` is below 1, or the file
+            cannot be opened. Nothing is raised from then on.
     """
     ledger = GradientLedger(model, path, every, sample=sample, factors=factors, resume_from=resume_from)
     with ledger:
@@ -80,6 +86,7 @@ class GradientLedger:
     Attributes:
         names: The watched tensors.
         steps: Optimizer steps of the run so far (a step that GradScaler skipped counts).
+        problem: What went wrong in the ledger, which then stopped looking; None: nothing.
     """
 
     def __init__(
@@ -99,53 +106,97 @@ class GradientLedger:
         self.names = list(self._owners)
         if not any(self._parameter(n).requires_grad for n in self.names):
             raise GRITError("gradient_ledger: the model has no trainable parameter: add the adapter first")
+        if kind := sharded(model):
+            raise GRITError(f"gradient_ledger: the parameters are sharded ({kind}); no process sees a whole gradient")
         self._parameters = [self._parameter(name) for name in self.names]
-        self._replaced = 0
-        trainable = [i for i, p in enumerate(self._parameters) if p.requires_grad]
+        self._trained = np.array([p.requires_grad for p in self._parameters])
+        trainable = np.flatnonzero(self._trained).tolist()
         self._sample = spread(trainable, sample)
         small = (
             i for i in trainable if self._parameters[i].ndim == 2 and min(self._parameters[i].shape) <= LARGEST_RANK
         )
-        self._structured = spread(list(small), STRUCTURE)
+        self._looks = Looks(self._parameters, spread(list(small), STRUCTURE), self._sample)
         self._shadows = Shadows({i: self._parameters[i] for i in self._sample})
-        self._sketch = Sketcher(max(p.numel() for p in self._parameters))
         self._writer = RowWriter(path)
-        self._last_raw: dict[int, Tensor] = {}
-        self._lean, self._passes = True, 0
-        self._pending: list[Any] = []
-        self.steps = self._resumed_from = resume_from
-        self._frames: list[dict[str, Any]] = []
-        self._context = [timeline.LOOP]
-        self._hooks = HookWatch(model)
+        self.problem: str | None = None
+        self._guard = Guarded(self)
+        self._layers = LayerWatch(model, self._owners)
+        self._hooks = HookWatch(model, self._guard.wrap)
         self._orphans = OrphanWatch(model)
+        self._resumed_from = resume_from
+        self._start()
+
+    def _start(self) -> None:
+        self.steps, self.problem, self._replaced = self._resumed_from, None, 0
+        self._last_raw: dict[int, Tensor] = {}
+        self._left: Look | None = None
+        self._masters: dict[int, Tensor] = {}
+        self._pending: list[Any] = []
+        self._frames: list[dict[str, Any]] = []
+        self._in_backward = False
         self._begin()
 
     def __enter__(self) -> GradientLedger:
-        self.steps = self._resumed_from
+        self._start()
         if not self._writer.open(self._resumed_from):
-            self._writer.write([run_row(self.names, self._parameters, self._sample, self.every)])
+            self._writer.write([self._run_row()])
         self._handles = [
-            register_optimizer_step_pre_hook(self._optimizer_entry),
-            register_optimizer_step_post_hook(self._optimizer_exit),
+            register_optimizer_step_pre_hook(self._guard._optimizer_entry),
+            register_optimizer_step_post_hook(self._guard._optimizer_exit),
         ]
-        self._interception = Interception(self)
+        # In front of everybody else's: what they do to gradients is seen apart.
+        _global_optimizer_pre_hooks.move_to_end(self._handles[0].id, last=False)  # type: ignore[attr-defined]
+        self._instance_hooks: dict[int, Any] = {}
+        self._interception = Interception(self._guard)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._interception.remove()
         self._hooks.remove()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._instance_hooks.values()):
             handle.remove()
         if kind is not None:
             self._writer.discard()
             return
+        self._guard._finish()
+        if self.problem is not None:
+            self._guard_the_file()
+
+    def _finish(self) -> None:
         if self._now.over:
             self._close_step()
         self._drain(0)
         if report := factor_row(self.model, self._factors, self.steps):
             self._writer.write([report])
-        self._writer.write([{"kind": "end", "step": self.steps}])
+        self._writer.write([{"kind": "end", "step": self.steps, "weights": self._weights()}])
         self._writer.close()
+
+    def _weights(self) -> list[str]:
+        """Hashes of the parameters, in the order of `names`."""
+        self._read_parameters()
+        table = self._looks.fingerprint(self._parameters).table
+        return [] if table is None else timeline.hexes(table.cpu().numpy())
+
+    def _guard_the_file(self) -> None:
+        """After a failure: what was seen before, and what went wrong."""
+        try:
+            self._writer.write([self._problem_row(), {"kind": "end", "step": self.steps}])
+            self._writer.close()
+        except Exception as error:
+            _log.warning("gradient ledger: %s", error)
+            self._writer.discard()
+
+    def fail(self, where: str, error: Exception) -> None:
+        """An exception of the ledger's own: the training goes on, unobserved."""
+        self.problem = f"{where.lstrip('_')}: {type(error).__name__}: {error}".replace("\n", " ")
+        _log.warning("gradient ledger: stopped looking in step %d, %s", self.steps + 1, self.problem)
+        self._pending, self._frames, self._left = [], [], None
+
+    def _problem_row(self) -> dict[str, Any]:
+        return {"kind": "problem", "step": self.steps, "text": self.problem}
+
+    def _run_row(self) -> dict[str, Any]:
+        return run_row(self.names, self._parameters, self._sample, self.every)
 
     @property
     def path(self) -> Any:
@@ -154,6 +205,8 @@ class GradientLedger:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, once the context is closed."""
+        if self.problem is not None and (self.path is None or not self.path.is_file()):
+            return [self._run_row(), self._problem_row()]
         return self._writer.rows()
 
     def flush(self) -> None:
@@ -161,131 +214,147 @@ class GradientLedger:
 
         A step whose gradients are still there is not finished: who changes them before they are cleared comes too late.
         """
+        self._guard._flush()
+
+    def _flush(self) -> None:
         if self._now.over and all(p.grad is None for p in self._parameters):
             self._close_step()
         self._drain(0)
         self._writer.flush()
 
     @property
-    def _seen(self) -> int:
-        """Optimizer steps that this process has seen."""
-        return self.steps - self._resumed_from
+    def _now(self) -> Step:
+        return self._looks.now
 
     # --- what the interceptions report ---------------------------------------------------------------------------
 
     def backward_begins(self) -> None:
         """Before a backward pass: whatever changed since the last one was not autograd."""
+        looks, grads = self._looks, [p.grad for p in self._parameters]
+        if self._now.restart or self._now.manual:
+            self._forget()
         if self._now.over:
-            self._look("backward")
+            looks.look("backward", grads=grads)
             self._close_step()
         elif self._now.pending is not None:
-            self._resolve([p.grad for p in self._parameters], last=False)
+            looks.resolve(grads, last=False)
         elif self._now.raw:
             now = self._now
-            written = now.full and not same_stamps(now.stamps, stamps([p.grad for p in self._parameters]))
-            self._look("backward")
-            self._lean = self._lean and not written
+            written = now.full and not same_stamps(now.stamps, stamps(grads))
+            looks.look("backward", grads=grads)
+            looks.lean = looks.lean and not written
         if not self._now.raw:
-            if self._seen <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
+            if looks.seen <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
                 self._hooks.look(self._parameters, lambda: self._now.unhooked)
-            if any(p.grad is not None for p in self._parameters):
-                self._look("backward")
+            if any(g is not None for g in grads):
+                looks.look("backward", grads=grads)
                 self._now.leftover = bool(self._now.full)
             self._now.unhooked = {}
+        self._now.before_pass = stamps(grads)
+        self._in_backward = True
 
     def backward_ended(self) -> None:
-        """After a backward pass: these are the raw gradients."""
-        grads = [self._now.unhooked.get(i, p.grad) for i, p in enumerate(self._parameters)]
-        another = len(self._now.raw) + 1 < self._passes
-        if self._now.full and self._may_skip() and another and not (self._now.unhooked or self._frames):
-            self._postpone(grads)
+        """After a backward pass: these are the raw gradients, if it touched any."""
+        self._in_backward = False
+        now, looks = self._now, self._looks
+        now.passes += 1
+        if now.inside:
+            self._stepped_inside()
             return
-        probe = self._look("backward", timeline.AUTOGRAD, grads)
-        self._now.raw.append(len(self._now.probes) - 1)
-        self._keep_raw(grads, probe)
-        if self._now.unhooked:
-            self._look("gradient hooks", self._hooks.kind)
+        grads = [now.unhooked.get(i, p.grad) for i, p in enumerate(self._parameters)]
+        if not now.unhooked and same_stamps(now.before_pass, stamps(grads)):
+            return  # another model's, or of a loss that does not depend on these tensors
+        another = len(now.raw) + 1 < looks.usual_passes
+        if now.full and looks.may_skip() and another and not (now.unhooked or self._frames):
+            looks.postpone(grads)
+            return
+        probe = looks.look("backward", timeline.AUTOGRAD, grads)
+        looks.raw(grads, probe)
+        now.why = self._layers.absent()
+        if now.unhooked:
+            looks.look("gradient hooks", self._hooks.kind)
         if self._frames:  # a closure: the optimizer's own entry came too early
-            self._frames[-1]["entry"] = len(self._now.probes) - 1
+            self._frames[-1]["entry"] = len(now.probes) - 1
             self._shadows.before(self._frames[-1]["optimizer"])
 
-    def _keep_raw(self, grads: list[Tensor | None], probe: Probe | None) -> None:
-        self._now.raw_sample = {i: g.detach().clone() for i in self._sample if (g := grads[i]) is not None}
-        if probe is None:
-            self._now.raw_norm = torch.stack(torch._foreach_norm([g for g in grads if g is not None]))
-        else:
-            table = (probe.like or probe).table
-            self._now.raw_norm = None if table is None else table[:, 1]
+    def _stepped_inside(self) -> None:
+        """Optimizers have stepped while backward ran: what they found and left was kept."""
+        now, looks = self._now, self._looks
+        grads = [now.inside[i][0] if i in now.inside else p.grad for i, p in enumerate(self._parameters)]
+        probe = looks.look("backward", timeline.AUTOGRAD, grads)
+        looks.raw(grads, probe)
+        now.why = self._layers.absent()
+        entry = [now.inside[i][1] if i in now.inside else p.grad for i, p in enumerate(self._parameters)]
+        looks.look("step:inside backward", self._hooks.kind, entry)
+        held = np.isin(np.arange(len(self.names)), list(now.inside))
+        now.entry[held], now.stepped_on = len(now.probes) - 1, now.stepped_on + held
+        if now.full:
+            places = range(len(self.names))
+            before = looks.fingerprint([now.inside[i][2] if i in now.inside else None for i in places], self._left)
+            after = looks.fingerprint([now.inside_after.get(i) for i in places], before, distances=True)
+            now.moved.append((held, before.table, after.table))
+            self._left = after
+        now.stepped = True
 
-    def _may_skip(self) -> bool:
-        return self._lean and self._seen >= FULL_STEPS
-
-    def _postpone(self, grads: list[Tensor | None]) -> None:
-        """After a backward pass that another will follow, as it did in the last step: fingerprints can wait."""
-        missing = np.array([g is None for g in grads])
-        now = self._now
-        now.pending, now.lean = Probe(timeline.AUTOGRAD, "backward", None, missing), True
-        now.stamps, now.check = stamps(grads), self._checksum(grads)
-        now.probes.append(now.pending)
-        now.raw.append(len(now.probes) - 1)
-
-    def _resolve(self, grads: list[Tensor | None], *, last: bool) -> None:
-        """Take what was postponed. Before another backward pass it is enough to know that nothing has changed."""
-        now, pending = self._now, self._now.pending
-        if pending is None:
+    def grad_returned(self, inputs: Any, grads: Any) -> None:
+        """After `torch.autograd.grad`: if it was asked for gradients of these tensors, they are the raw ones."""
+        given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
+        places = {id(p): i for i, p in enumerate(self._parameters)}
+        found = {
+            places[id(x)]: g.detach()
+            for x, g in zip(given, grads, strict=True)
+            if id(x) in places and isinstance(g, Tensor)
+        }
+        if not found:
             return
-        now.pending = None
-        if not self._compare(grads):  # written to where no fingerprints were taken
-            self._lean, now.lost = False, True
-        if last or now.lost:
-            pending.table = None if pending.missing.all() else self._sketch(grads)
-            pending.samples = self._structures(grads)
-            self._keep_raw(grads, pending)
-
-    def _compare(self, grads: list[Tensor | None]) -> bool:
-        """Whether the gradients have the versions that they had at the last look; keeps what will prove it."""
+        if self._now.over:
+            self._looks.look("backward")
+            self._close_step()
         now = self._now
-        if not same_stamps(now.stamps, stamps(grads)):
-            return False
-        now.checks.append((now.check, self._checksum(grads)))
-        return True
+        if now.raw and not now.manual:  # a backward pass has filled `.grad`: this is somebody's statistics
+            return
+        now.manual = {**now.manual, **{i: now.manual[i] + g if i in now.manual else g for i, g in found.items()}}
+        sums = [now.manual.get(i) for i in range(len(self._parameters))]
+        self._looks.raw(sums, self._looks.look("backward", timeline.AUTOGRAD, sums))
+        now.why = self._layers.absent()
 
-    def _checksum(self, grads: list[Tensor | None]) -> Any:
-        chosen = [g for i in self._structured if (g := grads[i]) is not None]
-        return self._sketch.hashes(chosen) if chosen else None
+    def _forget(self) -> None:
+        """What was seen of this step was a trial: a closure begins again, or gradients that nobody used."""
+        now = self._now
+        now.probes, now.raw, now.manual, now.pending, now.restart = [], [], {}, None, False
+        now.stamps = []
 
-    def _structures(self, grads: list[Tensor | None]) -> dict[int, Tensor]:
-        return {i: g.detach().clone() for i in self._structured if (g := grads[i]) is not None}
-
-    def clips(self, maximum: float | None, value: float | None) -> None:
+    def clips(self, maximum: Any, norm_type: Any, value: Any) -> None:
         """Before clipping, by total norm or element-wise."""
-        self._look("clip")
-        self._now.clip_value = value
-        if maximum is not None and np.isfinite(maximum):
-            self._now.max_norm = min(maximum, self._now.max_norm or maximum)
+        self._looks.look("clip")
+        self._now.clip_value = None if value is None else float(value)
+        limit = float("inf") if maximum is None or float(norm_type) != 2.0 else float(maximum)
+        if np.isfinite(limit):
+            self._now.max_norm = min(limit, self._now.max_norm or limit)
 
-    def unscales(self, inverse: Tensor) -> None:
+    def unscales(self, scaler: Any) -> None:
         """Before GradScaler divides the gradients by its scale."""
-        self._look("unscale")
-        self._now.unscale = inverse
+        self._looks.look("unscale")
+        scale = getattr(scaler, "_scale", None)
+        self._now.unscale = None if scale is None else scale.reciprocal()
 
     def clears(self) -> None:
         """Before zero_grad."""
-        self._look("zero_grad")
+        self._looks.look("zero_grad")
 
     def passed(self, who: str) -> None:
         """After any of them."""
-        self._look(None, who)
+        self._looks.look(None, who)
 
     def event_begins(self, event: str, who: str) -> None:
-        """Before a callback event that foreign callbacks listen to."""
-        self._look(event)
-        self._context.append(f"{event} ({who})")
+        """Before a foreign callback's method."""
+        self._looks.look(event)
+        self._looks.context.append(f"{event} ({who})")
 
     def event_ends(self, reads: int) -> None:
         """After it; `reads`: missing gradients that it read."""
-        who = self._context.pop()
-        self._look(None, who)
+        who = self._looks.context.pop()
+        self._looks.look(None, who)
         if reads and self._now.stepped:
             self._now.late_reads[who] = self._now.late_reads.get(who, 0) + reads
 
@@ -293,68 +362,167 @@ class GradientLedger:
         """After GradScaler.step: it may have skipped the optimizer."""
         self._now.skipped = not stepped_before and not self._now.stepped and bool(self._now.raw)
 
-    @property
     def stepped(self) -> bool:
         """Whether an optimizer has moved parameters since the last backward pass."""
         return self._now.stepped
 
-    @property
     def active(self) -> bool:
         """Whether a step is under way."""
         return bool(self._now.raw) or self._now.stepped
 
     # --- optimizer hooks -----------------------------------------------------------------------------------------
 
-    def _optimizer_entry(self, optimizer: Optimizer, *_: Any) -> None:
+    def _optimizer_entry(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Before any other hook of this step."""
         if GHOST in optimizer.__dict__:
-            return
+            return None
         self._read_parameters()
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         held = np.array([id(p) in ids for p in self._parameters])
-        name = type(optimizer).__name__
+        if self._in_backward:
+            self._enter_inside(optimizer, np.flatnonzero(held).tolist())
+            return None
+        if not held.any():
+            held = self._find_masters(optimizer, ids, held)
         if held.any():
             for frame in self._frames:
                 frame["innermost"] = False
         if not self._frames:
-            self._orphans.look(self._seen, ids, self._parameters)
-        self._look(f"step:{name}")
-        self._context.append(f"{name}.step")
-        frame = {
-            "held": held,
-            "innermost": True,
-            "entry": len(self._now.probes) - 1,
-            "name": name,
-            "optimizer": optimizer,
-            "before": None,
-        }
+            self._orphans.look(self._looks.seen, ids, self._parameters)
+        name = type(optimizer).__name__
+        if self._now.passes and not self._now.raw and held.any():  # nothing arrived: this is what backward left
+            grads = self._looks.gradients()
+            self._looks.raw(grads, self._looks.look("backward", timeline.AUTOGRAD, grads))
+            self._now.why = self._layers.absent()
+        self._looks.look(f"step:{name}")
+        frame: dict[str, Any] = {"held": held, "innermost": True, "name": name, "optimizer": optimizer, "before": None}
         self._frames.append(frame)
-        if held.any():
-            if self._now.full:
-                frame["before"] = self._sketch(self._parameters)
+        if len(_global_optimizer_pre_hooks) + len(optimizer._optimizer_step_pre_hooks) == 1:
+            return self._optimizer_ready(optimizer, args, kwargs)
+        self._looks.context.append("step pre-hook")
+        frame["hooks"] = True
+        if old := self._instance_hooks.pop(id(optimizer), None):
+            old.remove()
+        self._instance_hooks[id(optimizer)] = optimizer.register_step_pre_hook(self._guard._optimizer_ready)
+        return None
+
+    def _find_masters(self, optimizer: Optimizer, ids: set[int], held: Any) -> Any:
+        """Tensors that the optimizer holds in the place of the model's, as in mixed precision with float32 copies."""
+        if not self._masters and self._now.raw and self._looks.seen <= ORPHAN_STEP:
+            self._masters = masters(optimizer, self._parameters, np.flatnonzero(self._trained).tolist())
+            self._shadows.sample = {i: self._masters.get(i, p) for i, p in self._shadows.sample.items()}
+        return np.array([id(self._masters.get(i)) in ids for i in range(len(held))])
+
+    def _optimizer_ready(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """After all other hooks: this is what the optimizer is given."""
+        if GHOST in optimizer.__dict__ or not self._frames or self._frames[-1]["optimizer"] is not optimizer:
+            return None
+        frame, looks = self._frames[-1], self._looks
+        if frame.pop("hooks", None):
+            looks.look(f"step:{frame['name']}")
+            looks.context.pop()
+        grads = [self._held(i).grad for i in range(len(self.names))]
+        if self._now.manual or self._masters:
+            looks.look(f"step:{frame['name']}", grads=grads)
+        looks.context.append(f"{frame['name']}.step")
+        frame["entry"], frame["missing"] = len(looks.now.probes) - 1, np.array([g is None for g in grads])
+        if frame["held"].any():
+            if looks.now.full:
+                values = [self._held(i) for i in range(len(self.names))]
+                frame["before"] = looks.fingerprint(values, self._left, distances=True)
             self._shadows.before(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+        looks.lean = False  # it may evaluate a step several times
+        watched = self._watched(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched}
+        return (args[0], watched, *args[2:]), kwargs
+
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def watched() -> Any:
+            self._guard._closure_begins()
+            result = closure()
+            self._guard._closure_ended()
+            return result
+
+        return watched
+
+    def _closure_begins(self) -> None:
+        self._now.restart = True
+
+    def _closure_ended(self) -> None:
+        if self._frames and not self._now.restart:  # it ran a backward pass
+            frame = self._frames[-1]
+            self._looks.look(f"step:{frame['name']}")
+            frame["entry"] = len(self._now.probes) - 1
+            frame["missing"] = np.array([p.grad is None for p in self._parameters])
+            self._shadows.before(frame["optimizer"])
+        self._now.restart = False
 
     def _optimizer_exit(self, optimizer: Optimizer, *_: Any) -> None:
-        if GHOST in optimizer.__dict__ or not self._frames:
+        if GHOST in optimizer.__dict__:
+            return
+        if self._in_backward:
+            self._leave_inside(optimizer)
+            return
+        if not self._frames:
             return
         frame = self._frames.pop()
-        self._context.pop()
+        self._looks.context.pop()
+        now, looks = self._now, self._looks
         if not frame["innermost"]:
-            self._look("after", f"{frame['name']}.step")
+            looks.look("after", f"{frame['name']}.step")
             return
         held = frame["held"]
-        self._now.entry[held] = frame["entry"]
-        self._now.optimizers.append(frame["name"])
+        now.entry[held & (now.entry < 0)] = frame["entry"]
+        now.stepped_on = now.stepped_on + (held & ~frame["missing"])
+        now.optimizers.append(frame["name"])
+        now.foreign = now.foreign or foreign(optimizer)
         if held.any():
             nested = any(f["optimizer"] is optimizer for f in self._frames)
-            result = self._shadows.after(optimizer, self._raw_gradients(), self._now.clip_value, nested)
+            result = self._shadows.after(optimizer, self._raw_gradients(), now.clip_value, nested)
             if result is not None:
-                self._now.shadows.append(result)
+                now.shadows.append(result)
             if frame["before"] is not None:
-                self._now.moved.append((held, frame["before"], self._sketch(self._parameters)))
-        rates = [g["lr"] for g in optimizer.param_groups if "lr" in g]
-        self._now.rates += [float(r) for r in rates if not (torch.is_tensor(r) and r.is_cuda)]
-        self._now.stepped = True
-        self._look("after", "optimizer")
+                now.left = None if self._left is None else self._left.table
+                values = [self._held(i) for i in range(len(self.names))]
+                after = looks.fingerprint(values, frame["before"], distances=True)
+                now.moved.append((held, frame["before"].table, after.table))
+                self._left = after
+        self._read_rates(optimizer)
+        now.stepped = True
+        looks.look("after", "optimizer")
+
+    def _read_rates(self, optimizer: Optimizer) -> None:
+        places = {id(self._held(i)): i for i in range(len(self.names))}
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            if isinstance(rate, int | float) or (isinstance(rate, Tensor) and not rate.is_cuda):
+                self._now.rates.append(float(rate))
+                if float(rate) == 0:
+                    self._now.rate_zero[[places[id(p)] for p in group["params"] if id(p) in places]] = True
+
+    def _enter_inside(self, optimizer: Optimizer, held: list[int]) -> None:
+        for i in held:
+            p = self._parameters[i]
+            if p.grad is not None:
+                raw = self._now.unhooked.get(i, p.grad).detach().clone()
+                self._now.inside[i] = (raw, p.grad.detach().clone(), p.detach().clone())
+                self._now.raw_sample[i] = raw
+        self._shadows.before(optimizer)
+
+    def _leave_inside(self, optimizer: Optimizer) -> None:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for i, p in enumerate(self._parameters):
+            if id(p) in ids and i in self._now.inside:
+                self._now.inside_after[i] = p.detach().clone()
+        result = self._shadows.after(optimizer, self._now.raw_sample, self._now.clip_value)
+        if result is not None:
+            self._now.shadows.append(result)
+        self._now.optimizers.append(type(optimizer).__name__)
+        self._read_rates(optimizer)
 
     def _raw_gradients(self) -> dict[int, Tensor]:
         """The sample's unmodified gradients, unscaled and clipped as they would have been."""
@@ -364,44 +532,27 @@ class GradientLedger:
             scale = scale * (self._now.max_norm / (norm + 1e-6)).clamp(max=1.0)
         return {i: (g * scale).to(g.dtype) for i, g in self._now.raw_sample.items()}
 
-    # --- probes --------------------------------------------------------------------------------------------------
-
-    def _look(self, moment: str | None, who: str | None = None, grads: list[Tensor | None] | None = None) -> Any:
-        if not self._now.full:
-            if (moment and moment.startswith("step:")) or who == timeline.AUTOGRAD:
-                self._now.probes.append(Probe("", moment or "", None, np.zeros(0, dtype=bool)))
-            return None
-        now, grads = self._now, grads if grads is not None else [p.grad for p in self._parameters]
-        last = now.probes[-1].moment if now.probes else ""
-        moment = last if moment is None else moment
-        self._resolve(grads, last=True)
-        before = (now.probes[-1].like or now.probes[-1]) if now.probes else None
-        same = before is not None and self._compare(grads)
-        # What was postponed before a pass that then changed nothing has no fingerprints to share.
-        if before is not None and same and self._may_skip() and (before.table is not None or before.missing.all()):
-            probe = Probe(who or self._context[-1], moment, None, before.missing, like=before)
-            now.lean = True
-        else:
-            missing = np.array([g is None for g in grads])
-            table = None if missing.all() else self._sketch(grads)
-            probe = Probe(who or self._context[-1], moment, table, missing, self._structures(grads))
-            now.stamps, now.check = stamps(grads), self._checksum(grads)
-        now.probes.append(probe)
-        return probe
+    # --- steps ---------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        full = self._seen < 2 or self.steps % self.every == 0
-        self._now = Step(full, np.full(len(self.names), -1))
+        full = self._looks.seen < 2 or self.steps % self.every == 0
+        self._trained = self._trained | np.array([p.requires_grad for p in self._parameters])
+        self._looks.begin(self._trained, full=full)
         self._hooks.reset()
 
     def _close_step(self) -> None:
         """Start fetching what was seen, and begin the next step."""
         self.steps += 1
+        self._looks.seen += 1
         now = self._now
         now.number = self.steps
-        self._passes = len(now.raw)
+        self._looks.usual_passes = len(now.raw)
+        for i in np.flatnonzero(self._trained).tolist():
+            if not self._parameters[i].requires_grad:
+                now.why.setdefault(i, "frozen")
         facts: dict[str, Any] = {
             "micro_steps": len(now.raw),
+            "passes": now.passes if now.passes != len(now.raw) else None,
             "optimizer": "+".join(dict.fromkeys(now.optimizers)),
             "lr": [min(now.rates), max(now.rates)] if now.rates else None,
             "max_norm": now.max_norm,
@@ -412,6 +563,8 @@ class GradientLedger:
             "shadow_problem": self._shadows.problem,
             "held": int((now.entry >= 0).sum()),
             "trainable": sum(p.requires_grad for p in self._parameters),
+            "foreign": now.foreign or None,
+            "masters": len(self._masters) or None,
             **self._hooks.facts(),
         }
         now.facts = {k: v for k, v in facts.items() if v is not None}
@@ -434,7 +587,7 @@ class GradientLedger:
 
     def _rows(self, step: Step) -> list[dict[str, Any]]:
         data = step.data(len(self.names), self._sample)
-        self._lean = self._lean and not step.mistaken
+        self._looks.lean = self._looks.lean and not step.mistaken
         return timeline.rows(data, self.names)
 
     # --- the model -----------------------------------------------------------------------------------------------
@@ -443,8 +596,13 @@ class GradientLedger:
         module, key = self._owners[name]
         return module._parameters[key]  # type: ignore[return-value]
 
+    def _held(self, i: int) -> Tensor:
+        """What the optimizer holds for a parameter."""
+        return self._masters.get(i, self._parameters[i])
+
     def _read_parameters(self) -> None:
         """Look the parameters up again: something may have re-created them."""
-        current = [self._parameter(name) for name in self.names]
+        pairs = [(self._parameter(name), old) for name, old in zip(self.names, self._parameters, strict=True)]
+        current = [old if new is None else new for new, old in pairs]
         self._replaced += sum(a is not b for a, b in zip(self._parameters, current, strict=True))
-        self._parameters = current
+        self._parameters[:] = current  # the looks share this list

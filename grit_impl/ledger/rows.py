@@ -1,8 +1,9 @@
 """The ledger's file: JSON objects, one per line, gzipped. `pandas.read_json(path, lines=True)` reads it.
 
-Rows of kind `run` (one, first), `step` (one per optimizer step), `tensor` (one per step and tensor), `factors`
-(the preconditioner's own report, at a few steps), `end` (one, last: the number of the run's last step). A key that
-does not apply is left out.
+Rows of kind `run` (one, first), `step` (one per optimizer step), `tensor` (one per step and tensor, see `TENSOR`),
+`factors` (the preconditioner's own report, at a few steps), `problem` (what went wrong in the ledger, which then stopped
+looking), `end` (one, last: the number of the run's last step, and the hashes of its weights). A key that does not apply
+is left out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,52 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 LEVEL = 4
 # 2: steps are numbered like the run's, also after it was resumed.
 SCHEMA = 2
+
+NUMBER, FLAG, TEXT = "number", "flag", "text"
+TENSOR: dict[str, tuple[str, str]] = {
+    "step": (NUMBER, "of the run, from 1"),
+    "name": (TEXT, "of the tensor in the model"),
+    "why": (TEXT, "why it takes no part in the forward pass, as its layer says"),
+    "absent": (FLAG, "backward left no gradient"),
+    "raw": (NUMBER, "norm of the gradient that backward left"),
+    "hash_raw": (TEXT, "of that gradient's bits"),
+    "unheld": (FLAG, "no optimizer that stepped holds it"),
+    "entry": (NUMBER, "norm of the gradient that the optimizer found"),
+    "hash_entry": (TEXT, "of that gradient's bits, where they differ from the raw one's"),
+    "turn": (NUMBER, "1 - cos between the two"),
+    "turns": (NUMBER, "how often something turned it in between"),
+    "mods": (NUMBER, "how often something changed it in between, but for clipping, unscaling and clearing"),
+    "by": (TEXT, "who"),
+    "written": (NUMBER, "norm of the gradient when it was turned farthest, if that is not what the optimizer found"),
+    "turn_written": (NUMBER, "1 - cos between that and the raw one"),
+    "undone_by": (TEXT, "who came after"),
+    "nonfinite": (FLAG, "it was finite after backward and then was not"),
+    "lost": (FLAG, "zeroed or removed before the optimizer ran"),
+    "micro": (TEXT, "who changed it between two backward passes of the step"),
+    "late": (TEXT, "who changed it after the optimizer had run"),
+    "update": (NUMBER, "norm of the parameter's change"),
+    "hash_before": (TEXT, "of the parameter's bits at the optimizer's entry"),
+    "hash_after": (TEXT, "of the parameter's bits after it"),
+    "drift": (NUMBER, "change of the parameter since the step before, over the larger of its norms then and now"),
+    "rate_zero": (FLAG, "its group's learning rate is 0"),
+    "stepped": (NUMBER, "optimizer steps on this gradient, where there were several"),
+    "update_exact": (NUMBER, "sample: norm of the change"),
+    "update_raw": (NUMBER, "sample: norm of the change that the raw gradient would have made"),
+    "update_turn": (NUMBER, "sample: 1 - cos between the two"),
+    "replay": (NUMBER, "sample: relative distance of the change from the optimizer's, replayed"),
+    "replay_turn": (NUMBER, "sample: 1 - cos between those two"),
+    "reaction": (NUMBER, "sample, first steps: what the negated gradient changes of the replay, relative"),
+    "noise": (NUMBER, "sample, first steps: what repeating it changes of the replay, relative"),
+    "arrived": (NUMBER, "sample, 16-bit parameters: share of the intended change that rounding left"),
+    "fit": (NUMBER, "structure: relative residual of the best r x r matrix that makes the written gradient"),
+    "condition": (NUMBER, "structure: that matrix's condition number"),
+    "identity": (NUMBER, "structure: its relative distance from a multiple of the identity"),
+    "diagonal": (NUMBER, "structure: its relative distance from a diagonal matrix"),
+    "matrix": (TEXT, "structure: what the matrix is, by the ledger's own statistics"),
+    "twice": (NUMBER, "structure: how badly it explains the second change too, 0: exactly"),
+    "stale": (NUMBER, "structure: residual where the previous step's gradient stands for the raw one"),
+}
+"""The keys of a row of kind `tensor`: their type, and what they say."""
 
 
 class RowWriter:

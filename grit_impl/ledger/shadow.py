@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 GHOST = "_ledger_ghost"
-# |u|, |u_raw|, cos(u, u_raw), |u - u_replay| / |u|, |u_replay - u_other| / |u| where other gradients were tried.
-COLUMNS = 5
+# |u|, |u_raw|, cos(u, u_raw), |u - u_replay| / |u|, cos(u, u_replay); where they were tried: |u_replay - u_other| / |u|
+# with other gradients, |u_replay - u_again| / |u| for optimizers that draw random numbers; <u, U> / |U|^2, where U is
+# the replay in float32 of a 16-bit parameter.
+COLUMNS = 8
 TRIALS = 5
 
 
@@ -45,11 +47,16 @@ class Shadows:
         self._nested = False
         self._raw_state: dict[int, dict[str, Any]] = {}
         self._entry: dict[int, tuple[Tensor, Tensor | None, dict[str, Any], int]] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._fields: dict[str, Any] = {}
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:
         """At the optimizer's entry: keep the sampled parameters, their gradients and their state."""
         self._entry = {}
+        # As they are now: some optimizers count their steps there.
+        self._groups = [{k: _copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._fields = {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float)}
         groups = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for index, p in self.sample.items():
             if id(p) in groups:
@@ -70,7 +77,7 @@ class Shadows:
             nested: This was a call of the base class's `step` from a subclass's `step`.
 
         Returns:
-            (len(sample), 5) on the parameters' device, or None; rows of parameters that it does not hold are NaN.
+            (len(sample), COLUMNS) on the parameters' device, or None; rows of parameters that it does not hold are NaN.
         """
         if self.problem or not self._entry:
             return None
@@ -81,38 +88,59 @@ class Shadows:
             unmodified = {i: g.clamp(-clip_value, clip_value) for i, g in unmodified.items()}
         try:
             with _fenced(optimizer, self.sample):
-                replay, _ = self._run(optimizer, written, {i: _copy_state(e[2]) for i, e in self._entry.items()})
-                other = replay
+                replay, _ = self._replay(optimizer, written)
+                other = again = coarse = {}
                 if self._trials < TRIALS:
-                    other, _ = self._run(
-                        optimizer, {i: -g for i, g in written.items()}, {i: e[2] for i, e in self._entry.items()}
-                    )
+                    other, _ = self._replay(optimizer, {i: -g for i, g in written.items()})
+                    if foreign(optimizer):
+                        again, _ = self._replay(optimizer, written)
+                short = {i: g for i, g in written.items() if self._entry[i][0].element_size() == 2}
+                with contextlib.suppress(Exception):  # one that insists on its own type
+                    coarse, _ = self._replay(optimizer, short, torch.float32) if short else ({}, {})
                 states = {i: self._raw_state.get(i) or _copy_state(e[2]) for i, e in self._entry.items()}
                 shadow, new = self._run(optimizer, unmodified, states)
         except Exception as error:  # an observer must not stop the training it observes
-            self.problem = f"{type(optimizer).__name__} cannot be shadowed: {error}"
+            self.problem = f"{type(optimizer).__name__} cannot be shadowed: {error}".replace("\n", " ")
             return None
         self._raw_state.update(new)
         device = next(iter(self._entry.values()))[0].device
         out = torch.full((len(self.sample), COLUMNS), torch.nan, dtype=torch.float64, device=device)
+        nothing = torch.full((), torch.nan, device=device)
         for row, (index, p) in enumerate(self.sample.items()):
             if index in replay and index in shadow:
                 start = self._entry[index][0].float()
-                u, ur, us, uo = (x.float() - start for x in (p, replay[index], shadow[index], other[index]))
-                n, ns = u.norm(), us.norm()
-                values = (n, ns, (u * us).sum() / (n * ns), (u - ur).norm() / n, (ur - uo).norm() / n)
+                u, ur, us = (x.float() - start for x in (p, replay[index], shadow[index]))
+                n, ns, nr = u.norm(), us.norm(), ur.norm()
+                values = [n, ns, (u * us).sum() / (n * ns), (u - ur).norm() / n, (u * ur).sum() / (n * nr)]
+                for tried in (other, again):
+                    values.append((replay[index].float() - tried[index].float()).norm() / n if tried else nothing)
+                whole = coarse[index].float() - start if index in coarse else None
+                values.append(nothing if whole is None else (u * whole).sum() / whole.square().sum())
                 out[row] = torch.stack(values).double()
-        if self._trials >= TRIALS:
-            out[:, 4] = torch.nan
         self._trials += 1
         return out
 
+    def _replay(
+        self, optimizer: Optimizer, grads: dict[int, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
+        states = {i: _copy_state(self._entry[i][2]) for i in grads}
+        if dtype is not None:
+            for state in states.values():
+                coarse = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.element_size() == 2}
+                state |= {k: v.to(dtype) for k, v in coarse.items() if v.is_floating_point()}
+        return self._run(optimizer, grads, states, dtype)
+
     def _run(
-        self, optimizer: Optimizer, grads: dict[int, Tensor], states: dict[int, dict[str, Any]]
+        self,
+        optimizer: Optimizer,
+        grads: dict[int, Tensor],
+        states: dict[int, dict[str, Any]],
+        dtype: torch.dtype | None = None,
     ) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
         ghost = _ghost(optimizer, _base(type(optimizer)) if self._nested else type(optimizer))
-        clones = {i: nn.Parameter(self._entry[i][0].clone()) for i in grads}
-        ghost.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
+        ghost.__dict__.update(self._fields)
+        clones = {i: nn.Parameter(self._entry[i][0].to(dtype or self._entry[i][0].dtype, copy=True)) for i in grads}
+        ghost.param_groups = [{**{k: _copied(v) for k, v in group.items()}, "params": []} for group in self._groups]
         ghost.state = defaultdict(dict)
         for i, clone in clones.items():
             clone.grad = grads[i].to(clone.dtype).clone()
@@ -123,8 +151,17 @@ class Shadows:
         return ({i: c.detach() for i, c in clones.items()}, {i: ghost.state[c] for i, c in clones.items()})
 
 
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 def _copy_state(state: Any) -> dict[str, Any]:
-    return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+    return {k: _copied(v) for k, v in state.items()}
+
+
+def foreign(optimizer: Optimizer) -> bool:
+    """Whether an optimizer may draw random numbers, or couple tensors that a replay of a sample does not see."""
+    return not type(optimizer).__module__.startswith(("torch.optim", "bitsandbytes"))
 
 
 def _base(kind: type[Optimizer]) -> type[Optimizer]:

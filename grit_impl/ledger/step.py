@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grit_impl.ledger.structure import Grams, gram
-from grit_impl.ledger.timeline import AUTOGRAD, Probe, StepData, empty_table
+from grit_impl.ledger.timeline import AUTOGRAD, NORM, PREVIOUS, Probe, StepData, empty_table
 
 Stamp = tuple["weakref.ref[Tensor]", int]
 
@@ -31,16 +31,31 @@ class Step:
         lean: Some fingerprints were not taken, because of versions that agreed.
         lost: Something was written where none were taken: the step counts as not sampled.
         mistaken: Versions agreed where hashes differ.
+        before_pass: (weak reference, version) of every gradient before the backward pass under way.
+        passes: Backward passes, also those that touched no watched gradient.
+        manual: Gradients that `torch.autograd.grad` returned, added up: they are nobody's `.grad` yet.
+        inside: Position -> (unmodified gradient, gradient, parameter) where an optimizer stepped during backward.
+        inside_after: Position -> the parameter after that.
+        restart: A closure began: what it finds replaces what was seen before.
+        left: Fingerprints of the parameters as the step before left them.
+        foreign: An optimizer stepped that is not torch's or one that is known to be replayed tensor by tensor.
+        stepped_on: How often an optimizer stepped on each gradient.
+        rate_zero: Whose group's learning rate was 0.
+        why: Position of a tensor that takes no part in the forward pass -> why.
         previous: The previous step's unmodified gradients of the tensors whose structure is looked at.
         grams: Inner products of theirs (see structure.py), with the probes that they belong to.
     """
 
     full: bool
     entry: NDArray[np.int64]
+    stepped_on: NDArray[np.int64]
+    rate_zero: NDArray[np.bool_]
+    expected: NDArray[np.bool_]
     probes: list[Probe] = field(default_factory=list)
     raw: list[int] = field(default_factory=list)
     raw_sample: dict[int, Tensor] = field(default_factory=dict)
     raw_norm: Tensor | None = None
+    raw_look: Any = None
     unhooked: dict[int, Tensor] = field(default_factory=dict)
     moved: list[tuple[Any, Any, Any]] = field(default_factory=list)
     shadows: list[Any] = field(default_factory=list)
@@ -56,11 +71,20 @@ class Step:
     stepped: bool = False
     skipped: bool = False
     leftover: bool = False
+    foreign: bool = False
     max_norm: float | None = None
     clip_value: float | None = None
     unscale: Tensor | None = None
     late_reads: dict[str, int] = field(default_factory=dict)
     number: int = 0
+    before_pass: list[Stamp | None] = field(default_factory=list)
+    passes: int = 0
+    manual: dict[int, Tensor] = field(default_factory=dict)
+    inside: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    inside_after: dict[int, Tensor] = field(default_factory=dict)
+    restart: bool = False
+    why: dict[int, str] = field(default_factory=dict)
+    left: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     fetched: Any = None
     previous: dict[int, Tensor] = field(default_factory=dict)
@@ -74,9 +98,10 @@ class Step:
     def fetch(self, *, cuda: bool) -> None:
         """Begin to copy to the host, without waiting."""
         for probe in self.probes:
-            probe.table = _to_host(probe.table)
+            probe.table, probe.look = _to_host(probe.table), None
         self._multiply()
         self.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in self.moved]
+        self.left = _to_host(self.left)
         self.shadows = [_to_host(r) for r in self.shadows]
         self.checks = [(_to_host(a), _to_host(b)) for a, b in self.checks]
         if cuda:
@@ -115,7 +140,9 @@ class Step:
         self._read_probes(n)
         before, after = empty_table(n), empty_table(n)
         for held, b, a in self.moved:
-            before[held], after[held] = b.numpy()[held], a.numpy()[held]
+            first = held & np.isnan(before[:, NORM])  # stepped twice: from the first entry to the last exit
+            if b is not None and a is not None:
+                before[first, :PREVIOUS + 1], after[held, :PREVIOUS + 1] = b.numpy()[first], a.numpy()[held]
         shadow = {
             i: values
             for result in self.shadows
@@ -128,7 +155,20 @@ class Step:
         moved = (before, after) if self.moved else None
         grams = {i: Grams(blocks.numpy()) for i, (blocks, _) in self.grams.items()}
         return StepData(
-            self.number, probes, self.raw, self.entry, moved, shadow, self.facts, grams, self._places() if grams else {}
+            self.number,
+            probes,
+            self.raw,
+            self.entry,
+            self.stepped_on,
+            self.expected,
+            self.rate_zero,
+            self.why,
+            moved,
+            None if self.left is None else self.left.numpy(),
+            shadow,
+            self.facts,
+            grams,
+            self._places() if grams else {},
         )
 
     def _places(self) -> dict[int, dict[int, int]]:

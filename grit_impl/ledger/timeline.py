@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from grit_impl.ledger.structure import Grams
 
-# A fingerprint (sketches.py makes them; reading them needs no torch).
-SKETCH = 16  # components per tensor; 1 - cos is known to 35%, and thresholds on it are powers of ten
-COLUMNS = SKETCH + 2  # hash, norm, sketch
+# Columns of a probe's table (fingerprints.py makes them; reading them needs no torch): hash, norm, inner products with
+# the gradient at the probe before, and with the unmodified one. In the parameters' tables the third is a distance:
+# from the parameters that the step before left, and from those that the optimizer found.
+NORM, PREVIOUS, RAW = 1, 2, 3
+COLUMNS = 4
 
 # Closer than this to the same direction is "only scaled": bf16 rounding of a scaled gradient stays below 2e-6.
 TURN = 1e-4
@@ -46,8 +48,9 @@ class Probe:
     Attributes:
         who: The code that ran since the previous probe.
         moment: What comes next, e.g. `backward`, `step:AdamW`.
-        table: Fingerprints (N, 2 + K), rows of missing gradients NaN; on the device until the step is closed.
+        table: Fingerprints (N, 4), rows of missing gradients NaN; on the device until the step is closed.
         missing: (N,) the gradient was None.
+        look: The gradients themselves; until the step is closed.
         samples: Gradients of the tensors whose structure is looked at; until the step is closed.
         like: The probe whose table this one shares, because no gradient's version had changed; None: it has its own.
     """
@@ -58,6 +61,7 @@ class Probe:
     missing: NDArray[np.bool_]
     samples: dict[int, Any] = field(default_factory=dict)
     like: Probe | None = None
+    look: Any = None
 
     @property
     def hash(self) -> NDArray[np.int64]:
@@ -69,7 +73,7 @@ class Probe:
     @property
     def norm(self) -> Table:
         """(N,) norms; 0 where missing."""
-        return np.where(self.missing, 0.0, self.table[:, 1])
+        return np.where(self.missing, 0.0, self.table[:, NORM])
 
 
 def empty_table(n: int) -> Table:
@@ -77,18 +81,17 @@ def empty_table(n: int) -> Table:
     return np.full((n, COLUMNS), np.nan)
 
 
-def turn(a: Table, b: Table) -> Table:
-    """(N,) 1 - cos between the sketches of two tables; NaN where one is zero, missing or not finite."""
-    x, y = a[:, 2:], b[:, 2:]
+def turn(inner: Table, a: Table, b: Table) -> Table:
+    """(N,) 1 - cos from inner products and norms; NaN where one is zero, missing or not finite."""
     with np.errstate(all="ignore"):
-        x = x / np.abs(x).max(1, keepdims=True)
-        y = y / np.abs(y).max(1, keepdims=True)
-        return np.asarray(1.0 - (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1)))
+        return np.asarray(1.0 - inner / a / b)
 
 
 def turn_at(step: StepData, raw: int, j: int) -> Table:
-    """(N,) 1 - cos between the raw gradients and those of probe j."""
-    return turn(step.probes[raw].table, step.probes[j].table)
+    """(N,) 1 - cos between the unmodified gradients and those of probe j, which is no earlier."""
+    before, now = step.probes[raw], step.probes[j]
+    inner = now.norm**2 if now.table is before.table else now.table[:, RAW]
+    return turn(inner, before.norm, now.norm)
 
 
 def classify(a: Probe, b: Probe) -> NDArray[np.int64]:
@@ -99,7 +102,7 @@ def classify(a: Probe, b: Probe) -> NDArray[np.int64]:
     norm_a, norm_b = a.norm, b.norm
     differs = a.hash != b.hash
     with np.errstate(invalid="ignore"):
-        turned = ~(turn(a.table, b.table) <= TURN)
+        turned = ~(turn(b.table[:, PREVIOUS], norm_a, norm_b) <= TURN)
     code[differs] = SCALED
     code[differs & turned] = TURNED
     code[differs & (norm_a == 0) & (norm_b > 0)] = APPEARED
@@ -119,7 +122,12 @@ class StepData:
         probes: In order of time; empty if the step was not sampled.
         raw: Position of the probe after each backward pass, before any gradient hook.
         entry: (N,) probe at the entry of the innermost optimizer that holds the tensor; -1: none.
+        stepped: (N,) how often an optimizer stepped on the gradient.
+        expected: (N,) the tensor is trained, or was when the ledger was opened.
+        rate_zero: (N,) the learning rate of the tensor's group was 0.
+        why: Position of a tensor that takes no part in the forward pass -> why.
         moved: Fingerprints of the parameters at the optimizer's entry and after it.
+        left: Fingerprints of the parameters as the step before left them.
         shadow: Position of a sampled tensor -> what `Shadows.after` returns.
         grams: Position of a tensor whose structure is looked at -> inner products of its gradients.
         places: The same -> where in them the gradient of probe j is (absent: it was None), and that of the previous
@@ -131,7 +139,12 @@ class StepData:
     probes: list[Probe]
     raw: list[int]
     entry: NDArray[np.int64]
+    stepped: NDArray[np.int64]
+    expected: NDArray[np.bool_]
+    rate_zero: NDArray[np.bool_]
+    why: dict[int, str]
     moved: tuple[Table, Table] | None
+    left: Table | None
     shadow: dict[int, list[float]]
     facts: dict[str, Any]
     grams: dict[int, Grams] = field(default_factory=dict)
@@ -222,18 +235,27 @@ def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -
     never = np.all(np.stack([p.missing for p in step.probes]), axis=0).tolist()
     entries = step.entry.tolist()
     moved = None if step.moved is None else [_all_bits(t) for t in step.moved]
-    updates = None if step.moved is None else np.linalg.norm((step.moved[1] - step.moved[0])[:, 2:], axis=1).tolist()
+    updates = None if step.moved is None else step.moved[1][:, PREVIOUS].tolist()
+    scales = [math.nan] * len(names)
+    if step.moved is not None and step.left is not None:
+        scales = np.fmax(step.moved[0][:, NORM], step.left[:, NORM]).tolist()
+    drifts = [math.nan] * len(names) if step.moved is None else step.moved[0][:, PREVIOUS].tolist()
     out = []
     for i, name in enumerate(names):
         entry = entries[i]
         end = max(entry, raw) if entry >= 0 else len(step.probes) - 1
-        if never[i]:
+        if never[i] and not step.expected[i]:
             continue
         row: dict[str, Any] = {"kind": "tensor", "step": step.number, "name": name}
-        row["raw"], row["hash_raw"] = short(norms[raw][i]), _hex(hashes[raw][i])
+        if i in step.why:
+            row["why"] = step.why[i]
+        if step.probes[raw].missing[i]:
+            row["absent"] = True
+        else:
+            row["raw"], row["hash_raw"] = short(norms[raw][i]), _hex(hashes[raw][i])
         if entry < 0:
             row["unheld"] = True
-        else:
+        elif not never[i]:
             row["entry"] = short(norms[entry][i])
             if hashes[entry][i] != hashes[raw][i]:
                 row["hash_entry"] = _hex(hashes[entry][i])
@@ -252,6 +274,7 @@ def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -
             row["by"] = step.probes[peak].who
         if math.isfinite(norms[raw][i]) and any(c == NONFINITE for j, c, w in changes):
             row["nonfinite"] = True
+            row["by"] = next(w for j, c, w in changes if c == NONFINITE)
         if changes:
             row["mods"] = len(changes)
             row.setdefault("by", changes[-1][2])
@@ -265,7 +288,9 @@ def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -
         cleared = [j for j, c, w in segments if j <= raw and c in (ZEROED, GONE)]
         if micro and cleared and cleared[-1] >= micro[-1][0]:
             j, row["by"] = micro[-1]
-            row["written"], row["turn_written"] = short(norms[j][i]), short(turn_at(step, raw, j)[i])
+            before, after = step.probes[j - 1], step.probes[j]
+            changed = turn(after.table[:, PREVIOUS], before.norm, after.norm)[i]
+            row["written"], row["turn_written"] = short(norms[j][i]), short(changed)
             row["undone_by"] = "clearing and another backward"
         elif micro:
             row["micro"] = micro[0][1]
@@ -274,6 +299,12 @@ def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -
             row["late"] = late[0]
         if updates is not None and moved is not None and entry >= 0:
             row["update"] = short(updates[i])
+            if drifts[i] > 0 and scales[i] > 0:
+                row["drift"] = short(drifts[i] / scales[i])
+            if step.rate_zero[i]:
+                row["rate_zero"] = True
+            if step.stepped[i] > 1:
+                row["stepped"] = int(step.stepped[i])
             row["hash_before"], row["hash_after"] = _hex(moved[0][i]), _hex(moved[1][i])
         row |= _shadow(step.shadow.get(i, []))
         if turned and i in step.grams:
@@ -304,14 +335,20 @@ def _structure(grams: Grams, places: dict[int, int], raw: int, end: int, turned:
 def _shadow(values: list[float]) -> dict[str, Any]:
     if not values or not np.isfinite(values[0]):
         return {}
-    u, raw, cosine, replay, reaction = values
+    u, raw, cosine, replay, agreement, reaction, noise, arrived = values
     row = {"update_exact": u, "update_raw": raw, "update_turn": 1 - cosine, "replay": replay, "reaction": reaction}
+    row |= {"replay_turn": 1 - agreement, "noise": noise, "arrived": arrived}
     return {k: short(v) for k, v in row.items() if np.isfinite(v)}
 
 
 def _all_bits(table: Table) -> list[int]:
     bits: list[int] = np.ascontiguousarray(table[:, 0]).view(np.int64).tolist()
     return bits
+
+
+def hexes(table: Table) -> list[str]:
+    """The hash column, as rows show it."""
+    return [_hex(value) for value in _all_bits(table)]
 
 
 def _hex(value: int) -> str:

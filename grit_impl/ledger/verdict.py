@@ -1,7 +1,6 @@
-"""The verdict: did the optimizer consume the modified gradients, and if not, why?
+"""The verdict: did the optimizer consume the modified gradients, and if not, which link of the chain broke?
 
-`judge_ledger` asks a list of detectors, in the order in which causes exclude each other; the first that answers names
-the cause. Everything is decided from one run. Only "identical to the baseline" takes two: `judge_pair`.
+Everything is decided from one run. Only "identical to the baseline" takes two: `judge_pair`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from grit_impl.ledger.detectors import DETECTORS, PARTLY_SEEN, UNDECIDED, Detector
+from grit_impl.ledger.chain import CHECKS, Breach, Check
 from grit_impl.ledger.findings import Facts, facts
+from grit_impl.ledger.table import LinkRow, chain_of, not_checked
+from grit_impl.ledger.words import degrees, most, number, of_all, steps_of
 
+PARTLY_SEEN = "partly-seen"
+UNDECIDED = ("no-steps", "update-unexplained", "no-modifier", "undecided", PARTLY_SEEN)
 HARMLESS = ("effective", "no-modifier")
 MOST_UNSEEN = 0.5
 """Share of a run's steps that may be missing from its ledger (a killed run's) if it is to speak for the run."""
@@ -32,6 +35,10 @@ class Verdict:
         summary: One sentence for people.
         numbers: The evidence behind it.
         per_group: The same quantities for the A and the B factors.
+        link: The link of the chain that broke, or None.
+        chain: Each link: in how many tensor-steps it held, where it broke first, and for whom.
+        unchecked: What could not be seen.
+        also: Cause and sentence of what else was found broken: a consequence of the first, or another fault.
     """
 
     cause: str
@@ -39,6 +46,10 @@ class Verdict:
     summary: str
     numbers: dict[str, Any] = field(default_factory=dict)
     per_group: dict[str, dict[str, Any]] = field(default_factory=dict)
+    link: str | None = None
+    chain: tuple[LinkRow, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
 
     @property
     def fault(self) -> bool:
@@ -49,30 +60,63 @@ class Verdict:
         return f"{self.cause}: {self.summary}"
 
 
-def judge_ledger(ledger: Any, detectors: Sequence[Detector] = DETECTORS) -> Verdict:
+def judge_ledger(ledger: Any, checks: Sequence[Check] = CHECKS) -> Verdict:
     """Name what happened.
 
     Args:
         ledger: A closed `GradientLedger`, the path of its file, or a run record (which knows whether it was resumed).
-        detectors: The decision order.
+        checks: The ways for links to break, in order.
 
     Raises:
         GRITError: the file is missing or corrupt.
     """
     evidence = facts(ledger)
-    verdict = _first(evidence, detectors)
-    return _of_a_part(verdict, evidence) if evidence.unseen else verdict
+    verdict = _judge(evidence, checks)
+    return _of_a_part(verdict, evidence) if evidence.unseen > 0 and evidence.problem is None else verdict
 
 
-def _first(f: Facts, detectors: Sequence[Detector]) -> Verdict:
-    common = _numbers(f)
-    for detector in detectors:
-        finding = detector.find(f)
-        if finding is not None:
-            cause = finding.cause or detector.cause
-            effective = True if cause == "effective" else None if cause in UNDECIDED else False
-            return Verdict(cause, effective, finding.summary, {**common, **finding.numbers}, _per_group(f))
-    return Verdict("undecided", None, "no detector recognised what happened", common, _per_group(f))
+def _judge(f: Facts, checks: Sequence[Check]) -> Verdict:
+    chain = chain_of(f)
+    common = {"numbers": _numbers(f), "per_group": _per_group(f), "chain": chain}
+    if f.problem is not None:
+        text = f"Cannot say: the ledger stopped looking ({f.problem}); the training itself was left alone"
+        return Verdict("undecided", None, text, **common)
+    tensors = max(1, f.tensors.name.nunique())
+    found = [(check, breach) for check in checks if (breach := check.find(f)) is not None]
+    # What broke for most tensors, before what broke for a few; each in the order of the links. NaN spreads.
+    found.sort(key=lambda pair: pair[0].cause != "non-finite" and 2 * _count(pair[1], tensors) < tensors)
+    also = tuple((b.cause or c.cause, b.summary) for c, b in found[1:])
+    for check, breach in found:
+        cause = breach.cause or check.cause
+        effective = None if cause in UNDECIDED else False
+        text = f"{'No' if effective is False else 'Cannot say'}: {breach.summary}"
+        common["numbers"] = {**common["numbers"], **breach.numbers}  # type: ignore[dict-item]
+        return Verdict(cause, effective, text, **common, link=check.link, also=also)
+    if not len(f.bent):
+        return Verdict("no-modifier", None, _plain(f, chain), **common)
+    unseen = tuple(not_checked(f, chain))
+    common["numbers"] = {**common["numbers"], "by": most(f.bent.by)}  # type: ignore[dict-item]
+    return Verdict("effective", True, _yes(f, unseen), **common, unchecked=unseen)
+
+
+def _count(breach: Breach, tensors: int) -> int:
+    return tensors if breach.tensors is None else len(set(breach.tensors))
+
+
+def _yes(f: Facts, unseen: Sequence[str]) -> str:
+    text = f"Yes: in {steps_of(f.bent.step, f)}, {of_all(f.bent.name.unique(), f)}; "
+    if f.bent.update_turn.notna().any():
+        text += f"updates turned by {degrees(f.bent.update_turn)}; "
+    else:
+        text += f"gradients turned by {degrees(f.bent.turn)}; "
+    return text + (f"not checked: {', '.join(unseen)}" if unseen else "every link was seen")
+
+
+def _plain(f: Facts, chain: Sequence[LinkRow]) -> str:
+    moved = next(row.held for row in chain if row.link == "moved")
+    optimizer = next((s["optimizer"] for s in f.steps if s.get("optimizer")), "the optimizer")
+    text = f"Plain training: {optimizer} found the gradients of {number(f.live.name.nunique(), 'tensor')} as backward left"
+    return f"{text} them, in {number(len(f.steps), 'step')}, and moved the weights by them ({moved} updates seen)"
 
 
 def _of_a_part(verdict: Verdict, f: Facts) -> Verdict:
@@ -88,7 +132,7 @@ def _of_a_part(verdict: Verdict, f: Facts) -> Verdict:
     fault = verdict.cause not in (*HARMLESS, *UNDECIDED)
     if fault or f.unseen <= MOST_UNSEEN * last:
         return replace(verdict, summary=f"{verdict.summary} ({seen})", numbers=numbers)
-    summary = f"too little of the run is in its ledger to speak for it ({seen}); of that part: {verdict}"
+    summary = f"Cannot say: too little of the run is in its ledger to speak for it ({seen}); of that part: {verdict}"
     return replace(verdict, cause=PARTLY_SEEN, effective=None, summary=summary, numbers=numbers)
 
 
@@ -102,8 +146,19 @@ def assert_effective(ledger: Any, *, allow: Sequence[str] = ()) -> Verdict:
     verdict = judge_ledger(ledger)
     if not (verdict.effective or verdict.cause in allow):
         numbers = ", ".join(f"{k} = {v}" for k, v in verdict.numbers.items())
-        raise AssertionError(f"the modified gradients had no effect: {verdict} [{numbers}]")
+        raise AssertionError(f"{verdict.summary} [{verdict.cause}; {numbers}]\n{table_text(verdict)}")
     return verdict
+
+
+def table_text(verdict: Verdict) -> str:
+    """The chain as a table for a terminal."""
+    lines = [f"{'link':12}{'held in (tensor-steps)':>24}  {'first break':>11}  who"]
+    for row in verdict.chain:
+        held = f"{row.held} of {row.seen}" if row.seen else "not seen"
+        first = "" if row.first is None else f"step {row.first}"
+        mark = " <- broke" if row.link == verdict.link else ""
+        lines.append(f"{row.link:12}{held:>24}  {first:>11}  {row.who}{mark}".rstrip())
+    return "\n".join(lines)
 
 
 def judge_pair(ledger: Any, baseline: Any) -> Verdict:

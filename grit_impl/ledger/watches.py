@@ -1,4 +1,4 @@
-"""What the ledger watches of a model: its LoRA tensors, hooks that others put on them, and tensors left behind."""
+"""What the ledger watches of a model: its LoRA tensors, whether they are used, others' hooks, and tensors left behind."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return lora or {n: (m, k) for n, (m, k) in found.items() if m.get_parameter(k).requires_grad}
 
 
+def sharded(model: nn.Module) -> str | None:
+    """What a model's parameters are sharded by, if they are: a process then holds parts of gradients only."""
+    for p in model.parameters():
+        if type(p.data).__name__ == "DTensor" or type(p).__name__ in ("FlatParameter", "DTensor"):
+            return type(p).__name__ if type(p).__name__ == "FlatParameter" else "DTensor"
+        if hasattr(p, "ds_id"):
+            return "DeepSpeed ZeRO-3"
+    return None
+
+
 def spread(indices: list[int], count: int) -> list[int]:
     """`count` of them, evenly spread; pairs stay together, so that both factors of a layer are seen."""
     if len(indices) <= count:
@@ -37,17 +47,67 @@ def spread(indices: list[int], count: int) -> list[int]:
     return [i for j in sorted(set(chosen.tolist())) for i in pairs[j]]
 
 
+class LayerWatch:
+    """Whether tensors take part in the forward pass, as far as their layers say.
+
+    Args:
+        model: It.
+        owners: As `owners` gives them.
+    """
+
+    def __init__(self, model: nn.Module, owners: dict[str, tuple[nn.Module, str]]) -> None:
+        self.model = model
+        self._layers: dict[str, tuple[nn.Module | None, list[tuple[int, str]]]] = {}
+        for i, name in enumerate(owners):
+            prefix, dot, rest = name.partition(".lora_")
+            layer = _submodule(model, prefix) if dot else None
+            adapter = rest.split(".")[1] if rest.count(".") else ""
+            self._layers.setdefault(prefix if dot else name, (layer, []))[1].append((i, adapter))
+
+    def absent(self) -> dict[int, str]:
+        """Position -> why it takes no part."""
+        found: dict[int, str] = {}
+        for prefix, (layer, tensors) in self._layers.items():
+            if layer is None:
+                continue
+            why = ""
+            if _submodule(self.model, prefix) is not layer:
+                why = "its layer is no longer in the model"
+            elif getattr(layer, "merged", False):
+                why = "merged into the base weight"
+            elif getattr(layer, "disable_adapters", False):
+                why = "adapters are switched off"
+            active = getattr(layer, "active_adapters", None)
+            for i, adapter in tensors:
+                if why or (isinstance(active, list | tuple) and adapter and adapter not in active):
+                    found[i] = why or f"the active adapter is {', '.join(map(str, active or ())) or 'none'}"
+        return found
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, "_modules", {}).get(part)
+    return module if isinstance(module, nn.Module) else None
+
+
 class HookWatch:
     """Hooks of others: those on gradients are looked through, modules with hooks are counted when called.
 
-    A module whose `forward` was replaced counts as one with hooks, whoever replaced it.
+    Modules are LoRA's own and the layers that hold them; hooks on layers do not count where all of the model's modules
+    have them, as a profiler's. A module of LoRA's whose `forward` was replaced counts as one with hooks, whoever
+    replaced it.
+
+    Args:
+        model: It.
+        protect: Makes a function that does not raise of one that may.
 
     Attributes:
         kind: The kind of gradient hook found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.kind = model, TENSOR_HOOK
+    def __init__(self, model: nn.Module, protect: Callable[..., Any] = lambda call, name: call) -> None:
+        self.model, self.kind, self._protect = model, TENSOR_HOOK, protect
         self._calls: dict[str, int] = {}
         self._handles: dict[Any, Any] = {}
 
@@ -56,12 +116,17 @@ class HookWatch:
         for i, p in enumerate(parameters):
             if i not in self._handles and (kind := _gradient_hooks(p)):
                 self.kind = kind
-                self._handles[i] = _in_front(p, i, store)
-        for name, module in self.model.named_modules():
-            if "lora_" not in name or name in self._calls or len(self._calls) == MODULES:
+                self._handles[i] = _in_front(p, i, store, self._protect)
+        modules = dict(self.model.named_modules())
+        layers = {name.partition(".lora_")[0] for name in modules if ".lora_" in name}
+        others = [m for name, m in modules.items() if "lora_" not in name and name not in layers]
+        everywhere = sum(map(_hooked, others)) * 2 > len(others)
+        for name, module in modules.items():
+            own = "lora_" in name
+            if not (own or (name in layers and not everywhere)) or name in self._calls or len(self._calls) == MODULES:
                 continue
             # A forward of the instance's own is a hook by another name.
-            if any(getattr(module, kind) for kind in _MODULE_HOOKS) or "forward" in vars(module):
+            if _hooked(module) or (own and "forward" in vars(module)):
                 self._calls[name] = 0
                 self._handles[name] = module.register_forward_pre_hook(self._counter(name))
 
@@ -69,7 +134,7 @@ class HookWatch:
         def count(*_: Any) -> None:
             self._calls[name] += 1
 
-        return count
+        return self._protect(count, "module hook")
 
     def reset(self) -> None:
         """Begin a step."""
@@ -86,6 +151,29 @@ class HookWatch:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
+
+
+def masters(optimizer: Any, parameters: Sequence[nn.Parameter], missing: Sequence[int]) -> dict[int, Tensor]:
+    """Position -> the tensor that an optimizer holds in a parameter's place: of its shape and, once rounded, its equal.
+
+    Only where the parameter has a coarser type: a tensor of the same type is a copy that was left behind.
+
+    Args:
+        optimizer: Any of torch's kind.
+        parameters: The model's.
+        missing: Positions of those that it does not hold.
+    """
+    found: dict[int, Tensor] = {}
+    candidates = [q for group in optimizer.param_groups for q in group["params"]]
+    for i in missing:
+        p = parameters[i]
+        for q in candidates:
+            alike = q.shape == p.shape and q.device == p.device and q.element_size() > p.element_size()
+            if alike and torch.equal(q.detach().to(p.dtype), p.detach()):
+                found[i] = q
+                candidates = [c for c in candidates if c is not q]
+                break
+    return found
 
 
 class OrphanWatch:
@@ -112,13 +200,17 @@ class OrphanWatch:
             self._seen = []
 
 
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, kind) for kind in _MODULE_HOOKS)
+
+
 def _gradient_hooks(parameter: nn.Parameter) -> str | None:
     if parameter._backward_hooks:
         return TENSOR_HOOK
     return "post-accumulate hook" if getattr(parameter, "_post_accumulate_grad_hooks", None) else None
 
 
-def _in_front(parameter: Any, index: int, store: Callable[[], dict[int, Tensor]]) -> Any:
+def _in_front(parameter: Any, index: int, store: Callable[[], dict[int, Tensor]], protect: Callable[..., Any]) -> Any:
     """A hook in front of all others that keeps the gradient as autograd accumulated it."""
     if _gradient_hooks(parameter) == TENSOR_HOOK:
 
@@ -126,15 +218,15 @@ def _in_front(parameter: Any, index: int, store: Callable[[], dict[int, Tensor]]
             kept = store()
             kept[index] = kept[index] + grad if index in kept else grad.detach().clone()
 
-        handle = parameter.register_hook(keep)
+        handle = parameter.register_hook(protect(keep, "gradient hook"))
         _move_to_front(parameter._backward_hooks, handle.id)
         return handle
 
     def keep_accumulated(p: Tensor) -> None:
-        assert p.grad is not None
-        store()[index] = p.grad.detach().clone()
+        if p.grad is not None:
+            store()[index] = p.grad.detach().clone()
 
-    handle = parameter.register_post_accumulate_grad_hook(keep_accumulated)
+    handle = parameter.register_post_accumulate_grad_hook(protect(keep_accumulated, "gradient hook"))
     _move_to_front(parameter._post_accumulate_grad_hooks, handle.id)
     return handle
 

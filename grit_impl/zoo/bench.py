@@ -124,9 +124,13 @@ class Bench:
                     self._trainer(moments, folder)
 
     def _loop(self, moments: Moments) -> None:
+        if "loop" in self.options:
+            self.options["loop"](self, moments)
+            return
         optimizer, data = self.build_optimizer(), self.batches()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule) if optimizer else None
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if self.options.get("scaler") else None
+        scale = self.options.get("scale", 2.0**10)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale) if self.options.get("scaler") else None
         moments.at("ready")
         clip = self.options.get("clip", torch.nn.utils.clip_grad_norm_)
         for step in range(self.steps):
@@ -135,6 +139,7 @@ class Bench:
                 rows = torch.tensor([row["input_ids"] for row in data[start : start + BATCH]])
                 with torch.autocast("cpu", torch.bfloat16, enabled=scaler is not None):
                     loss = self.model(input_ids=rows, labels=rows).loss / self.accumulation
+                    loss = loss * self.options.get("loss_factor", lambda _: 1.0)(step)
                 (scaler.scale(loss) if scaler else loss).backward()
                 if micro + 1 < self.accumulation:
                     moments.at("micro")
@@ -157,6 +162,8 @@ class Bench:
                 scheduler.step()
 
     def _schedule(self, step: int) -> float:
+        if "schedule" in self.options:
+            return float(self.options["schedule"](step))
         return min(1.0, step / self.warmup) if self.warmup else 1.0 - 0.5 * step / self.steps
 
     def _trainer(self, moments: Moments, folder: str) -> None:
@@ -165,6 +172,7 @@ class Bench:
         trainer_class, arguments, extra = self._classes(folder)
         optimizer = self.build_optimizer()
         callbacks: list[Any] = [make_callback(moments, own_moment=self.trainer in ("hybrid", "pure"))]
+        callbacks += [make_callback(more) for more in self.options.get("callbacks", ())]
         if "grit" in self.options:
             trainer_class, optimizer, extra = self._with_grit(trainer_class, optimizer, arguments, callbacks, extra)
         elif self.trainer == "hybrid":
@@ -385,7 +393,7 @@ class Whitening:
         self.average[name] = 0.5 * self.average.get(name, square) + 0.5 * square
         s = self.average[name]
         eye = torch.eye(len(s))
-        inverse: Tensor = torch.linalg.inv(s + self.damping * s.trace() / len(s) * eye)
+        inverse: Tensor = torch.linalg.inv(s + (self.damping * s.trace() / len(s) + 1e-12) * eye)
         return inverse
 
     def product(self, name: str, grad: Tensor, matrix: Tensor) -> Tensor:
@@ -404,32 +412,3 @@ class Whitening:
         for name, p in self.parameters.items():
             if p.grad is not None:
                 p.grad.copy_(self.result(name, p.grad))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fault, or one sound variant.
-
-    Attributes:
-        id: Its name.
-        causes: Verdicts that name it rightly.
-        text: What is wrong (or why nothing is).
-        build: Called with the bench before training; returns what to do when.
-        setting: Fields of Bench that it needs.
-        trainers, optimizers: Where it exists.
-        ledger: Arguments of the ledger.
-    """
-
-    id: str
-    causes: tuple[str, ...]
-    text: str
-    build: Callable[[Bench], Moments]
-    setting: dict[str, Any] = field(default_factory=dict)
-    trainers: tuple[str, ...] = TRAINERS
-    optimizers: tuple[str, ...] = OPTIMIZERS
-    ledger: dict[str, Any] = field(default_factory=dict)
-    per_optimizer: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def expected(self, optimizer: str) -> tuple[str, ...]:
-        """The right verdicts under an optimizer."""
-        return self.per_optimizer.get(optimizer, self.causes)

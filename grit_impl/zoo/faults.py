@@ -9,21 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grit_impl.zoo.bench import Bench, Case, Moments, Whitening
+from grit_impl.zoo.bench import Bench, Moments, Whitening
+from grit_impl.zoo.cases import fault
 from grit_impl.zoo.kernels import HookedKFAC, fuse
 from grit_impl.zoo.optimizers import BufferSGD, KeepsGradients
 
-FAULTS: list[Case] = []
 CALLBACK_TRAINERS = ("trainer", "sft", "hybrid", "pure")
 OPEN_ORDER = ("loop", "trainer", "sft", "hybrid")
-
-
-def _fault(id: str, *causes: str, **options: Any) -> Callable[[Callable[[Bench], Moments]], Callable[[Bench], Moments]]:
-    def register(build: Callable[[Bench], Moments]) -> Callable[[Bench], Moments]:
-        FAULTS.append(Case(id, causes, (build.__doc__ or "").strip(), build, **options))
-        return build
-
-    return register
 
 
 def _change(bench: Bench, new: Callable[[str, nn.Parameter, Tensor], Tensor | None]) -> Callable[[], None]:
@@ -37,20 +29,20 @@ def _change(bench: Bench, new: Callable[[str, nn.Parameter, Tensor], Tensor | No
     return run
 
 
-@_fault("late-after-step", "modified-too-late")
+@fault("late-after-step", "modified-too-late")
 def _late(bench: Bench) -> Moments:
     """Preconditions after the optimizer step (the seed experiment's on_optimizer_step)."""
     return Moments(after_step=Whitening(bench.lora).apply)
 
 
-@_fault("late-after-clearing", "modified-too-late", trainers=CALLBACK_TRAINERS)
+@fault("late-after-clearing", "modified-too-late", trainers=CALLBACK_TRAINERS)
 def _late_cleared(bench: Bench) -> Moments:
     """Preconditions in on_step_end, where the gradients are already gone."""
     kfac = HookedKFAC(bench.model, bench.lora)
     return Moments(step_end=kfac.apply)
 
 
-@_fault("late-new-gradient", "modified-too-late")
+@fault("late-new-gradient", "modified-too-late")
 def _late_new(bench: Bench) -> Moments:
     """Writes the preconditioned gradient after clearing: it leaks into the next step's sum."""
     white = Whitening(bench.lora)
@@ -67,7 +59,7 @@ def _late_new(bench: Bench) -> Moments:
     return Moments(after_step=keep, step_end=write)
 
 
-@_fault("starved-fused-kernels", "starved")
+@fault("starved-fused-kernels", "starved")
 def _fused(bench: Bench) -> Moments:
     """Fused LoRA kernels read the weights and never call the modules that hold the hooks."""
     kfac = HookedKFAC(bench.model, bench.lora)
@@ -75,7 +67,7 @@ def _fused(bench: Bench) -> Moments:
     return Moments(before_step=kfac.apply)
 
 
-@_fault("starved-hooks-elsewhere", "starved")
+@fault("starved-hooks-elsewhere", "starved")
 def _hooks_elsewhere(bench: Bench) -> Moments:
     """Hooks were put on a copy of the model; the preconditioner reports layers without samples."""
     kfac = HookedKFAC(copy.deepcopy(bench.model), bench.lora)
@@ -83,7 +75,7 @@ def _hooks_elsewhere(bench: Bench) -> Moments:
     return Moments(before_step=kfac.apply)
 
 
-@_fault("not-enough-samples", "not-ready")
+@fault("not-enough-samples", "not-ready")
 def _few_samples(bench: Bench) -> Moments:
     """The factors never reach their minimum of samples; the preconditioner falls back to the identity."""
     kfac = HookedKFAC(bench.model, bench.lora, min_samples=10**6)
@@ -91,7 +83,7 @@ def _few_samples(bench: Bench) -> Moments:
     return Moments(before_step=kfac.apply)
 
 
-@_fault("never-inverted", "not-ready")
+@fault("never-inverted", "not-ready")
 def _never_inverted(bench: Bench) -> Moments:
     """The first inversion is due after the run's last step."""
     kfac = HookedKFAC(bench.model, bench.lora, every=1000)
@@ -99,7 +91,7 @@ def _never_inverted(bench: Bench) -> Moments:
     return Moments(before_step=kfac.apply)
 
 
-@_fault("written-to-a-copy", "nothing-written")
+@fault("written-to-a-copy", "nothing-written")
 def _copy(bench: Bench) -> Moments:
     """Preconditions a clone of each gradient and drops it."""
     kfac = HookedKFAC(bench.model, bench.lora)
@@ -110,20 +102,20 @@ def _copy(bench: Bench) -> Moments:
 SCALED = {"sgd": ("scaled-only",)}
 
 
-@_fault("damping-drowns-factor", "cancelled-by-optimizer", per_optimizer=SCALED)
+@fault("damping-drowns-factor", "cancelled-by-optimizer", per_optimizer=SCALED)
 def _identity(bench: Bench) -> Moments:
     """Absolute damping far above the factors: a multiple of the identity, another for each tensor."""
     scales = {n: 2.0 + i % 5 for i, n in enumerate(bench.lora)}
     return Moments(before_step=_change(bench, lambda n, p, g: g * scales[n]))
 
 
-@_fault("constant-factor", "cancelled-by-optimizer", per_optimizer=SCALED)
+@fault("constant-factor", "cancelled-by-optimizer", per_optimizer=SCALED)
 def _constant(bench: Bench) -> Moments:
     """Multiplies every gradient by three."""
     return Moments(before_step=_change(bench, lambda n, p, g: 3 * g))
 
 
-@_fault("constant-diagonal", "cancelled-by-optimizer", optimizers=("adamw",))
+@fault("constant-diagonal", "cancelled-by-optimizer", optimizers=("adamw",))
 def _diagonal(bench: Bench) -> Moments:
     """A constant positive diagonal: turns the gradient, and Adam divides it out again."""
     generator = torch.Generator().manual_seed(bench.seed)
@@ -131,7 +123,7 @@ def _diagonal(bench: Bench) -> Moments:
     return Moments(before_step=_change(bench, lambda n, p, g: g * scale[n]))
 
 
-@_fault("restored-after-clipping", "overwritten", trainers=OPEN_ORDER)
+@fault("restored-after-clipping", "overwritten", trainers=OPEN_ORDER)
 def _restored(bench: Bench) -> Moments:
     """Preconditions after backward; something puts the raw gradients back just before the step."""
     white = Whitening(bench.lora)
@@ -144,14 +136,14 @@ def _restored(bench: Bench) -> Moments:
     return Moments(before_clip=precondition, before_step=_change(bench, lambda n, p, g: raw[n]))
 
 
-@_fault("restored-by-optimizer", "overwritten")
+@fault("restored-by-optimizer", "overwritten")
 def _restored_inside(bench: Bench) -> Moments:
     """A wrapping optimizer keeps gradients of its own and hands those to the inner one."""
     bench.make_optimizer = lambda b: KeepsGradients(b.standard(list(b.lora.values())))
     return Moments(ready=lambda: bench.built.watch(), before_step=Whitening(bench.lora).apply)
 
 
-@_fault("recomputed-by-closure", "overwritten", trainers=("loop",), optimizers=("adamw", "sgd"))
+@fault("recomputed-by-closure", "overwritten", trainers=("loop",), optimizers=("adamw", "sgd"))
 def _recomputed(bench: Bench) -> Moments:
     """The gradients are cleared and computed again after they were preconditioned."""
     white = Whitening(bench.lora)
@@ -166,7 +158,7 @@ def _recomputed(bench: Bench) -> Moments:
     return Moments(before_clip=again)
 
 
-@_fault("writes-nan", "non-finite")
+@fault("writes-nan", "non-finite")
 def _nan(bench: Bench) -> Moments:
     """An inverse of a singular factor: NaN in one layer, from the third step on."""
     white, count = Whitening(bench.lora), [0]
@@ -181,7 +173,7 @@ def _nan(bench: Bench) -> Moments:
     return Moments(before_step=write)
 
 
-@_fault("nan-replaced-by-zero", "non-finite", trainers=OPEN_ORDER)
+@fault("nan-replaced-by-zero", "non-finite", trainers=OPEN_ORDER)
 def _nan_dropped(bench: Bench) -> Moments:
     """NaN is written, and replaced by zero before the step."""
     white = Whitening(bench.lora)
@@ -195,14 +187,14 @@ def _nan_dropped(bench: Bench) -> Moments:
     return Moments(before_clip=write, before_step=_change(bench, lambda n, p, g: g.nan_to_num()))
 
 
-@_fault("overflow-skipped", "non-finite", trainers=("loop",), optimizers=("adamw", "sgd"), setting={"accumulation": 1})
+@fault("overflow-skipped", "non-finite", trainers=("loop",), optimizers=("adamw", "sgd"), setting={"accumulation": 1})
 def _overflow(bench: Bench) -> Moments:
     """Under GradScaler, the preconditioned gradient overflows: the scaler skips every step."""
     bench.options["scaler"] = True
     return Moments(before_clip=_change(bench, lambda n, p, g: g * float("inf")))
 
 
-@_fault("cleared-before-step", "dropped")
+@fault("cleared-before-step", "dropped")
 def _cleared(bench: Bench) -> Moments:
     """zero_grad is called between preconditioning and the optimizer."""
     white = Whitening(bench.lora)
@@ -214,7 +206,7 @@ def _cleared(bench: Bench) -> Moments:
     return Moments(before_step=clear)
 
 
-@_fault("set-to-none", "dropped")
+@fault("set-to-none", "dropped")
 def _none(bench: Bench) -> Moments:
     """The preconditioned gradient goes to an attribute of its own and `.grad` is removed."""
     white = Whitening(bench.lora)
@@ -227,20 +219,20 @@ def _none(bench: Bench) -> Moments:
     return Moments(before_step=move)
 
 
-@_fault("on-micro-steps", "applied-on-micro-steps", setting={"accumulation": 4, "steps": 6})
+@fault("on-micro-steps", "applied-on-micro-steps", setting={"accumulation": 4, "steps": 6})
 def _micro(bench: Bench) -> Moments:
     """Preconditions the partial sum after every micro-batch."""
     apply = Whitening(bench.lora).apply
     return Moments(micro=apply, before_step=apply)
 
 
-@_fault("only-on-micro-steps", "applied-on-micro-steps")
+@fault("only-on-micro-steps", "applied-on-micro-steps")
 def _only_micro(bench: Bench) -> Moments:
     """Preconditions in on_substep_end; the last micro-batch is added raw."""
     return Moments(micro=Whitening(bench.lora).apply)
 
 
-@_fault("applied-twice", "applied-twice", trainers=OPEN_ORDER)
+@fault("applied-twice", "applied-twice", trainers=OPEN_ORDER)
 def _twice(bench: Bench) -> Moments:
     """Both the trainer and a callback precondition, with the same factors."""
     white = Whitening(bench.lora)
@@ -256,7 +248,7 @@ def _twice(bench: Bench) -> Moments:
     return Moments(before_clip=first, before_step=second)
 
 
-@_fault("other-adapter", "wrong-parameters")
+@fault("other-adapter", "wrong-parameters")
 def _other_adapter(bench: Bench) -> Moments:
     """Writes to the gradients of an adapter that is not being trained."""
     from peft import LoraConfig
@@ -271,7 +263,7 @@ def _other_adapter(bench: Bench) -> Moments:
     return Moments(before_step=write)
 
 
-@_fault("re-created-tensors", "wrong-parameters")
+@fault("re-created-tensors", "wrong-parameters")
 def _recreated(bench: Bench) -> Moments:
     """The model's LoRA tensors are replaced after the optimizer was built: it steps on the old ones."""
     white = Whitening({})
@@ -285,7 +277,7 @@ def _recreated(bench: Bench) -> Moments:
     return Moments(ready=replace, before_step=white.apply)
 
 
-@_fault("stale-references", "wrong-parameters")
+@fault("stale-references", "wrong-parameters")
 def _stale_references(bench: Bench) -> Moments:
     """The preconditioner holds the tensors of before a reload and writes its results there."""
     white = Whitening(bench.lora)
@@ -301,45 +293,45 @@ def _stale_references(bench: Bench) -> Moments:
     return Moments(before_step=write)
 
 
-@_fault("not-in-optimizer", "wrong-parameters")
+@fault("not-in-optimizer", "wrong-parameters")
 def _not_held(bench: Bench) -> Moments:
     """The optimizer was built from half of the tensors that are preconditioned."""
     bench.make_optimizer = lambda b: b.standard(list(b.lora.values())[::2])
     return Moments(before_step=Whitening(bench.lora).apply)
 
 
-@_fault("one-layer-only", "only-some-layers")
+@fault("one-layer-only", "only-some-layers")
 def _one_layer(bench: Bench) -> Moments:
     """Only the modules of the first transformer layer are found."""
     return Moments(before_step=Whitening({n: p for n, p in bench.lora.items() if "layers.0." in n}).apply)
 
 
-@_fault("one-factor-only", "only-one-factor")
+@fault("one-factor-only", "only-one-factor")
 def _one_factor(bench: Bench) -> Moments:
     """B's gradients are never preconditioned."""
     return Moments(before_step=Whitening({n: p for n, p in bench.lora.items() if "lora_A" in n}).apply)
 
 
-@_fault("clipped-to-nothing", "clipped-to-nothing", setting={"max_norm": 1e-7})
+@fault("clipped-to-nothing", "clipped-to-nothing", setting={"max_norm": 1e-7})
 def _clipped(bench: Bench) -> Moments:
     """max_grad_norm far below any gradient's norm."""
     return Moments(before_step=Whitening(bench.lora).apply)
 
 
-@_fault("learning-rate-zero", "learning-rate-zero", setting={"rate": 0.0})
+@fault("learning-rate-zero", "learning-rate-zero", setting={"rate": 0.0})
 def _no_rate(bench: Bench) -> Moments:
     """The learning rate is zero."""
     return Moments(before_step=Whitening(bench.lora).apply)
 
 
-@_fault("sign-error", "against-the-gradient")
+@fault("sign-error", "against-the-gradient")
 def _sign(bench: Bench) -> Moments:
     """The preconditioned gradient is subtracted once too often."""
     white = Whitening(bench.lora)
     return Moments(before_step=_change(bench, lambda n, p, g: -white.result(n, g)))
 
 
-@_fault("last-steps-gradient", "stale-gradient")
+@fault("last-steps-gradient", "stale-gradient")
 def _stale(bench: Bench) -> Moments:
     """Writes what was computed from the step before."""
     white = Whitening(bench.lora)
@@ -352,7 +344,7 @@ def _stale(bench: Bench) -> Moments:
     return Moments(before_step=_change(bench, delayed))
 
 
-@_fault("frozen-gradient", "stale-gradient")
+@fault("frozen-gradient", "stale-gradient")
 def _frozen(bench: Bench) -> Moments:
     """A cache is never refreshed: every step gets the first step's gradient."""
     white = Whitening(bench.lora)
@@ -360,7 +352,7 @@ def _frozen(bench: Bench) -> Moments:
     return Moments(before_step=_change(bench, lambda n, p, g: first.setdefault(n, white.result(n, g))))
 
 
-@_fault("layers-mixed-up", "unrelated-gradient")
+@fault("layers-mixed-up", "unrelated-gradient")
 def _mixed(bench: Bench) -> Moments:
     """The gradient of each tensor is written to another layer's tensor of the same shape."""
     white = Whitening(bench.lora)
@@ -375,7 +367,7 @@ def _mixed(bench: Bench) -> Moments:
     return Moments(before_step=write)
 
 
-@_fault("stops-after-overflow", "stopped", setting={"steps": 9})
+@fault("stops-after-overflow", "stopped", setting={"steps": 9})
 def _stops(bench: Bench) -> Moments:
     """One bad step disables the preconditioner for good."""
     white, count = Whitening(bench.lora), [0]
@@ -388,7 +380,7 @@ def _stops(bench: Bench) -> Moments:
     return Moments(before_step=write)
 
 
-@_fault("update-undone", "update-undone")
+@fault("update-undone", "update-undone")
 def _undone(bench: Bench) -> Moments:
     """A snapshot of the parameters is restored after every step."""
     before = {n: p.detach().clone() for n, p in bench.lora.items()}
@@ -400,14 +392,14 @@ def _undone(bench: Bench) -> Moments:
     return Moments(before_step=Whitening(bench.lora).apply, step_end=restore)
 
 
-@_fault("optimizer-keeps-its-own", "not-consumed", optimizers=("sgd",))
+@fault("optimizer-keeps-its-own", "not-consumed", optimizers=("sgd",))
 def _own_gradients(bench: Bench) -> Moments:
     """The optimizer reads gradients from buffers filled during backward, not from `.grad`."""
     bench.make_optimizer = lambda b: BufferSGD(list(b.lora.values()), lr=b.rate)
     return Moments(ready=lambda: bench.built.watch(), before_step=Whitening(bench.lora).apply)
 
 
-@_fault("moved-by-someone-else", "update-unexplained", trainers=("loop",), optimizers=("adamw", "sgd"))
+@fault("moved-by-someone-else", "update-unexplained", trainers=("loop",), optimizers=("adamw", "sgd"))
 def _moved(bench: Bench) -> Moments:
     """Another hook on the optimizer overwrites the parameters during the step."""
     white = Whitening(bench.lora)
@@ -423,14 +415,14 @@ def _moved(bench: Bench) -> Moments:
     return Moments(ready=hook, before_step=white.apply)
 
 
-@_fault("never-cleared", "accumulated-across-steps", trainers=("loop",), optimizers=("adamw", "sgd"))
+@fault("never-cleared", "accumulated-across-steps", trainers=("loop",), optimizers=("adamw", "sgd"))
 def _never_cleared(bench: Bench) -> Moments:
     """zero_grad is missing: preconditioned gradients are added to the next step's."""
     bench.options["keep_gradients"] = True
     return Moments(before_step=Whitening(bench.lora).apply)
 
 
-@_fault("no-torch-optimizer", "no-steps", trainers=("loop",), optimizers=("sgd",))
+@fault("no-torch-optimizer", "no-steps", trainers=("loop",), optimizers=("sgd",))
 def _by_hand(bench: Bench) -> Moments:
     """The parameters are moved by hand: no optimizer ever sees them."""
     white = Whitening(bench.lora)

@@ -39,8 +39,7 @@ def runs(
         GRITError: an unknown trainer, optimizer or case.
     """
     from grit_impl.zoo import bench as zoo
-    from grit_impl.zoo.faults import FAULTS
-    from grit_impl.zoo.sound import SOUND
+    from grit_impl.zoo.catalogue import FAULTS, SOUND
 
     installed = zoo.optimizers()
     chosen_trainers = _known("trainer", trainers, zoo.TRAINERS)

@@ -10,23 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from grit_impl.config import GRITConfig
-from grit_impl.zoo.bench import Bench, Case, Moments, Whitening
+from grit_impl.zoo.bench import Bench, Moments, Whitening
+from grit_impl.zoo.cases import SOUND, Case, sound
 from grit_impl.zoo.kernels import HookedKFAC, fuse
 from grit_impl.zoo.optimizers import Lion
 
-SOUND: list[Case] = []
 PLAIN, EFFECTIVE = ("no-modifier",), ("effective",)
 OPEN_ORDER = ("loop", "trainer", "sft", "hybrid")
 HUGGING_FACE = ("trainer", "sft")
 CONFIG = GRITConfig(kfac_update_freq=1, kfac_min_samples=4)
-
-
-def _sound(id: str, causes: tuple[str, ...], **options: Any) -> Callable[[Any], Callable[[Bench], Moments]]:
-    def register(build: Callable[[Bench], Moments]) -> Callable[[Bench], Moments]:
-        SOUND.append(Case(id, causes, (build.__doc__ or "").strip(), build, **options))
-        return build
-
-    return register
 
 
 def _white(bench: Bench) -> Moments:
@@ -134,7 +126,7 @@ for _name, _make in {
     )
 
 
-@_sound("checkpointing", EFFECTIVE)
+@sound("checkpointing", *EFFECTIVE)
 def _checkpointing(bench: Bench) -> Moments:
     """Gradient checkpointing, not reentrant."""
     bench.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -143,7 +135,7 @@ def _checkpointing(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("checkpointing-reentrant", EFFECTIVE)
+@sound("checkpointing-reentrant", *EFFECTIVE)
 def _reentrant(bench: Bench) -> Moments:
     """Reentrant checkpointing: backward passes inside the backward pass."""
     bench.options["arguments"] = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -153,13 +145,13 @@ def _reentrant(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("before-clipping", EFFECTIVE, trainers=OPEN_ORDER)
+@sound("before-clipping", *EFFECTIVE, trainers=OPEN_ORDER)
 def _before_clipping(bench: Bench) -> Moments:
     """Preconditions in an overridden training_step, before clipping."""
     return Moments(before_clip=Whitening(bench.lora).apply)
 
 
-@_sound("statistics-on-micro-steps", EFFECTIVE)
+@sound("statistics-on-micro-steps", *EFFECTIVE)
 def _micro_statistics(bench: Bench) -> Moments:
     """Reads, but does not write, the gradients after every micro-batch."""
     white = Whitening(bench.lora)
@@ -172,7 +164,7 @@ def _micro_statistics(bench: Bench) -> Moments:
     return Moments(micro=read, before_step=white.apply)
 
 
-@_sound("observers", PLAIN)
+@sound("observers", *PLAIN)
 def _observers(bench: Bench) -> Moments:
     """Callbacks that log gradient norms before and after the step."""
     norms: list[float] = []
@@ -183,7 +175,7 @@ def _observers(bench: Bench) -> Moments:
     return Moments(micro=log, before_step=log, after_step=log, step_end=log)
 
 
-@_sound("effective-with-observers", EFFECTIVE)
+@sound("effective-with-observers", *EFFECTIVE)
 def _observed(bench: Bench) -> Moments:
     """The same beside a preconditioner."""
     moments = _observers(bench)
@@ -191,7 +183,7 @@ def _observed(bench: Bench) -> Moments:
     return moments
 
 
-@_sound("tensor-hooks", EFFECTIVE)
+@sound("tensor-hooks", *EFFECTIVE)
 def _tensor_hooks(bench: Bench) -> Moments:
     """A fixed preconditioner in tensor hooks: linear, so it may run on every micro-batch."""
     generator = torch.Generator().manual_seed(bench.seed)
@@ -202,7 +194,7 @@ def _tensor_hooks(bench: Bench) -> Moments:
     return Moments()
 
 
-@_sound("post-accumulate-hooks", EFFECTIVE, setting={"accumulation": 1})
+@sound("post-accumulate-hooks", *EFFECTIVE, setting={"accumulation": 1})
 def _post_accumulate(bench: Bench) -> Moments:
     """A preconditioner in post-accumulate hooks, without accumulation."""
     white = Whitening(bench.lora)
@@ -219,7 +211,7 @@ def _post_accumulate(bench: Bench) -> Moments:
     return Moments()
 
 
-@_sound("frozen-layers", EFFECTIVE)
+@sound("frozen-layers", *EFFECTIVE)
 def _frozen(bench: Bench) -> Moments:
     """One transformer layer is frozen on purpose."""
     for name, p in bench.lora.items():
@@ -228,7 +220,7 @@ def _frozen(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("frozen-factor", EFFECTIVE)
+@sound("frozen-factor", *EFFECTIVE)
 def _frozen_a(bench: Bench) -> Moments:
     """LoRA-FA: A is frozen on purpose."""
     for name, p in bench.lora.items():
@@ -237,7 +229,7 @@ def _frozen_a(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("two-adapters", EFFECTIVE)
+@sound("two-adapters", *EFFECTIVE)
 def _two_adapters(bench: Bench) -> Moments:
     """A second adapter is loaded and left alone."""
     from peft import LoraConfig
@@ -246,7 +238,7 @@ def _two_adapters(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("bf16-parameters", EFFECTIVE, optimizers=("adamw", "sgd"))
+@sound("bf16-parameters", *EFFECTIVE, optimizers=("adamw", "sgd"))
 def _bf16(bench: Bench) -> Moments:
     """Everything in bfloat16."""
     bench.rate = 1e-2
@@ -254,7 +246,7 @@ def _bf16(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("weights-bounded", PLAIN)
+@sound("weights-bounded", *PLAIN)
 def _bounded(bench: Bench) -> Moments:
     """A constraint on the weights after every step."""
 
@@ -265,7 +257,7 @@ def _bounded(bench: Bench) -> Moments:
     return Moments(after_step=bound)
 
 
-@_sound("weights-averaged", EFFECTIVE)
+@sound("weights-averaged", *EFFECTIVE)
 def _averaged(bench: Bench) -> Moments:
     """An average of the weights is kept beside them."""
     average = {n: p.detach().clone() for n, p in bench.lora.items()}
@@ -277,7 +269,7 @@ def _averaged(bench: Bench) -> Moments:
     return Moments(before_step=Whitening(bench.lora).apply, after_step=follow)
 
 
-@_sound("two-modifiers", EFFECTIVE, trainers=OPEN_ORDER)
+@sound("two-modifiers", *EFFECTIVE, trainers=OPEN_ORDER)
 def _two(bench: Bench) -> Moments:
     """A preconditioner, then gradient noise: two different changes in one step."""
 
@@ -289,7 +281,7 @@ def _two(bench: Bench) -> Moments:
     return Moments(before_clip=Whitening(bench.lora).apply, before_step=noise)
 
 
-@_sound("starts-late", EFFECTIVE)
+@sound("starts-late", *EFFECTIVE)
 def _starts_late(bench: Bench) -> Moments:
     """The factors become ready in the fourth step."""
     kfac = HookedKFAC(bench.model, bench.lora, min_samples=BATCHES_UNTIL_READY)
@@ -297,14 +289,14 @@ def _starts_late(bench: Bench) -> Moments:
     return Moments(before_step=kfac.apply)
 
 
-@_sound("fused-with-capture", EFFECTIVE)
+@sound("fused-with-capture", *EFFECTIVE)
 def _fused(bench: Bench) -> Moments:
     """Fused kernels, and a preconditioner that needs no hooks."""
     fuse(bench.model)
     return _white(bench)
 
 
-@_sound("resumed", EFFECTIVE, optimizers=("adamw", "sgd"))
+@sound("resumed", *EFFECTIVE, optimizers=("adamw", "sgd"))
 def _resumed(bench: Bench) -> Moments:
     """The optimizer starts from a checkpoint's state."""
 
@@ -322,7 +314,7 @@ def _resumed(bench: Bench) -> Moments:
     return _white(bench)
 
 
-@_sound("two-optimizers", EFFECTIVE, trainers=("loop",), optimizers=("adamw", "sgd"))
+@sound("two-optimizers", *EFFECTIVE, trainers=("loop",), optimizers=("adamw", "sgd"))
 def _two_optimizers(bench: Bench) -> Moments:
     """A and B have an optimizer each."""
     bench.make_optimizer = lambda b: b.standard([p for n, p in b.lora.items() if "lora_A" in n])
@@ -335,7 +327,7 @@ def _two_optimizers(bench: Bench) -> Moments:
     return Moments(before_step=step)
 
 
-@_sound("closure", EFFECTIVE, trainers=("loop",), optimizers=("adamw", "sgd"))
+@sound("closure", *EFFECTIVE, trainers=("loop",), optimizers=("adamw", "sgd"))
 def _closure(bench: Bench) -> Moments:
     """The optimizer calls a closure that runs backward and preconditions."""
     white = Whitening(bench.lora)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from grit_impl.ledger.detectors import DETECTORS, Finding
+from grit_impl.ledger.chain import CHECKS, Breach
 from grit_impl.ledger.findings import facts
+from grit_impl.ledger.verdict import judge_ledger
 
 STEPS = 10
 NAMES = [f"layers.{layer}.q_proj.lora_{side}.default.weight" for layer in (0, 1) for side in "AB"]
@@ -45,9 +46,19 @@ def some(n: int, fields: dict[str, Any], other: dict[str, Any] | None = None) ->
     return ledger(lambda step, name: fields if 4 * (step - 1) + NAMES.index(name) < n else other or {})
 
 
-def find(cause: str, rows: Rows) -> Finding | None:
-    """What one detector alone says."""
-    return next(d for d in DETECTORS if d.cause == cause).find(facts(rows))
+SHARED = {"only-one-factor": "only-some-layers"}
+"""Causes that a check of another name answers with."""
+
+
+def find(cause: str, rows: Rows) -> Breach | None:
+    """What one check alone says; for the two verdicts without a breach, what the whole chain says."""
+    if cause in ("effective", "no-modifier"):
+        verdict = judge_ledger(rows)
+        numbers = {"by": verdict.numbers["by"]} if "by" in verdict.numbers else {}
+        return Breach(verdict.summary, None, numbers) if verdict.cause == cause else None
+    check = next(c for c in CHECKS if c.cause == SHARED.get(cause, cause))
+    found = check.find(facts(rows))
+    return found if found is None or cause not in SHARED or found.cause == cause else None
 
 
 def statuses(**counts: int) -> dict[str, Any]:
@@ -55,4 +66,4 @@ def statuses(**counts: int) -> dict[str, Any]:
 
 
 Case = tuple[str, Rows, str | None, dict[str, Any]]
-"""The detector asked, the ledger, the sentence it answers (None: it does not answer), and its numbers."""
+"""The check asked, the ledger, the sentence it answers (None: it does not answer), and its numbers."""

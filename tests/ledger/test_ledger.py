@@ -14,7 +14,7 @@ from grit_impl.errors import GRITError
 from grit_impl.ledger.findings import facts
 from grit_impl.ledger.recorder import gradient_ledger
 from grit_impl.ledger.rows import read_rows
-from grit_impl.ledger.sketches import Sketcher
+from grit_impl.ledger.fingerprints import Fingerprinter
 from grit_impl.zoo.bench import Bench, Moments, Whitening
 
 INTERCEPTED = (
@@ -143,11 +143,11 @@ def test_any_model_can_be_watched():
 def test_skipped_fingerprints_lose_nothing(trainer, monkeypatch):
     """Oracle: the same training with every fingerprint taken. Most are skipped from the third step on."""
     taken = []
-    sketch = Sketcher.__call__
-    monkeypatch.setattr(Sketcher, "__call__", lambda self, tensors: taken.append(1) or sketch(self, tensors))
+    sketch = Fingerprinter.__call__
+    monkeypatch.setattr(Fingerprinter, "__call__", lambda self, *a, **k: taken.append(1) or sketch(self, *a, **k))
     lean = train(trainer=trainer)[1].rows()
     few = len(taken)
-    monkeypatch.setattr("grit_impl.ledger.recorder.FULL_STEPS", 100)
+    monkeypatch.setattr("grit_impl.ledger.looks.FULL_STEPS", 100)
     assert train(trainer=trainer)[1].rows() == lean
     assert few < 0.75 * (len(taken) - few)
 
@@ -209,7 +209,7 @@ def test_a_gradient_replaced_at_its_old_address_is_seen():
     model = _Residual()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with gradient_ledger(model) as ledger:
-        written = [layer.weight for i, layer in enumerate(model.lora_A) if i not in ledger._structured]
+        written = [layer.weight for i, layer in enumerate(model.lora_A) if i not in ledger._looks._structured]
         for _ in range(6):
             model(torch.randn(4, 8)).square().mean().backward()
             for p in written:
@@ -243,7 +243,7 @@ def test_a_pass_that_changes_no_gradient(clip_between, monkeypatch):
         return ledger.rows()
 
     lean = rows()
-    monkeypatch.setattr("grit_impl.ledger.recorder.FULL_STEPS", 100)
+    monkeypatch.setattr("grit_impl.ledger.looks.FULL_STEPS", 100)
     assert lean == rows()
 
 
@@ -252,4 +252,4 @@ def test_steps_that_are_not_sampled_turn_nothing_off():
     bench = Bench("loop", "adamw", seed=3, steps=6)
     with gradient_ledger(bench.model, every=3) as ledger:
         bench.train(Moments())
-    assert ledger._lean
+    assert ledger._looks.lean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grit_impl.ledger.detectors import CAUSES, DETECTORS
+from grit_impl.ledger.chain import CAUSES, CHECKS, LINKS
 from grit_impl.ledger.recorder import gradient_ledger
 from grit_impl.ledger.verdict import assert_effective, judge_ledger, judge_pair
 from grit_impl.zoo.bench import Bench, Moments, Whitening
@@ -69,11 +69,12 @@ def test_late_names_the_moment():
 
 
 def test_every_cause_is_explained():
-    """Oracle: the catalogue has each detector's cause, once."""
-    names = [d.cause for d in DETECTORS]
+    """Oracle: the catalogue has each check's cause, once, and each link of the chain has a check."""
+    names = [check.cause for check in CHECKS]
     assert len(set(names)) == len(names)
     assert set(names) <= set(CAUSES)
     assert all(CAUSES.values())
+    assert {check.link for check in CHECKS} == set(LINKS)
 
 
 def test_grit_compare_reads_the_ledgers(tmp_path):

@@ -1,4 +1,4 @@
-"""The fault zoo: every fault named, no sound variant flagged, and every detector needed.
+"""The fault zoo: every fault named, no sound variant flagged, and every check needed.
 
 Each case runs here once, in one trainer, optimizer and seed; the whole matrix is `python -m grit_impl.zoo.matrix`.
 """
@@ -11,11 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from grit_impl.errors import GRITError
-from grit_impl.ledger.detectors import DETECTORS
+from grit_impl.ledger.chain import CHECKS
 from grit_impl.ledger.verdict import judge_ledger
-from grit_impl.zoo.faults import FAULTS
+from grit_impl.zoo.catalogue import FAULTS, SOUND
 from grit_impl.zoo.matrix import faults, matrix, rows_of, runs, summarise
-from grit_impl.zoo.sound import SOUND
 
 # A different trainer for each case, so that all are used; the matrix has them all.
 PLACES = [(case, case.trainers[i % len(case.trainers)], case.optimizers[0]) for i, case in enumerate((*FAULTS, *SOUND))]
@@ -38,15 +37,15 @@ def test_case(number):
     assert verdict.fault == (case in FAULTS)
 
 
-@pytest.mark.parametrize("removed", [d.cause for d in DETECTORS])
-def test_every_detector_is_needed(removed):
-    """Oracle: without the detector, at least one case gets another verdict (a mutation check of the catalogue)."""
-    rest = [d for d in DETECTORS if d.cause != removed]
+@pytest.mark.parametrize("removed", [check.cause for check in CHECKS])
+def test_every_check_is_needed(removed):
+    """Oracle: without the check, at least one case gets another verdict (a mutation check of the catalogue)."""
+    rest = [check for check in CHECKS if check.cause != removed]
     for number, (case, _, optimizer) in enumerate(CHOSEN):
         expected = case.expected(optimizer)
         if removed in expected and judge_ledger(ledger_rows(number), rest).cause not in expected:
             return
-    pytest.fail(f"no case needs the detector {removed!r}")
+    pytest.fail(f"no case needs the check {removed!r}")
 
 
 def test_the_zoo_is_large_enough():

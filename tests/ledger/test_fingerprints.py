@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from grit_impl.ledger.shadow import Shadows
-from grit_impl.ledger.sketches import Sketcher, hashes
+from grit_impl.ledger.fingerprints import Fingerprinter, hashes
 from grit_impl.ledger.structure import Grams, gram
 from grit_impl.ledger.timeline import turn
 
 
 def fingerprints(*tensors):
-    table = Sketcher(max(t.numel() for t in tensors if t is not None))(list(tensors))
+    table = Fingerprinter(max(t.numel() for t in tensors if t is not None))(list(tensors)).table
     return table, hashes(table)
 
 
@@ -45,31 +45,42 @@ def test_hash_sees_order_and_sign():
     assert len(set(h.tolist())) == 3
 
 
-def test_chunks_and_size_do_not_matter():
-    """Oracle: the same tensors, sketched one by one with a larger sketcher."""
+def test_size_does_not_matter():
+    """Oracle: the same tensors, looked at one by one with room for larger ones."""
     tensors = [torch.randn(4, 32) for _ in range(9)]
-    together = Sketcher(128, chunk=300)(tensors)
-    alone = torch.cat([Sketcher(70_000)([t]) for t in tensors])
-    torch.testing.assert_close(together[:, 1:], alone[:, 1:], rtol=1e-5, atol=1e-6)
+    together = Fingerprinter(128)(tensors).table
+    alone = torch.cat([Fingerprinter(70_000)([t]).table for t in tensors])
+    torch.testing.assert_close(together[:, 1:], alone[:, 1:], rtol=1e-12, atol=0)
     assert torch.equal(hashes(together), hashes(alone))
 
 
-@pytest.mark.parametrize("angle", [1e-3, 1e-2, 0.3, 1.5])
-def test_turn_estimates_the_cosine(angle):
-    """Oracle: the exact cosine; 1 - cos is known to about sqrt(2/16), so the mean of 200 pairs to a few percent."""
-    x, z = torch.randn(200, 512), torch.randn(200, 512)
+@pytest.mark.parametrize("angle", [1e-3, 1e-2, 0.3, 1.5, 3.0])
+def test_angles_are_exact(angle):
+    """Oracle: the angle by construction, to the rounding of float32; a scalar turns nothing, in bfloat16 neither."""
+    x, z = torch.randn(20, 512), torch.randn(20, 512)
     z -= (z * x).sum(1, keepdim=True) / (x * x).sum(1, keepdim=True) * x
     z *= x.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)
-    y = np.cos(angle) * x + np.sin(angle) * z
-    a, b = Sketcher(512)(list(x)), Sketcher(512)(list(y))
-    assert turn(a.numpy(), b.numpy()).mean() == pytest.approx(1 - np.cos(angle), rel=0.2)
+    take = Fingerprinter(512)
+    first = take(list(x))
+    then = take(list(np.cos(angle) * x + np.sin(angle) * z), first)
+    found = turn(then.table[:, 2].numpy(), first.table[:, 1].numpy(), then.table[:, 1].numpy())
+    np.testing.assert_allclose(found, 1 - np.cos(angle), atol=1e-6)
+    coarse = take(list(x.bfloat16()))
+    scaled = take(list(x.bfloat16() * 0.37), coarse)
+    assert turn(scaled.table[:, 2].numpy(), coarse.table[:, 1].numpy(), scaled.table[:, 1].numpy()).max() < 2e-5
 
 
-def test_scaling_is_no_turn():
-    """Oracle: cos = 1 up to rounding, in bfloat16 too."""
-    x = torch.randn(20, 512).bfloat16()
-    a, b = Sketcher(512)(list(x)), Sketcher(512)(list(x * 0.37))
-    assert turn(a.numpy(), b.numpy()).max() < 2e-5
+def test_distances_and_missing_tensors():
+    """Oracle: torch.dist, of a difference a million times smaller than the tensors; NaN where one was not there, or
+    had another size; a shape's neighbours do not matter."""
+    x = [torch.randn(4, 6), None, torch.randn(4, 6), torch.randn(9)]
+    take = Fingerprinter(24)
+    first = take(x)
+    moved = [x[0] + 1e-6, torch.randn(4, 6), x[2] - 1e-6, torch.randn(8)]
+    found = take(moved, first, distances=True).table[:, 2]
+    expected = torch.stack([torch.dist(moved[i].double(), x[i].double()) for i in (0, 2)])
+    torch.testing.assert_close(found[[0, 2]], expected, rtol=1e-5, atol=0)
+    assert found[[1, 3]].isnan().all()
 
 
 # Residuals come from inner products in float64: the square root of what cancels there.
@@ -166,7 +177,8 @@ def test_shadows_against_real_optimizers(name):
             assert float(row[1]) == pytest.approx(float(v.norm()), rel=1e-4)
             assert float(row[2]) == pytest.approx(float(torch.cosine_similarity(u, v, 0)), abs=1e-4)
             assert float(row[3]) < 1e-6
-            assert float(row[4]) > 0.01
+            assert float(row[4]) == pytest.approx(1, abs=1e-6)
+            assert float(row[5]) > 0.01
     assert shadows.problem is None
 
 

@@ -1,0 +1,130 @@
+"""The ledger never ends or changes a training, whatever goes wrong inside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grit_impl.errors import GRITError
+from grit_impl.ledger.interception import Listener
+from grit_impl.ledger.looks import Looks
+from grit_impl.ledger.recorder import GradientLedger, gradient_ledger
+from grit_impl.ledger.rows import RowWriter, read_rows
+from grit_impl.ledger.shadow import Shadows
+from grit_impl.ledger.verdict import judge_ledger
+from grit_impl.ledger.watches import HookWatch, LayerWatch, OrphanWatch
+from grit_impl.zoo.bench import Bench, Moments, Whitening
+
+REPORTS = [name for name in vars(Listener) if not name.startswith("_")]
+HOOKS = ["_optimizer_entry", "_optimizer_ready", "_optimizer_exit", "_closure_begins", "_closure_ended", "_flush", "_finish"]
+INSIDE = [
+    (Looks, "look"),
+    (Looks, "raw"),
+    (LayerWatch, "absent"),
+    (HookWatch, "look"),
+    (OrphanWatch, "look"),
+    (Shadows, "before"),
+    (Shadows, "after"),
+    (RowWriter, "write"),
+    (RowWriter, "flush"),
+    (RowWriter, "close"),
+    (GradientLedger, "_rows"),
+]
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise ValueError("planted")
+
+
+def train(ledger: GradientLedger | None = None, trainer: str = "loop") -> tuple[list[Tensor], GradientLedger | None]:
+    """A training in which each of the ledger's moments comes, and its last weights."""
+    bench = Bench(trainer, "adamw", seed=3, steps=4)
+    bench.options["scaler"] = trainer == "loop"
+    white, other = Whitening(bench.lora), next(iter(bench.lora.values()))
+    closures = torch.optim.SGD([other], lr=1e-3)
+
+    def after_step() -> None:
+        with torch.enable_grad():
+            closures.step(lambda: (other.square().sum() * 1e-3).backward())
+            torch.autograd.grad(other.square().sum(), [other])
+        torch.nn.utils.clip_grad_value_([other], 1.0)
+        if ledger is not None:
+            ledger.flush()
+
+    if trainer == "loop":
+        other.register_hook(lambda grad: None)  # type: ignore[no-untyped-call]
+    moments = Moments(before_step=white.apply, after_step=after_step)
+    if ledger is None:
+        bench.train(moments)
+    else:
+        ledger.__init__(bench.model, ledger.path)  # type: ignore[misc]
+        with ledger:
+            bench.train(moments)
+    return [p.detach().clone() for p in bench.lora.values()], ledger
+
+
+@pytest.fixture(scope="module")
+def unobserved() -> dict[str, list[Tensor]]:
+    return {trainer: train(trainer=trainer)[0] for trainer in ("loop", "trainer")}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(GradientLedger, name) for name in (*REPORTS, *HOOKS)] + INSIDE, ids=lambda part: str(part)
+)
+def test_whatever_raises_the_training_goes_on(owner: Any, name: str, unobserved: Any, monkeypatch: Any, tmp_path: Any):
+    """Oracle: the same training without a ledger, bit for bit; and the ledger says that it failed, where, and why."""
+    trainer = "trainer" if name.startswith("event") else "loop"
+    path = tmp_path / "ledger.jsonl.gz"
+    ledger = GradientLedger(Bench().model, path)
+    called: list[str] = []
+    with monkeypatch.context() as patch:
+        if owner is RowWriter and name == "write":  # the header is written before the training begins
+            writes = RowWriter.write
+
+            def later(self: Any, rows: Any) -> None:
+                if rows and rows[0]["kind"] != "run":
+                    called.append(name)
+                    broken()
+                writes(self, rows)
+
+            patch.setattr(owner, name, later)
+        else:
+            patch.setattr(owner, name, lambda *a, **k: called.append(name) or broken())
+        weights, _ = train(ledger, trainer)
+    assert called, f"{name} never came"
+    assert all(torch.equal(a, b) for a, b in zip(weights, unobserved[trainer], strict=True))
+    assert ledger.problem is not None
+    assert "planted" in ledger.problem
+    verdict = judge_ledger(ledger)
+    assert (verdict.cause, verdict.effective) == ("undecided", None)
+    assert "ValueError: planted" in verdict.summary
+    if path.is_file():
+        assert [row["kind"] for row in read_rows(path)].count("problem") == 1
+
+
+def test_gradient_and_module_hooks_are_guarded(monkeypatch: Any) -> None:
+    """Oracle: as above, for the hooks that stand in the model itself."""
+    bench = Bench("loop", "adamw", seed=3, steps=4)
+    plain = Bench("loop", "adamw", seed=3, steps=4)
+    for each in (bench, plain):
+        for module in each.model.modules():
+            if "lora_A" in dict(module.named_children()):
+                module.lora_A["default"].register_forward_hook(lambda *_: None)
+        for p in each.lora.values():
+            p.register_hook(lambda grad: None)  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(HookWatch, "_counter", lambda self, name: self._protect(broken, "module hook"))
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments())
+    plain.train(Moments())
+    assert all(torch.equal(p, q) for p, q in zip(plain.lora.values(), bench.lora.values(), strict=True))
+    assert "module hook: ValueError: planted" in str(ledger.problem)
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_training(tmp_path: Any) -> None:
+    """Oracle: one line, at the start."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GRITError, match="cannot write"), gradient_ledger(Bench().model, tmp_path / "file" / "l.gz"):
+        pass
