@@ -35,7 +35,9 @@ MODULES = {
     IMPL / "statistics/decision.py": [TESTS / "verify/test_claims.py"],
     IMPL / "curves/noise.py": [TESTS / "curves/test_curves.py", TESTS / "curves/test_curves_exact.py"],
     IMPL / "ledger/verdict.py": [TESTS / "ledger/test_chain.py"],
-    IMPL / "ledger/chain.py": [TESTS / "ledger/test_chain.py"],
+    IMPL / "ledger/chain/arrival.py": [TESTS / "ledger/test_chain.py"],
+    IMPL / "ledger/chain/change.py": [TESTS / "ledger/test_chain.py"],
+    IMPL / "ledger/chain/effect.py": [TESTS / "ledger/test_chain.py"],
     IMPL / "ledger/findings.py": [TESTS / "ledger/test_chain.py"],
     IMPL / "verify/claims/base.py": [TESTS / "verify/test_claims.py"],
 }

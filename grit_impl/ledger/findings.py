@@ -160,3 +160,14 @@ def _ends(values: np.typing.NDArray[np.bool_]) -> bool:
     if n < 6 or not values[-1]:
         return False
     return runs[-1] >= max(2, -(-n // 10)) and runs[-1] >= 2 * max(runs[:-1], default=0)
+
+
+def transitions(f: Facts) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
+    """Updates that were seen; which of them moved the tensor; and its hash when it was seen next."""
+    rows = f.tensors[f.tensors.hash_after.notna() & ~f.tensors.unheld].sort_values(["step", "name"], kind="stable")
+    following = rows.groupby("name")[["hash_before", "step"]].shift(-1)
+    later = following.hash_before.where(following.step == rows.step + 1).astype(object)
+    last = following.step.isna()
+    if f.weights and not f.most("masters"):
+        later = later.where(~last, rows.name.map(f.weights))
+    return rows, rows.hash_before != rows.hash_after, later

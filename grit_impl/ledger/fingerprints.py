@@ -118,7 +118,8 @@ def _inner(values: Tensor, other: Tensor) -> Tensor:
 
 
 def _distance(values: Tensor, other: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values - other, dim=1, dtype=torch.float64)
+    distance: Tensor = torch.linalg.vector_norm(values - other, dim=1, dtype=torch.float64)
+    return distance
 
 
 def _bits(values: Tensor) -> Tensor:

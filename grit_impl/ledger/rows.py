@@ -1,9 +1,9 @@
 """The ledger's file: JSON objects, one per line, gzipped. `pandas.read_json(path, lines=True)` reads it.
 
 Rows of kind `run` (one, first), `step` (one per optimizer step), `tensor` (one per step and tensor, see `TENSOR`),
-`factors` (the preconditioner's own report, at a few steps), `problem` (what went wrong in the ledger, which then stopped
-looking), `end` (one, last: the number of the run's last step, and the hashes of its weights). A key that does not apply
-is left out.
+`factors` (the preconditioner's own report, at a few steps), `problem` (what went wrong in the ledger, which then
+stopped looking), `end` (one, last: the number of the run's last step, and the hashes of its weights). A key that does
+not apply is left out.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Shadows:
     """
 
     def __init__(self, sample: dict[int, nn.Parameter]) -> None:
-        self.sample = sample
+        self.sample: dict[int, Tensor] = dict(sample)
         self.problem: str | None = None
         self._trials = 0
         self._nested = False
@@ -89,7 +89,8 @@ class Shadows:
         try:
             with _fenced(optimizer, self.sample):
                 replay, _ = self._replay(optimizer, written)
-                other = again = coarse = {}
+                other: dict[int, Tensor] = {}
+                again, coarse = other, other
                 if self._trials < TRIALS:
                     other, _ = self._replay(optimizer, {i: -g for i, g in written.items()})
                     if foreign(optimizer):
@@ -189,7 +190,7 @@ def _ghost(optimizer: Optimizer, kind: type[Optimizer]) -> Optimizer:
 
 
 @contextlib.contextmanager
-def _fenced(optimizer: Optimizer, sample: dict[int, nn.Parameter]) -> Iterator[None]:
+def _fenced(optimizer: Optimizer, sample: dict[int, Tensor]) -> Iterator[None]:
     """Keep the random stream: optimizers with stochastic rounding draw from it."""
     if type(optimizer).__module__.startswith("torch.optim"):
         yield

@@ -142,7 +142,7 @@ class Step:
         for held, b, a in self.moved:
             first = held & np.isnan(before[:, NORM])  # stepped twice: from the first entry to the last exit
             if b is not None and a is not None:
-                before[first, :PREVIOUS + 1], after[held, :PREVIOUS + 1] = b.numpy()[first], a.numpy()[held]
+                before[first, : PREVIOUS + 1], after[held, : PREVIOUS + 1] = b.numpy()[first], a.numpy()[held]
         shadow = {
             i: values
             for result in self.shadows

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from grit_impl.ledger.chain import CHECKS, Breach, Check
+from grit_impl.ledger.chain.table import LinkRow, chain_of, not_checked
+from grit_impl.ledger.chain.words import degrees, most, number, of_all, steps_of
 from grit_impl.ledger.findings import Facts, facts
-from grit_impl.ledger.table import LinkRow, chain_of, not_checked
-from grit_impl.ledger.words import degrees, most, number, of_all, steps_of
 
 PARTLY_SEEN = "partly-seen"
 UNDECIDED = ("no-steps", "update-unexplained", "no-modifier", "undecided", PARTLY_SEEN)
@@ -77,7 +77,7 @@ def judge_ledger(ledger: Any, checks: Sequence[Check] = CHECKS) -> Verdict:
 
 def _judge(f: Facts, checks: Sequence[Check]) -> Verdict:
     chain = chain_of(f)
-    common = {"numbers": _numbers(f), "per_group": _per_group(f), "chain": chain}
+    common: dict[str, Any] = {"numbers": _numbers(f), "per_group": _per_group(f), "chain": chain}
     if f.problem is not None:
         text = f"Cannot say: the ledger stopped looking ({f.problem}); the training itself was left alone"
         return Verdict("undecided", None, text, **common)
@@ -90,12 +90,12 @@ def _judge(f: Facts, checks: Sequence[Check]) -> Verdict:
         cause = breach.cause or check.cause
         effective = None if cause in UNDECIDED else False
         text = f"{'No' if effective is False else 'Cannot say'}: {breach.summary}"
-        common["numbers"] = {**common["numbers"], **breach.numbers}  # type: ignore[dict-item]
+        common["numbers"] = {**common["numbers"], **breach.numbers}
         return Verdict(cause, effective, text, **common, link=check.link, also=also)
     if not len(f.bent):
         return Verdict("no-modifier", None, _plain(f, chain), **common)
     unseen = tuple(not_checked(f, chain))
-    common["numbers"] = {**common["numbers"], "by": most(f.bent.by)}  # type: ignore[dict-item]
+    common["numbers"] = {**common["numbers"], "by": most(f.bent.by)}
     return Verdict("effective", True, _yes(f, unseen), **common, unchecked=unseen)
 
 
@@ -115,7 +115,9 @@ def _yes(f: Facts, unseen: Sequence[str]) -> str:
 def _plain(f: Facts, chain: Sequence[LinkRow]) -> str:
     moved = next(row.held for row in chain if row.link == "moved")
     optimizer = next((s["optimizer"] for s in f.steps if s.get("optimizer")), "the optimizer")
-    text = f"Plain training: {optimizer} found the gradients of {number(f.live.name.nunique(), 'tensor')} as backward left"
+    text = (
+        f"Plain training: {optimizer} found the gradients of {number(f.live.name.nunique(), 'tensor')} as backward left"
+    )
     return f"{text} them, in {number(len(f.steps), 'step')}, and moved the weights by them ({moved} updates seen)"
 
 

@@ -1,4 +1,4 @@
-"""What the ledger watches of a model: its LoRA tensors, whether they are used, others' hooks, and tensors left behind."""
+"""What the ledger watches of a model: LoRA tensors and their use, others' hooks, and tensors left behind."""
 
 from __future__ import annotations
 

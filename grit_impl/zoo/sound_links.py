@@ -31,7 +31,7 @@ def _adafactor(bench: Bench) -> Moments:
     """transformers' Adafactor makes its own learning rate: the group's is None."""
     from transformers.optimization import Adafactor
 
-    bench.make_optimizer = lambda b: Adafactor(list(b.lora.values()))
+    bench.make_optimizer = lambda b: Adafactor(list(b.lora.values()))  # type: ignore[no-untyped-call]
     bench.options["loop"] = _without_scheduler
     return _white(bench)
 
@@ -79,7 +79,8 @@ def _manual(bench: Bench, moments: Moments) -> None:
     optimizer, parameters = bench.build_optimizer(), list(bench.lora.values())
     for rows in _rows(bench):
         halves: list[Any] = [
-            torch.autograd.grad(bench.model(input_ids=half, labels=half).loss / 2, parameters) for half in rows.split(1)
+            torch.autograd.grad(bench.model(input_ids=half, labels=half).loss / 2, parameters)
+            for half in (rows[:1], rows[1:])
         ]
         for p, *grads in zip(parameters, *halves, strict=True):
             p.grad = sum(grads)

@@ -149,8 +149,8 @@ CASES: dict[str, Case] = {
     "against-for-b": (
         "against-the-gradient",
         ledger(lambda s, n: {**BENT, "turn": 1.5} if n == NAMES[3] else BENT),
-        "B of layer 1, q_proj in all 10 steps moved against their gradients (by 120 degrees); a preconditioner turns by "
-        "less than 90",
+        "B of layer 1, q_proj in all 10 steps moved against their gradients (by 120 degrees); a preconditioner turns "
+        "by less than 90",
         {"cosine": -0.5},
     ),
     "against-some": ("against-the-gradient", some(16, {**BENT, "turn": 1.5}, BENT), None, {}),
@@ -399,8 +399,8 @@ CASES: dict[str, Case] = {
     "plain": (
         "no-modifier",
         ledger(),
-        "Plain training: the optimizer found the gradients of 4 tensors as backward left them, in 10 steps, and moved the "
-        "weights by them (40 updates seen)",
+        "Plain training: the optimizer found the gradients of 4 tensors as backward left them, in 10 steps, and moved "
+        "the weights by them (40 updates seen)",
         {},
     ),
 }

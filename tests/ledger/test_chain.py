@@ -125,7 +125,9 @@ def test_assert_effective_says_why() -> None:
     with pytest.raises(AssertionError) as error:
         assert_effective(late)
     text = str(error.value)
-    assert text.startswith("No: callback changed gradients after the optimizer step, in 7 of 10 steps [modified-too-late")
+    assert text.startswith(
+        "No: callback changed gradients after the optimizer step, in 7 of 10 steps [modified-too-late"
+    )
     assert "late = 28, late_steps = 7" in text
     assert "delivered" in text
     assert assert_effective(late, allow=["modified-too-late"]).effective is False

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from grit_impl.ledger.shadow import Shadows
 from grit_impl.ledger.fingerprints import Fingerprinter, hashes
+from grit_impl.ledger.shadow import Shadows
 from grit_impl.ledger.structure import Grams, gram
 from grit_impl.ledger.timeline import turn
 

@@ -19,7 +19,15 @@ from grit_impl.ledger.watches import HookWatch, LayerWatch, OrphanWatch
 from grit_impl.zoo.bench import Bench, Moments, Whitening
 
 REPORTS = [name for name in vars(Listener) if not name.startswith("_")]
-HOOKS = ["_optimizer_entry", "_optimizer_ready", "_optimizer_exit", "_closure_begins", "_closure_ended", "_flush", "_finish"]
+HOOKS = [
+    "_optimizer_entry",
+    "_optimizer_ready",
+    "_optimizer_exit",
+    "_closure_begins",
+    "_closure_ended",
+    "_flush",
+    "_finish",
+]
 INSIDE = [
     (Looks, "look"),
     (Looks, "raw"),

@@ -12,9 +12,9 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from grit_impl.errors import GRITError
 from grit_impl.ledger.findings import facts
+from grit_impl.ledger.fingerprints import Fingerprinter
 from grit_impl.ledger.recorder import gradient_ledger
 from grit_impl.ledger.rows import read_rows
-from grit_impl.ledger.fingerprints import Fingerprinter
 from grit_impl.zoo.bench import Bench, Moments, Whitening
 
 INTERCEPTED = (

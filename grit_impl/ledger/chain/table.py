@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from grit_impl.ledger.chain import LINKS, REPLAYED, SAME_UPDATE, _transitions
-from grit_impl.ledger.findings import AWAY, Facts
+from grit_impl.ledger.chain.links import LINKS, REPLAYED, SAME_UPDATE
+from grit_impl.ledger.chain.words import number, of_all
+from grit_impl.ledger.findings import AWAY, Facts, transitions
 from grit_impl.ledger.timeline import TURN
-from grit_impl.ledger.words import number, of_all
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def states(f: Facts) -> pd.DataFrame:
     same = t.bent & (t.update_turn < SAME_UPDATE)
     table["consumed"] = nan.mask(known & (agrees | (not f.most("foreign"))), (agrees & ~same).astype(float))
     table["moved"] = nan.mask(t.hash_after.notna() & arrived, (t.hash_before != t.hash_after).astype(float))
-    rows, moved, later = _transitions(f)
+    rows, moved, later = transitions(f)
     undone = (later == rows.hash_before) & moved
     table["kept"] = nan.mask(later.notna().reindex(t.index, fill_value=False) & arrived, 1.0)
     table["kept"] = table.kept.mask(undone.reindex(t.index, fill_value=False), 0.0)
@@ -85,7 +85,7 @@ def chain_of(f: Facts) -> tuple[LinkRow, ...]:
 
 
 def first_broken(f: Facts) -> pd.DataFrame:
-    """Tensors by steps: the position in LINKS of the first broken link, -1 where none is, NaN where nothing was seen."""
+    """Tensors by steps: the position in LINKS of the first broken link; -1: none is, NaN: nothing was seen."""
     table = states(f)
     broken = (table == 0).to_numpy()
     place = np.where(broken.any(1), broken.argmax(1), -1).astype(float)

@@ -1,0 +1,166 @@
+"""Was the gradient turned as a preconditioner turns it, and did the optimizer find it so?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+
+from grit_impl.ledger.chain.links import LIMIT_PASSED, Breach, check, rows_of
+from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
+from grit_impl.ledger.findings import AWAY, Facts, lasting
+from grit_impl.ledger.timeline import TURN
+
+
+@check("turned", "against-the-gradient", "the modified gradient points away from the raw one")
+def _against(f: Facts) -> Breach | None:
+    names = lasting(f.bent, f.bent.turn > AWAY)
+    if not names:
+        return None
+    bad = rows_of(f.bent, names, f.bent.turn > AWAY)
+    text = f"{of_all(names, f)} {since(bad, f)} moved against their gradients (by {degrees(bad.turn)}); a "
+    return Breach(f"{text}preconditioner turns by less than 90", names, {"cosine": 1 - median(bad.turn)})
+
+
+@check("turned", "stale-gradient", "the optimizer was given an earlier step's gradient")
+def _stale(f: Facts) -> Breach | None:
+    known = f.bent[f.bent.stale.notna() & f.bent.fit.notna()]
+    old = known[(known.stale < 0.05) & (known.fit > 0.2)]
+    ordered = f.bent.sort_values(["name", "step"])
+    repeated = (ordered.hash_entry == ordered.groupby("name").hash_entry.shift()) & ordered.hash_entry.notna()
+    numbers = {"stale": len(old), "repeated": int(repeated.sum())}
+    if len(old) >= 0.5 * max(1, len(known)):
+        text = f"{len(old)} of {len(known)} modified gradients that were looked into belong to the step before"
+        return Breach(text, None, numbers)
+    if names := lasting(ordered, repeated):
+        return Breach(f"{of_all(names, f)} got the same gradient as in the step before, bit for bit", names, numbers)
+    return None
+
+
+@check("turned", "unrelated-gradient", "what was written has nothing to do with this tensor's gradient")
+def _unrelated(f: Facts) -> Breach | None:
+    residual, cosine = median(f.bent.fit), 1 - median(f.bent.turn)
+    if not len(f.bent) or not abs(cosine) < 0.1 or not residual >= 0.3:
+        return None
+    text = f"the written gradients stand at {degrees(f.bent.turn)} to the raw ones and are no r x r multiple of them"
+    return Breach(text, None, {"cosine": cosine, "fit": residual})
+
+
+@check("turned", "swapped-factors", "each factor's inverse was applied to the other side")
+def _swapped(f: Facts) -> Breach | None:
+    known = f.bent[f.bent.matrix.notna()]
+    swapped = known[known.matrix.str.contains("the other side's", na=False)]
+    if len(swapped) < max(2, 0.5 * len(known)):
+        return None
+    text = f"in {len(swapped)} of {len(known)} cases looked into the matrix is the inverse of the other side's factor"
+    return Breach(text, None, {"swapped": len(swapped), "known": len(known)})
+
+
+@check("turned", "applied-twice", "the same preconditioner, or the same gradient, was applied twice in one step")
+def _twice(f: Facts) -> Breach | None:
+    stepped = f.tensors[f.tensors.stepped > 1]
+    if len(stepped) >= max(2, 0.2 * len(f.live)):
+        names = stepped.name.unique()
+        text = f"optimizers stepped more than once on the same gradients of {of_all(names, f)}, {since(stepped, f)}"
+        return Breach(text, names, {"stepped_again": len(stepped)})
+    double = f.bent[f.bent.turns >= 2]
+    again = double[double.twice < 0.2]
+    known = double[double.twice.notna()]
+    if not len(again) or len(double) < 0.2 * len(f.bent) or len(again) < 0.5 * len(known):
+        return None
+    text = f"the same matrix was applied again to {len(double)} of {len(f.bent)} modified gradients"
+    return Breach(text, double.name.unique(), {"twice": len(double), "twice_residual": median(again.twice)})
+
+
+@check(
+    "turned", "blown-up", "the modified gradient is far larger than the clipped one: the clipping limit means nothing"
+)
+def _blown_up(f: Facts) -> Breach | None:
+    limits = pd.Series({s["step"]: s["max_norm"] for s in f.steps if s.get("max_norm")}, dtype=float)
+    norms = np.sqrt((f.live.entry**2).groupby(f.live.step).sum())
+    over = (norms / limits).dropna()
+    far = over[over > LIMIT_PASSED]
+    touched = f.touched[f.touched.step.isin(far.index)]
+    ratio = median(f.touched.update_exact / f.touched.update_raw)
+    if len(touched) and (2 * len(far) >= len(over) or ratio > 100):
+        text = f"{most(touched.by)} left {far.median():.3g} times the clipping limit at the optimizer's entry in "
+        return Breach(f"{text}{steps_of(far.index, f)}", touched.name.unique(), {"over_limit": float(far.median())})
+    if ratio > 100:
+        text = f"the updates are {ratio:.3g} times as large as the raw gradients'"
+        return Breach(text, None, {"update_ratio": ratio})
+    return None
+
+
+@check("delivered", "dropped", "gradients were zeroed or removed before the optimizer ran")
+def _dropped(f: Facts) -> Breach | None:
+    names = lasting(f.live, f.live.lost)
+    if not names:
+        return None
+    lost = rows_of(f.live, names, f.live.lost)
+    text = f"{most(lost.undone_by)} removed {len(lost)} of {len(f.live)} gradients before the optimizer ran"
+    return Breach(text, names, {"dropped": len(lost)})
+
+
+@check("delivered", "applied-on-micro-steps", "gradients were changed between the backward passes of one step")
+def _micro(f: Facts) -> Breach | None:
+    rows = f.tensors[f.tensors.micro.notna()]
+    steps = rows.step.nunique()
+    if not len(rows) or steps < 0.2 * max(1, len(f.steps)):
+        return None
+    text = f"{most(rows.micro)} changed partial sums, to which the next backward adds, in {steps_of(rows.step, f)}"
+    return Breach(text, rows.name.unique(), {"micro_steps_modified": int(steps)})
+
+
+@check("delivered", "modified-too-late", "gradients were changed, or looked for, after the parameters had moved")
+def _too_late(f: Facts) -> Breach | None:
+    if len(f.bent):
+        return None
+    rows = f.tensors[f.tensors.late.notna()]
+    reads: dict[str, int] = {}
+    for step in f.steps:
+        for who, count in (step.get("late_reads") or {}).items():
+            reads[who] = reads.get(who, 0) + count
+    if len(rows):
+        text = f"{most(rows.late)} changed gradients after the optimizer step, in {steps_of(rows.step, f)}"
+        return Breach(text, rows.name.unique(), {"late": len(rows), "late_steps": int(rows.step.nunique())})
+    if reads and f.modifier_known:
+        who = max(reads, key=lambda k: reads[k])
+        text = f"{who} looked for gradients after they had been used and cleared"
+        return Breach(text, None, {"late_reads": reads[who]})
+    return None
+
+
+@check("delivered", "accumulated-across-steps", "gradients are not cleared: each step adds to the last one's")
+def _leftover(f: Facts) -> Breach | None:
+    steps = [s for s in f.steps if s.get("leftover")]
+    if len(steps) < 0.5 * max(2, len(f.steps) - 1):
+        return None
+    text = f"{len(steps)} of {len(f.steps)} steps began with the gradients of the step before"
+    return Breach(text, None, {"leftover_steps": len(steps)})
+
+
+@check("delivered", "overwritten", "a modified gradient was put back before the optimizer ran")
+def _overwritten(f: Facts) -> Breach | None:
+    rows = f.live[~f.live.lost & ((f.live.mods > 0) | (f.live.turn_written > TURN))]
+    flags = (rows.turn_written > TURN) & ~(rows.turn > TURN)
+    names = lasting(rows, flags)
+    if not names:
+        return None
+    back = rows_of(rows, names, flags)
+    by, writer = most(back.undone_by), most(back.by)
+    text = f"{writer} turned {number(len(back), 'gradient')} by {degrees(back.turn_written)}; {by} put them back"
+    return Breach(text, names, {"overwritten": len(back), "overwritten_by": by, "written_by": writer})
+
+
+@check("delivered", "clipped-to-nothing", "clipping left nothing of the gradient")
+def _clipped(f: Facts) -> Breach | None:
+    limits = {s["step"]: s["max_norm"] for s in f.steps if s.get("max_norm")}
+    rows = f.bent if len(f.bent) else f.live
+    if not limits or not len(rows):
+        return None
+    norms = f.live.groupby("step").unscaled.apply(lambda x: float(np.sqrt((x**2).sum())))
+    room = float(np.median([limits[s] / n for s, n in norms.items() if s in limits and n > 0] or [np.inf]))
+    effect, gain = median(rows.update_exact / rows.update_raw), median(rows.gain)
+    if room < 1e-4 or (gain < 1e-4 and effect < 0.05):
+        text = f"clipping left {min(room, gain):.1e} of the gradients' norm"
+        return Breach(text, None, {"room": room, "gain": gain, "update_ratio": effect})
+    return None

@@ -1,0 +1,192 @@
+"""Did the update follow from it, move the parameter and stay, for every tensor and to the end?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+
+from grit_impl.ledger.chain.links import REPLAYED, SAME_UPDATE, Breach, check, rows_of
+from grit_impl.ledger.chain.words import median, number, of_all, since
+from grit_impl.ledger.findings import Facts, lasting, transitions
+from grit_impl.ledger.timeline import TURN
+
+
+@check("consumed", "not-consumed", "the optimizer used other gradients than those in `.grad`")
+def _not_consumed(f: Facts) -> Breach | None:
+    rows = f.touched[f.touched.replay.notna()]
+    replay, raw, reaction = median(rows.replay), median(rows.update_turn), median(f.touched.reaction)
+    numbers = {"replay": replay, "update_turn": raw, "reaction": reaction}
+    if reaction < 1e-6:
+        return Breach("the optimizer's update does not depend on `.grad`: it has gradients of its own", None, numbers)
+    missed = rows[(rows.replay > REPLAYED) & ~(rows.replay_turn < SAME_UPDATE)]
+    names = lasting(rows, rows.index.isin(missed.index) & pd.Series(True, rows.index))
+    if 2 * len(names) < rows.name.nunique() or not names:
+        return None
+    if raw < SAME_UPDATE:
+        return Breach("the optimizer moved the parameters as the raw gradients would have", None, numbers)
+    if f.most("foreign"):  # it may draw random numbers, or couple tensors: see `unseen`
+        return None
+    text = f"the optimizer's replay misses the updates by {replay:.0%}: something else moves the parameters"
+    return Breach(text, names, numbers, "update-unexplained")
+
+
+@check(
+    "consumed", "cancelled-by-optimizer", "the update has the direction that the unmodified gradient would have given"
+)
+def _cancelled(f: Facts) -> Breach | None:
+    touched = f.touched
+    if not len(touched) or len(touched) < 0.05 * len(f.live) or _normalised(touched):
+        return None
+    rows = touched[touched.update_turn.notna() & (touched.update_exact > 0)]
+    turn, gradient = median(rows.update_turn), median(touched.turn)
+    scaled = not len(f.bent)
+    if not (scaled or (turn < SAME_UPDATE if len(rows) else gradient < TURN)):
+        return None
+    ratio = median(rows.update_exact / rows.update_raw)
+    numbers = {"update_turn": turn, "gradient_turn": gradient, "update_ratio": ratio, "gain": median(touched.gain)}
+    if abs(ratio - 1) > 0.02 or turn > SAME_UPDATE:
+        larger = (
+            f"{ratio:.3g} times as large" if abs(ratio - 1) > 0.02 else "of the same size, and differ by its memory"
+        )
+        text = f"the gradients were multiplied by numbers, not by a matrix; the updates are {larger}"
+        return Breach(text, None, numbers, "scaled-only")
+    how = "turned" if gradient > TURN else "only scaled"
+    text = f"the gradients were {how}, and the optimizer divides that out again: its updates are the unmodified ones"
+    return Breach(text, None, numbers)
+
+
+def _normalised(rows: pd.DataFrame) -> bool:
+    """Whether gradients were scaled to one norm, all together or each by itself: a way of clipping, no modifier."""
+    if len(rows[rows.bent]) or rows.step.nunique() < 3:
+        return False
+    total = np.sqrt((rows.entry**2).groupby(rows.step).sum())
+    before = np.sqrt((rows.unscaled**2).groupby(rows.step).sum())
+    spread = rows.groupby("name").entry.agg(lambda x: x.std() / x.mean())
+    same = total.std() < 1e-2 * total.mean() or bool((spread < 1e-2).all())
+    return bool(same and before.std() > 1e-2 * before.mean())
+
+
+@check("moved", "learning-rate-zero", "the optimizer ran with a learning rate of zero")
+def _rate_zero(f: Facts) -> Breach | None:
+    rows = f.live[f.live.hash_after.notna()]
+    still = rows.hash_before == rows.hash_after
+    names = lasting(rows, still & rows.rate_zero)
+    rates = [s["lr"][1] for s in f.steps if s.get("lr")]
+    if names:
+        bad = rows_of(rows, names, still & rows.rate_zero)
+        text = f"the learning rate of {of_all(names, f)} is 0 {since(bad, f)}"
+        return Breach(text, names, {"still": len(bad), "highest_lr": max(rates, default=None)})
+    if rates and max(rates) == 0 and len(rows) and still.mean() >= 0.99:
+        numbers = {"still": int(still.sum()), "highest_lr": 0.0}
+        return Breach(f"the learning rate is 0 in all {number(len(rates), 'step')}", None, numbers)
+    return None
+
+
+@check("moved", "no-update", "the optimizer ran but changed no bit of the parameters, or rounding left nothing")
+def _no_update(f: Facts) -> Breach | None:
+    rows = f.live[f.live.hash_after.notna()]
+    still = rows.hash_before == rows.hash_after
+    if names := lasting(rows, still):
+        bad = rows_of(rows, names, still)
+        text = f"{len(bad)} of {number(len(rows), 'update')} changed no bit: {of_all(names, f)}, {since(bad, f)}"
+        rates = [s["lr"][1] for s in f.steps if s.get("lr")]
+        return Breach(text, names, {"still": len(bad), "highest_lr": max(rates, default=None)})
+    known = f.live[f.live.arrived.notna()]
+    names = lasting(known, known.arrived < 0.2)
+    if names and 2 * len(names) >= known.name.nunique():
+        arrived = median(known[known.name.isin(names)].arrived)
+        text = f"rounding to 16 bits left {arrived:.0%} of the updates that were looked into"
+        return Breach(text, names, {"arrived": arrived})
+    return None
+
+
+@check("kept", "update-undone", "the parameters were put back after the optimizer had moved them")
+def _undone(f: Facts) -> Breach | None:
+    rows, moved, later = transitions(f)
+    undone = moved & later.notna() & (later == rows.hash_before)
+    if undone.sum() < 0.5 * max(1, (moved & later.notna()).sum()) or not undone.any():
+        return None
+    text = f"{int(undone.sum())} of {int((moved & later.notna()).sum())} updates were reverted"
+    return Breach(text, rows[undone].name.unique(), {"undone": int(undone.sum())})
+
+
+@check("kept", "not-kept", "the weights were replaced by earlier or other ones after the optimizer had moved them")
+def _not_kept(f: Facts) -> Breach | None:
+    rows, moved, later = transitions(f)
+    seen: dict[tuple[str, str], int] = {}
+    back, source = [], []
+    for name, step, before, after, following in zip(
+        rows.name, rows.step, rows.hash_before, rows.hash_after, later, strict=True
+    ):
+        seen.setdefault((name, before), int(step) - 1)
+        # An optimizer whose update vanishes may come back to where it was; what counts is who did not step.
+        back.append(isinstance(following, str) and following != after and (name, following) in seen)
+        source.append(seen.get((name, following), -1))
+        seen.setdefault((name, after), int(step))
+    flags = pd.Series(back, rows.index, dtype=bool) & moved
+    if flags.any():
+        first = rows[flags].step.min()
+        origin = int(pd.Series(source, rows.index)[flags & (rows.step == first)].min())
+        names = rows[flags].name.unique()
+        text = f"after step {int(first)} the weights of {of_all(names, f)} were put back to those after step {origin}"
+        return Breach(text, names, {"reloaded": int(flags.sum()), "to_step": origin})
+    other = f.live[f.live.drift > 1.2]
+    if len(other):
+        names = other.name.unique()
+        text = f"before step {int(other.step.min())} the weights of {of_all(names, f)} were replaced by others"
+        return Breach(text, names, {"replaced_weights": len(other)})
+    return None
+
+
+@check("throughout", "only-some-layers", "some layers or tensors are never modified though they have gradients")
+def _some_layers(f: Facts) -> Breach | None:
+    after = f.live[f.live.step >= f.start]
+    shares = after.groupby("name").bent.mean()
+    missing = set(shares[shares < 0.05 * shares.max()].index)
+    if not len(f.bent) or not missing:
+        return None
+    groups = {g: set(rows.name) for g, rows in after.groupby("group") if g != "other"}
+    idle = [g for g, names in groups.items() if names <= missing]
+    if idle and len(groups) == 2 and len(idle) == 1 and missing == groups[idle[0]]:
+        return _one_factor(f, after, str(idle[0]), missing)
+    whole = {layer for layer, rows in after.groupby("layer") if set(rows.name) <= missing}
+    numbers = {"layers": after.layer.nunique(), "layers_missing": len(whole), "tensors_missing": len(missing)}
+    if whole and set(after[after.layer.isin(whole)].name) == missing:
+        text = f"{len(whole)} of {number(after.layer.nunique(), 'layer')} are never modified, e.g. {min(whole)}"
+        return Breach(text, missing, numbers)
+    return Breach(f"{of_all(missing, f)} are never modified; the others are", missing, numbers)
+
+
+def _one_factor(f: Facts, after: pd.DataFrame, idle: str, missing: set[str]) -> Breach:
+    shares = {str(g): float(rows.bent.mean()) for g, rows in after.groupby("group") if g != "other"}
+    other = next(g for g in shares if g != idle)
+    touched = f.touched[f.touched.group == idle]
+    text = f"{other} is preconditioned ({shares[other]:.0%}), {idle} is not ({shares[idle]:.0%})"
+    if len(touched) > 0.5 * len(after[after.group == idle]):
+        text += f": {idle} is multiplied by one number, {median(touched.gain):.3g}, as by the inverse of a dead factor"
+    return Breach(text, missing, {f"share_{g}": share for g, share in shares.items()}, "only-one-factor")
+
+
+@check("throughout", "stopped", "modification ended during the run")
+def _stopped(f: Facts) -> Breach | None:
+    rows = f.live[f.live.step >= f.start]
+    if not len(f.bent):
+        return None
+    rows = rows[rows.name.isin(f.bent.name)]
+    idle = ~rows.bent
+    names = lasting(rows, idle, half=False)  # every third step is a plan
+    if not names:
+        return None
+    last = int(f.bent[f.bent.name.isin(names)].step.max())
+    text = f"no gradient of {of_all(names, f)} was modified after step {last} of {int(f.live.step.max())}"
+    return Breach(text, names, {"last_modified": last})
+
+
+@check("turned", "nothing-written", "a preconditioner is attached and ready, but no gradient was changed")
+def _nothing_written(f: Facts) -> Breach | None:
+    if len(f.bent) or not f.modifier_known:
+        return None
+    text = (
+        "a preconditioner is attached, but changes no gradient before the optimizer: not called, or written to a copy"
+    )
+    return Breach(text, None, {"statuses": f.statuses})
