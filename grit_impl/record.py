@@ -102,6 +102,15 @@ class RunRecord:
         return str(self.run["arm"])
 
     @property
+    def diverged(self) -> str | None:
+        """Why nothing can be concluded from this run: the first step whose loss is no finite number; else None."""
+        if why := self.run.get("diverged"):
+            return str(why)
+        steps = self.steps if (self.path / "steps.jsonl").exists() else []
+        bad = next((row for row in steps if not math.isfinite(row.get("loss") or 0.0)), None)
+        return None if bad is None else f"it diverged: the loss is {bad['loss']} at step {bad['step']}"
+
+    @property
     def steps(self) -> list[dict[str, Any]]:
         """One dictionary per optimizer step, in order: step, loss, grad_norm, learning_rate, tokens, seconds, ..."""
         return self._lines("steps.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import resource
@@ -25,7 +26,7 @@ from grit_impl.machine import git_commit, versions
 from grit_impl.recipes.arms import FIRST, TOKEN_FILE, Arm, RunSpec, TrainingSettings, find_arm
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.tokens import Tokens, make_tokens, read_tokens
-from grit_impl.record import RunRecord, write_atomic
+from grit_impl.record import RunRecord, fingerprint, write_atomic
 
 Observer = Callable[[Any, int], contextlib.AbstractContextManager[Any]]
 
@@ -106,7 +107,10 @@ class StepLog(TrainerCallback):
             for name in ("grad_norm", "learning_rate"):
                 self._row[name] = float(logs[name]) if name in logs else None
             self.record.append_step(self._row)
+            step, loss = self._row["step"], self._row["loss"]
             self._row = {}
+            if not math.isfinite(loss):  # before a checkpoint of it would be written
+                raise _diverged(self.record, f"the loss is {loss} at step {step}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """A checkpoint was written: what observes the run keeps what it has seen, too."""
@@ -126,7 +130,9 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         The record, complete.
 
     Raises:
-        GRITError: the base model, the data set or the settings are wrong.
+        GRITError: the base model, the data set or the settings are wrong, or the folder holds checkpoints of another
+            run.
+        RunFailed: it diverged, or could not go on.
     """
     arm = find_arm(spec.arm)
     settings = spec.training
@@ -135,6 +141,11 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     if not cuda:
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(settings.threads)
+    if settings.precision == "fp16" and not cuda:
+        raise GRITError("precision fp16 needs a CUDA GPU: choose bf16 or fp32")
+    last = _last_checkpoint(path / "checkpoints")
+    if last is not None:
+        _require_same_run(path, spec)
     data = _tokens(spec, path, use_unsloth)
     set_seed(spec.seed)
     model, tokenizer = build_model(spec, use_unsloth)
@@ -160,7 +171,6 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     log = StepLog(record)
     checkpoints = path / "checkpoints"
     trainer, grit = build_trainer(arm, spec, model, tokenizer, data, checkpoints, log)
-    last = _last_checkpoint(checkpoints)
     done = int(last.name.rpartition("-")[2]) if last else 0
     record.truncate_steps(done)
     record.update(resumed_from=done or None)
@@ -179,6 +189,8 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     from grit_impl.method.reprojection import save_adapter
     from grit_impl.recipes.unsloth import compiled_layers
 
+    if bad := [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]:
+        raise _diverged(record, f"{len(bad)} weights hold numbers that are not finite, first {bad[0]}")
     manager = grit()
     save_adapter(model, record.adapter, manager.reprojection if manager else None)
     report = None
@@ -206,6 +218,21 @@ def _tokens(spec: RunSpec, path: Path, use_unsloth: bool) -> Tokens:
         raise GRITError("Unsloth changes tokenizers: make the tokens before it is imported (runs.execute.with_tokens)")
     made = make_tokens(spec, path)
     return read_tokens(path / f"{made}.json", made)
+
+
+def _require_same_run(path: Path, spec: RunSpec) -> None:
+    def hashed(config: dict[str, Any]) -> str:
+        training = {key: value for key, value in config["training"].items() if key != "save_every"}
+        return fingerprint({**config, "training": training})
+
+    if hashed(RunRecord(path).run["config"]) != hashed(spec.to_dict()):
+        raise GRITError(f"{path} holds checkpoints of a run with other options: choose another folder")
+
+
+def _diverged(record: RunRecord, what: str) -> RunFailed:
+    why = f"it diverged: {what}; nothing after that means anything. Lower the learning rate, or look at the data"
+    record.update(diverged=why)
+    return RunFailed(why)
 
 
 def _now() -> str:
@@ -308,10 +335,10 @@ def build_trainer(
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    try:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise GRITError(f"cannot read checkpoints in {folder}: {error}") from error
-    return Path(found) if found else None
+    """The newest whole checkpoint: a run may have been killed while it wrote one, whose state comes last."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            json.loads(state.read_text())["global_step"]
+            whole.append(state.parent)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

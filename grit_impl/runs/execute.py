@@ -8,6 +8,7 @@ which trains one arm under the gradient ledger; `run_cost` starts `grit_impl.cos
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -28,7 +29,9 @@ from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.fetch import digest
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.runs.first import disagreement, first_batch
+from grit_impl.runs.restart import REQUEST, request_of, set_aside
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a label, what is done and the total."""
 
@@ -51,21 +54,30 @@ def source_fingerprint(stage: str = "train") -> str:
 
 
 def spec_fingerprint(spec: RunSpec) -> str:
-    """Hash of everything that determines a run: spec, base weights, data file, code, libraries, kind of device."""
+    """Hash of everything that determines a run."""
+    return fingerprint(depends(spec))
+
+
+def depends(spec: RunSpec) -> dict[str, Any]:
+    """Everything that determines a run: spec, base weights, data file, code, libraries, kind of device."""
     weights = find_base(spec.base_model).weights()
     data = [Path(spec.dataset)] if Path(spec.dataset).is_file() else []
     described = spec.to_dict()
     del described["training"]["save_every"]  # how often a run is saved does not change what it learns
-    return fingerprint(
-        {
-            "spec": described,
-            "contents": [digest(f) for f in (*weights, *data)],
-            "source": source_fingerprint(),
-            "versions": versions(),
-            "gpu": has_gpu(),
-            **(switches() if find_arm(spec.arm).unsloth else {}),
-        }
-    )
+    return {
+        "spec": described,
+        "contents": {str(f): digest(f) for f in (*weights, *data)},
+        "source": source_fingerprint(),
+        "versions": versions(),
+        "gpu": has_gpu(),
+        **(switches() if find_arm(spec.arm).unsloth else {}),
+    }
+
+
+def request_for(spec: RunSpec, *, ledger: bool) -> dict[str, Any]:
+    """What an arm's process is told, which stays in the folder."""
+    found = depends(spec)
+    return {"spec": spec.to_dict(), "fingerprint": fingerprint(found), "depends": found, "ledger": ledger}
 
 
 def finished(path: Path, wanted: str | None) -> RunRecord | None:
@@ -104,23 +116,23 @@ def run_arms(
         GRITError: bad input, as the arm's process reported it.
     """
     results: dict[str, RunRecord | str] = {}
-    waiting: list[tuple[RunSpec, Path, str]] = []
+    waiting: list[tuple[RunSpec, Path, dict[str, Any]]] = []
     paths: dict[str, Path] = {}
     for spec in (with_tokens(spec, folder) for spec in specs):
-        path, wanted = folder / (name or run_name)(spec), spec_fingerprint(spec)
+        path, request = folder / (name or run_name)(spec), request_for(spec, ledger=ledger)
         paths[spec.arm] = path
-        if (record := finished(path, wanted)) is not None:
+        if (record := finished(path, request["fingerprint"])) is not None:
             results[spec.arm] = record
         else:
-            waiting.append((spec, path, wanted))
+            waiting.append((spec, path, request))
     running: dict[subprocess.Popen[bytes], tuple[RunSpec, Path, str | None]] = {}
     gpus = visible_gpus() if waiting else []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                spec, path, wanted = waiting.pop(0)
+                spec, path, request = waiting.pop(0)
                 gpu = least_used(gpus, (used for *_, used in running.values()))
-                running[_start(spec, path, wanted, ledger, gpu)] = (spec, path, gpu)
+                running[_start(spec, path, request, gpu)] = (spec, path, gpu)
             time.sleep(_POLL_SECONDS)
             for process, (spec, path, _) in list(running.items()):
                 _require_agreement(paths, spec)
@@ -172,27 +184,20 @@ def _require_agreement(paths: Mapping[str, Path], spec: RunSpec) -> None:
         raise GRITError(why)
 
 
-def _start(spec: RunSpec, path: Path, wanted: str, ledger: bool, gpu: str | None) -> subprocess.Popen[bytes]:
-    """Start one arm. An unfinished run of the same fingerprint is continued, of another one removed.
-
-    A finished run of another fingerprint is moved aside: it may have taken hours.
+def _start(spec: RunSpec, path: Path, request: dict[str, Any], gpu: str | None) -> subprocess.Popen[bytes]:
+    """Start one arm. An unfinished run of the same fingerprint is continued, any other is moved aside.
 
     Raises:
         GRITError: the folder holds something that is no run record.
     """
-    marker = path / "spec.json"
-    request = {"spec": spec.to_dict(), "fingerprint": wanted, "ledger": ledger}
     if path.exists() and any(path.iterdir()):
-        if not (marker.is_file() or (path / "run.json").is_file()):
+        before = request_of(path)
+        if before is None:
             raise GRITError(f"{path} holds files but no run record: choose another folder")
-        if (path / "COMPLETE").exists():
-            before = (path / "COMPLETE").read_text().strip()[:8] or "unknown"
-            aside = path.with_name(f"{path.name}.{before}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        elif not marker.is_file() or json.loads(marker.read_text()).get("fingerprint") != wanted:
-            shutil.rmtree(path)
-    write_atomic(marker, json.dumps(request, indent=2))
+        other = (path / "COMPLETE").exists() or before.get("fingerprint") != request["fingerprint"]
+        if other and (aside := set_aside(path)) is not None:
+            logger.warning("%s held another run, which is now in %s", path, aside)
+    write_atomic(path / REQUEST, json.dumps(request, indent=2))
     shutil.copyfile(path.parent / TOKENS / f"{spec.tokens}.json", path / TOKEN_FILE)
     threads = str(spec.training.threads)
     environment = {
@@ -221,7 +226,7 @@ def _last_line(log: Path) -> str:
 
 
 def _how_it_ended(status: int, log: Path) -> str:
-    return f"its process ended with status {status}: {_last_line(log)} (see {log})"
+    return f"its process ended with status {status}: {_last_line(log).removeprefix('error: ')} (see {log})"
 
 
 def run_cost(
@@ -302,7 +307,7 @@ def main() -> int:
     """Entry of an arm's process: one argument, the record's folder with its `spec.json`."""
     end_with_parent()
     path = Path(sys.argv[1])
-    request = json.loads((path / "spec.json").read_text())
+    request = json.loads((path / REQUEST).read_text())
     try:
         run_here(path, RunSpec.from_dict(request["spec"]), request["fingerprint"], ledger=request["ledger"])
     except RunFailed as error:

@@ -147,13 +147,14 @@ def test_unfinished_run_of_the_same_spec_is_continued(arms, tmp_path):
     assert checkpoint.is_dir()
 
 
-def test_unfinished_run_of_another_spec_is_discarded(arms, tmp_path):
-    """Oracle: the checkpoint of a run with other settings must not be continued from."""
+def test_unfinished_run_of_another_spec_is_moved_aside(arms, tmp_path):
+    """Oracle: the checkpoint of a run with other settings is neither continued from nor lost."""
     arms("1")
     checkpoint = tmp_path / "pure-seed3407" / "checkpoints" / "checkpoint-50"
     checkpoint.mkdir(parents=True)
     assert arms("fine", RunSpec("pure", training=execute_training(steps=100))).complete
     assert not checkpoint.exists()
+    assert len(list(tmp_path.glob("pure-seed3407.unfinished-*/checkpoints/checkpoint-50"))) == 1
 
 
 def test_incomplete_record_is_not_finished(tmp_path):

@@ -139,6 +139,9 @@ class LiveEvidence(Products):
                 if name not in self.missing:
                     self.failed = {**self.failed, name: result}
                 continue
+            if why := result.diverged:  # of a version that completed such runs
+                self.failed = {**self.failed, name: why}
+                continue
             self.records = {**self.records, name: result}
             self._judge(name, result)
 
