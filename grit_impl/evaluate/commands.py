@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ def _print(evaluation: Any, gates: list[Any]) -> None:
         if each.unparsable:
             reasons = ", ".join(f"{count} {reason}" for reason, count in each.unparsable.items())
             click.echo(f"{label}: unparsable answers: {reasons}")
+        errors = Counter(row["error"] for row in evaluation.answers if row["label"] == label and row.get("error"))
+        for why, count in errors.most_common(1):
+            click.echo(f"{label}: {errors.total()} questions without an answer, {count} of them because: {why}")
+    for note in evaluation.meta["notes"]:
+        click.echo(f"note: {note}")
     for gate in gates:
         click.echo(f"{gate.judgement.verdict:13} {gate.judgement.summary}")
     click.echo(evaluation.winner()[1])

@@ -9,6 +9,7 @@ and is named; it is never scored.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -28,6 +29,7 @@ from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aq
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 SWEEPS = 2
 """Unanswered items are asked once more at the end: a server that was restarting has had its time."""
@@ -158,6 +160,11 @@ def evaluate(
     ) as endpoint:
         version = endpoint.version()
         digests = endpoint.require(list(models.values()))
+        notes = [
+            f"{name} can think before it answers: asked not to" for name in endpoint.find_thinking(models.values())
+        ]
+        for note in notes:
+            logger.warning("%s", note)
         keys = {label: fingerprint([name, digests[name], options.greedy()])[:16] for label, name in models.items()}
         session = _Session(endpoint, dict(models), suites, keys, folder, options)
         session.ask()
@@ -173,7 +180,7 @@ def evaluate(
             "options": asdict(options),
             "speed": {"looks": options.schedule.looks, "ended": session.ended},
             "items": {name: {"source": suite.source, "n": len(suite.items)} for name, suite in suites.items()},
-            "notes": [f"{name}: {note}" for name, suite in suites.items() for note in suite.notes],
+            "notes": [*notes, *(f"{name}: {note}" for name, suite in suites.items() for note in suite.notes)],
             "started": started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }

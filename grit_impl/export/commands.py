@@ -146,9 +146,8 @@ def deploy(
     """Create MODEL (a Modelfile, or a run with one) in a real Ollama, and check what arrived."""
     if remove is not None:
         from grit_impl.export.deploy import delete
-        from grit_impl.serve.client import server_url
 
-        delete(server_url(ollama_url), remove)
+        delete(ollama_url, remove)
         click.echo(f"deleted {remove}")
         return
     if model is None:
@@ -191,7 +190,7 @@ def _deploy(url: str | None, name: str, modelfile: Path, quantize: str | None) -
     address = server_url(url)
     with _progress(f"uploading to {address}") as progress:
         done = send(
-            address, name, modelfile, quantize=quantize, progress=lambda file, sent, size: progress(sent, size, file)
+            url, name, modelfile, quantize=quantize, progress=lambda file, sent, size: progress(sent, size, file)
         )
     click.echo(
         f"{done.name} at {address}: {done.quantization}, {done.uploaded / 2**20:.1f} MiB sent, prompt format verified"

@@ -20,6 +20,7 @@ from grit_impl.gguf.encoding import check_same_base
 from grit_impl.gguf.gotemplate import Template
 from grit_impl.gguf.modelfile import Modelfile, read_modelfile
 from grit_impl.record import sha256_file
+from grit_impl.serve.connection import client_options, find_server, reason
 
 CHUNK = 1 << 20
 QUESTION = "What is 2 + 2?"
@@ -40,7 +41,7 @@ class Deployment:
 
 
 def deploy(
-    url: str,
+    url: str | None,
     name: str,
     modelfile: Path | str,
     *,
@@ -55,7 +56,7 @@ def deploy(
     the same name is replaced, as `ollama create` does.
 
     Args:
-        url: The server.
+        url: The server, see `serve.connection.find_server`.
         name: The model's name there.
         modelfile: Its FROM and ADAPTER files are uploaded.
         quantize: Let the server quantise, e.g. "q4_K_M"; the GGUF must be f16 or bf16.
@@ -82,24 +83,30 @@ def deploy(
         raise GRITError(
             f"chat-template: {modelfile} has no TEMPLATE, so Ollama would guess one; write it with grit export"
         )
-    with httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=10)) as client:
+    with _client(url, timeout) as client:
         digests = {key: f"sha256:{sha256_file(path)}" for key, path in files.items()}
         sent = sum(_upload(client, files[key], digest, progress, attempts) for key, digest in digests.items())
         statuses = _create(client, name, spec, digests, quantize)
         return _inspect(client, name, spec, statuses, sent)
 
 
-def delete(url: str, name: str) -> None:
+def delete(url: str | None, name: str) -> None:
     """Remove a model from a server. Raises `GRITError` if it is not there."""
-    with httpx.Client(base_url=url, timeout=30) as client:
-        _checked(lambda: client.request("DELETE", "/api/delete", json={"model": name}), url)
+    with _client(url, 30) as client:
+        _checked(lambda: client.request("DELETE", "/api/delete", json={"model": name}), client.base_url)
+
+
+def _client(url: str | None, timeout: float) -> httpx.Client:
+    return httpx.Client(**client_options(find_server(url)), timeout=httpx.Timeout(timeout, connect=10))
 
 
 def _checked(send: Callable[[], httpx.Response], url: Any) -> httpx.Response:
     try:
         response = send()
     except httpx.HTTPError as error:
-        raise GRITError(f"no Ollama at {url}: {str(error) or type(error).__name__}; is it running?") from error
+        raise GRITError(f"no Ollama at {url}: {reason(error)}; is it running?") from error
+    if response.has_redirect_location:
+        raise GRITError(f"Ollama at {url} redirects to {response.headers['location']}: use that address")
     if response.status_code >= 400:
         raise GRITError(f"Ollama at {url} answered {response.status_code}: {_reason(response)}")
     return response
@@ -148,9 +155,7 @@ def _upload(client: httpx.Client, path: Path, digest: str, progress: UploadProgr
             reraise=True,
         )(send)
     except httpx.HTTPError as error:
-        raise GRITError(
-            f"cannot upload {path.name} to {client.base_url}: {str(error) or type(error).__name__}"
-        ) from error
+        raise GRITError(f"cannot upload {path.name} to {client.base_url}: {reason(error)}") from error
 
 
 def _create(
@@ -185,7 +190,7 @@ def _create(
                     raise GRITError(f"Ollama at {client.base_url} could not create {name}: {message['error']}")
                 statuses += [str(message["status"])] if "status" in message else []
     except (httpx.HTTPError, ValueError) as error:
-        raise GRITError(f"creating {name} at {client.base_url} broke off: {error}") from error
+        raise GRITError(f"creating {name} at {client.base_url} broke off: {reason(error)}") from error
     if not statuses or statuses[-1] != "success":
         raise GRITError(f"creating {name} at {client.base_url} ended without success, after {statuses[-1:]}")
     return statuses

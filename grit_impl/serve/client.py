@@ -12,13 +12,11 @@ API: https://github.com/ollama/ollama/blob/main/docs/api.md. The `ollama` packag
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import anyio
 import httpx
@@ -26,14 +24,13 @@ from anyio.from_thread import start_blocking_portal
 from tenacity import RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from grit_impl.errors import GRITError
+from grit_impl.serve.connection import client_options, find_server, reason
 
-DEFAULT_PORT = 11434
 MAX_BODY = 8 * 2**20
 """Bytes: no evaluation answer is longer, an endless stream of garbage is."""
 T = TypeVar("T")
 PREFLIGHT = 4
 """Attempts at a server that may not be there at all: the user waits for the message."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Fault(Exception):
@@ -73,6 +70,7 @@ class Reply:
         load_duration: Nanoseconds spent on loading the model.
         seconds: Wall time of the successful request.
         faults: Kinds of the failed attempts before it.
+        thinking: What it wrote before the answer, where a model thinks although it was asked not to.
     """
 
     text: str
@@ -84,6 +82,7 @@ class Reply:
     load_duration: int
     seconds: float
     faults: list[str] = field(default_factory=list)
+    thinking: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -94,28 +93,12 @@ class Reply:
 
 
 def server_url(value: str | None = None) -> str:
-    """The base URL from an argument, else from OLLAMA_HOST, else Ollama's default.
-
-    Accepts what OLLAMA_HOST accepts: `host`, `host:port`, `:port`, `http://host:port`. A server that listens on
-    0.0.0.0 is reached at 127.0.0.1.
+    """The base URL, without credentials, from an argument, else from OLLAMA_HOST, else Ollama's default.
 
     Raises:
         GRITError: the value is not a http(s) address.
     """
-    given = (value or os.environ.get("OLLAMA_HOST") or f"127.0.0.1:{DEFAULT_PORT}").strip().rstrip("/")
-    try:
-        parts = urlsplit(given if "://" in given else f"http://{given}")
-        port = parts.port
-    except ValueError as error:
-        raise GRITError(f"{given!r} is not an Ollama address ({error}): use host:port or http://host:port") from None
-    if parts.scheme not in ("http", "https"):
-        raise GRITError(f"{given!r} is not an Ollama address: use host:port, http://host:port or https://host")
-    host = parts.hostname or "127.0.0.1"
-    host = "127.0.0.1" if host == "0.0.0.0" else host
-    host = f"[{host}]" if ":" in host else host
-    default = DEFAULT_PORT if "://" not in given else None
-    suffix = f":{port or default}" if port or default else ""
-    return f"{parts.scheme}://{host}{suffix}{parts.path}"
+    return find_server(value).url
 
 
 def full_name(model: str) -> str:
@@ -127,7 +110,7 @@ class Endpoint:
     """One Ollama server. Safe to use from several threads.
 
     Args:
-        url: Address, see `server_url`.
+        url: Address, see `connection.find_server`.
         timeout: Seconds that one request may take as a whole, loading the model included.
         attempts: How often a faulty request is sent before it counts as unanswered.
         backoff: Seconds; the wait before attempt k is uniform in [0, backoff * 2**k].
@@ -147,23 +130,20 @@ class Endpoint:
     ) -> None:
         if timeout <= 0 or attempts < 1 or backoff < 0 or connections < 1:
             raise GRITError("timeout, attempts and connections must be positive, backoff not negative")
-        self.url = server_url(url)
+        server = find_server(url)
+        options = client_options(server)
+        self.url = server.url
+        self._thinking: set[str] = set()
         self.timeout, self.attempts = timeout, attempts
         self._wait = wait_random_exponential(multiplier=backoff, max=backoff_max)
-        key = os.environ.get("OLLAMA_API_KEY")
         # Asynchronous inside, because only cancellation bounds a whole request: a server that sends a byte now and then
         # never runs into a read timeout.
         self._exit = ExitStack()
         self._portal = self._exit.enter_context(start_blocking_portal())
         self._http = httpx.AsyncClient(
-            base_url=self.url,
+            **options,
             timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            headers={"authorization": f"Bearer {key}"} if key else None,
-            # Certificates take a quarter of a second to load, and plain HTTP needs none.
-            verify=self.url.startswith("https"),
-            # A proxy of the environment is for the outside world; it cannot reach this machine's loopback.
-            trust_env=urlsplit(self.url).hostname not in LOOPBACK,
         )
 
     def __enter__(self) -> Endpoint:
@@ -211,12 +191,25 @@ class Endpoint:
                 raise GRITError(f"model {name!r} is not on {self.url} (it has: {have}): create it with `ollama create`")
         return {name: present[full_name(name)] for name in names}
 
+    def find_thinking(self, names: Iterable[str]) -> list[str]:
+        """Those of the named models that think before they answer, which `generate` then asks not to."""
+        for name in names:
+            # A server of before 2025 does not tell, and has no such models.
+            with suppress(GRITError):
+                found = self._ask("POST", "/api/show", {"model": name}).get("capabilities")
+                if isinstance(found, list) and "thinking" in found:
+                    self._thinking.add(name)
+        return sorted(self._thinking)
+
     def _get(self, path: str, key: str) -> Any:
-        def ask() -> Any:
-            value = _one_json(self._send("GET", path, None))
-            if key not in value:
+        return self._ask("GET", path, None, key)[key]
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, key: str | None = None) -> dict[str, Any]:
+        def ask() -> dict[str, Any]:
+            value = _one_json(self._send(method, path, body))
+            if key is not None and key not in value:
                 raise Fault("not-json", f"{path} has no {key!r}")
-            return value[key]
+            return value
 
         try:
             return self._retry(ask, [], min(self.attempts, PREFLIGHT))
@@ -257,6 +250,7 @@ class Endpoint:
             "shift": False,
             "keep_alive": keep_alive,
             "options": dict(options),
+            **({"think": False} if model in self._thinking else {}),
         }
         faults: list[str] = []
         empty_before = False
@@ -303,14 +297,16 @@ class Endpoint:
             answer: tuple[int, bytes] = self._portal.call(self._receive, method, path, body)
         except (TimeoutError, httpx.TimeoutException):
             raise Fault("timeout", f"no whole answer within {self.timeout:g} s") from None
-        except httpx.ConnectError:
-            raise Fault("unreachable", "the connection is refused") from None
+        except (httpx.ConnectError, httpx.ProxyError) as error:
+            raise Fault("unreachable", reason(error)) from None
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise Fault("dropped", f"the connection broke ({type(error).__name__})") from None
         status, received = answer
         if status != 200:
             text = " ".join(received[:200].decode("utf-8", "replace").split())
-            raise Fault(f"http-{status}", f"HTTP {status}: {text}", retry=status not in (400, 413))
+            if status in (401, 403):
+                text += "; OLLAMA_API_KEY, or user:password@ in the address, says who asks"
+            raise Fault(f"http-{status}", f"HTTP {status}: {text}", retry=status not in (400, 401, 403, 413))
         return received
 
     async def _receive(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
@@ -321,6 +317,8 @@ class Endpoint:
                     received += chunk
                     if len(received) > MAX_BODY:
                         raise Fault("oversized", f"more than {MAX_BODY} bytes")
+                if response.has_redirect_location:
+                    raise Fault("redirect", f"it redirects to {response.headers['location']}; use that address", False)
                 return response.status_code, bytes(received)
 
 
@@ -352,14 +350,33 @@ def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]
     counters = {name: last.get(name, 0) for name in names}
     if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in counters.values()):
         raise Fault("bad-counters", "a counter is not a whole number")
-    reason = last.get("done_reason", "stop")
-    if reason not in ("stop", "length"):
-        raise Fault("incomplete", f"the server did not generate (done_reason {reason!r})")
+    ended = last.get("done_reason", "stop")
+    if ended not in ("stop", "length"):
+        raise Fault("incomplete", f"the server did not generate (done_reason {ended!r})")
     text = "".join(part.get("response", "") for part in parts)
+    thinking = "".join(part["thinking"] for part in parts if isinstance(part.get("thinking"), str))
     limit = int(options.get("num_predict", -1))
     if (text and counters["eval_count"] < 1) or (0 <= limit < counters["eval_count"]):
         raise Fault("bad-counters", f"eval_count {counters['eval_count']} does not fit the answer")
     # Every word is at least one token, so a smaller count means that the server dropped a part of the prompt.
     if 0 < counters["prompt_eval_count"] < len(prompt.split()):
         raise Fault("truncated-prompt", f"only {counters['prompt_eval_count']} prompt tokens were read")
-    return {"text": text, "done_reason": reason, **counters}
+    if not thinking and not text.lstrip().startswith("<think>") and "</think>" not in text:
+        return {"text": text, "done_reason": ended, **counters}
+    # The server of such a model may leave the thoughts in the answer, and the template may have opened them.
+    thought, closed, answer = text.rpartition("</think>")
+    if not closed and text.lstrip().startswith("<think>"):
+        thought, answer = text, ""
+    if not answer.strip():
+        raise Fault(
+            "only-thought",
+            f"the model only thought ({counters['eval_count']} tokens) and did not answer: allow it more tokens, "
+            "or use a model that can be asked not to think",
+            retry=False,
+        )
+    return {
+        "text": answer.lstrip() if closed else answer,
+        "thinking": thinking or thought,
+        "done_reason": ended,
+        **counters,
+    }

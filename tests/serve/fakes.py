@@ -38,6 +38,8 @@ class FakeOllama:
         self.answer, self.rate = answer, rate
         self.models = models or {"base:latest": "d0", "baseline:latest": "d1"}
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.capabilities = ["completion"]
         self.delay = 0.0
         self.active = self.most_active = 0
         self.lock = threading.Lock()
@@ -66,6 +68,10 @@ class FakeOllama:
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.headers.append(dict(self.headers))
+                if self.path == "/api/show":
+                    self.send(200, json.dumps({"capabilities": fake.capabilities}).encode())
+                    return
                 with fake.lock:
                     fake.requests.append(request)
                     fake.active += 1
