@@ -66,7 +66,7 @@ def depends(spec: RunSpec) -> dict[str, Any]:
     del described["training"]["save_every"]  # how often a run is saved does not change what it learns
     return {
         "spec": described,
-        "contents": {str(f): digest(f) for f in (*weights, *data)},
+        "contents": {f.name: digest(f) for f in (*weights, *data)},
         "source": source_fingerprint(),
         "versions": versions(),
         "gpu": has_gpu(),

@@ -131,7 +131,7 @@ def test_a_file_with_other_content_is_named(killed: Killed, what: str) -> None:
             tensors = load_file(path)
             next(iter(tensors.values())).view(-1)[0] += 1
             save_file(tensors, path, metadata={"format": "pt"})
-        assert f"other content of {path}" in restarted(killed, {})
+        assert f"other content of {path.name}" in restarted(killed, {})
         assert tree(killed.folder / "run") == before
     finally:
         path.write_bytes(content)
