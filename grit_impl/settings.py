@@ -64,7 +64,7 @@ def count(text: str) -> int:
 
 
 def count_or_nothing(text: str) -> int | None:
-    """a whole number of at least 1, or nothing"""
+    """a whole number of at least 1"""
     return count(text) if text and text != "None" else None
 
 
