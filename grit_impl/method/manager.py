@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.method.capture.completeness import completeness_errors
-from grit_impl.method.capture.fused import FusedAdapters, FusedTap, fused_functions
+from grit_impl.method.capture.fused import FusedAdapters, FusedTap
 from grit_impl.method.capture.modules import LossTap, ModuleTap
 from grit_impl.method.capture.rank_statistics import RankStatistics
+from grit_impl.method.capture.sites import loaded_sites
 from grit_impl.method.factors import READY, STATUS, KroneckerFactors, world_size
 from grit_impl.method.layers import find_layers
 from grit_impl.method.reprojection import Reprojection
@@ -99,14 +100,14 @@ class GRITManager:
         return ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
 
     def _fused_taps(self, loss: LossTap) -> list[FusedTap]:
-        """Where Unsloth is loaded, inside its fused functions, which do not call the modules."""
-        fused = fused_functions()
-        if fused is None:
+        """Inside the fused functions of libraries that are loaded, which do not call the modules."""
+        sites = loaded_sites()
+        if not sites:
             return []
         if self._fused is None:
             self._fused = FusedAdapters(self.layers)
         self._fused.refresh()
-        return [FusedTap(self._fused, self.statistics, loss, fused)]
+        return [FusedTap(self._fused, self.statistics, loss, sites)]
 
     def detach(self) -> None:
         """Remove the hooks; factors and counts stay."""

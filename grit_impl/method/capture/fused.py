@@ -1,12 +1,9 @@
-"""Statistics from inside Unsloth's fused LoRA functions, with every fused kernel left on.
+"""Statistics from inside fused LoRA functions, with every fused kernel left on.
 
-Unsloth's `LoRA_MLP`, `LoRA_QKV` and `LoRA_W` (unsloth/kernels/fast_lora.py) take the LoRA weights as tensors and never
-call the `lora_A` and `lora_B` modules, so module hooks see nothing. Their backward functions hold everything that the
-statistics need: the input X, the adapters, and dL/dy. `FusedTap` puts subclasses in their place whose backward runs
-the original and reads the products that it takes of these, so that each token is counted once, where its gradient is,
-whatever gradient checkpointing does to the forward. Read in unsloth 2025.10.9 and 2026.10.9, which look the functions
-up by name at call time; both save A, B (gate, up, down or q, k, v) and X in the order used here. In a compiled decoder
-layer, which 2026.10.9 makes, the subclasses' backward is traced and not run: see fused_traced.py.
+`FusedTap` puts subclasses in the place of the functions that `sites.py` describes. Their backward runs the original and
+reads the products that it takes of x, dL/dy and the adapters, so that each token is counted once, where its gradient
+is, whatever gradient checkpointing does to the forward. In a compiled layer the subclasses' backward is traced and not
+run: see fused_traced.py.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,35 +19,14 @@ from torch import Tensor
 
 from grit_impl.errors import GRITError
 from grit_impl.method.capture import compiled
-from grit_impl.method.capture.fused_traced import dropped, rows, traced
+from grit_impl.method.capture.fused_traced import traced
 from grit_impl.method.capture.modules import LossTap
 from grit_impl.method.capture.products import Products
 from grit_impl.method.capture.rank_statistics import RankStatistics
+from grit_impl.method.capture.sites import Dropout, Inner, Site, dropped, factors, rows
 
 if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
-
-MODULE = "unsloth.kernels.fast_lora"
-FUNCTIONS = ("LoRA_MLP", "LoRA_QKV", "LoRA_W")
-
-
-def fused_functions() -> Any | None:
-    """Unsloth's module of fused LoRA functions if it is loaded; None without Unsloth.
-
-    Raises:
-        GRITError: this Unsloth cannot be instrumented.
-    """
-    module = sys.modules.get(MODULE)
-    if module is None:
-        return None
-    version = getattr(sys.modules.get("unsloth"), "__version__", "of unknown version")
-    missing = [name for name in FUNCTIONS if not hasattr(module, name)]
-    if missing:
-        raise GRITError(
-            f"GRIT cannot take statistics from unsloth {version}: {MODULE} has no {', '.join(missing)}; use a version "
-            "from 2025.10 to 2026.10, or train without Unsloth (--arm pure)"
-        )
-    return module
 
 
 class _Group(NamedTuple):
@@ -199,23 +175,25 @@ class FusedTap:
         adapters: Of the manager's layers.
         statistics: Where the sums go.
         loss: Knows the tokens of the current forward pass.
-        module: `unsloth.kernels.fast_lora`.
+        sites: The functions, of modules that are loaded.
     """
 
-    def __init__(self, adapters: FusedAdapters, statistics: RankStatistics, loss: LossTap, module: Any) -> None:
-        self._adapters, self._statistics, self._loss, self._module = adapters, statistics, loss, module
-        for name in FUNCTIONS:
-            setattr(module, name, _instrumented(name, getattr(module, name)))
+    def __init__(
+        self, adapters: FusedAdapters, statistics: RankStatistics, loss: LossTap, sites: Sequence[Site]
+    ) -> None:
+        self._adapters, self._statistics, self._loss = adapters, statistics, loss
+        self._functions = {(sys.modules[site.module], site.name) for site in sites}
+        for site in sites:
+            module = sys.modules[site.module]
+            setattr(module, site.name, _instrumented(site, getattr(module, site.name)))
         compiled.fused_taps.append(self)
 
     def remove(self) -> None:
         """Put the original functions back, once nobody else reads them."""
         compiled.fused_taps.remove(self)
-        if any(tap._module is self._module for tap in compiled.fused_taps):
-            return
-        for name in FUNCTIONS:
-            function = getattr(self._module, name)
-            setattr(self._module, name, vars(function).get("_grit_original", function))
+        for module, name in self._functions.difference(*(tap._functions for tap in compiled.fused_taps)):
+            function = getattr(module, name)
+            setattr(module, name, vars(function).get("_grit_original", function))
 
     def owns(self, lora_a: Tensor) -> bool:
         """Whether this is an adapter of the manager's."""
@@ -247,69 +225,60 @@ class FusedTap:
             self._statistics.add_together(layers[each], values, lora_a[each.start].shape[0], context)
         return True
 
-    def _mlp(self, original: Any, ctx: Any, saved: Sequence[Any], dy: Tensor) -> Any:
-        adapters, rest = saved[:6], saved[6:]
-        x, masks = rest[0], rest[3:]
-        *weights, kernel = ctx.custom_saved_tensors
-        plan, dy = self._adapters.cast(adapters, x.dtype), _contiguous(dy)
-        products, scales = plan.products, weights[2::3]
-        # Gate, up and down: x (A) and dL/dy (B) of each.
-        noting, taking = products.begin(masks, [x.data_ptr(), 0, x.data_ptr(), 0, 0, dy.data_ptr()])
-        if taking:
-            gate_x, up_x = self._dropped(x, masks, 0, ctx), self._dropped(x, masks, 1, ctx)
-
-        def element_wise(*arguments: Tensor) -> Any:
-            # The only place where the gradients at the outputs of gate and up exist.
-            h, d_up, d_gate = kernel(*arguments)
-            if taking:
-                down_x = self._dropped(h, masks, 2, ctx)
-                self._take(plan, scales, (gate_x, up_x, down_x), (d_gate, d_up, dy))
-            products.factors[1:5] = d_gate.data_ptr(), x.data_ptr(), d_up.data_ptr(), h.data_ptr()
-            return h, d_up, d_gate
-
-        operands = products.operands if noting else plan.cast
-        stand_in = _StandIn(ctx, saved_tensors=(*operands, *rest), custom_saved_tensors=(*weights, element_wise))
-        result = original.backward(stand_in, dy)
-        if noting:
-            self._add_noted(plan, scales)
-        return result
-
-    def _qkv(self, original: Any, ctx: Any, saved: Sequence[Any], *dys: Tensor) -> Any:
-        x, adapters, masks = saved[0], saved[1:7], saved[7:]
-        return self._linear(original, ctx, (x,) * len(dys), adapters, masks, dys, lambda w: (x, *w, *masks))
-
-    def _w(self, original: Any, ctx: Any, saved: Sequence[Any], dy: Tensor) -> Any:
-        adapters, x, masks = saved[:2], _contiguous(saved[2]), saved[3:]
-        return self._linear(original, ctx, (x,), adapters, masks, (dy,), lambda w: (*w, x, *masks))
-
-    def _linear(
-        self,
-        original: Any,
-        ctx: Any,
-        xs: Sequence[Tensor],
-        adapters: Sequence[Tensor | None],
-        masks: Sequence[Tensor | None],
-        dys: Sequence[Tensor],
-        arranged: Callable[[Sequence[Any]], tuple[Any, ...]],
+    def read(
+        self, site: Site, original: Any, dropout: Dropout | None, ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor]
     ) -> Any:
-        """A function whose x and dL/dy are known before it runs; `arranged` puts adapters into what it saved."""
-        plan, dys = self._adapters.cast(adapters, xs[0].dtype), [_contiguous(dy) for dy in dys]
-        products, scales = plan.products, ctx.custom_saved_tensors[2::3]
-        noting, taking = products.begin(masks, [w.data_ptr() for pair in zip(xs, dys, strict=True) for w in pair])
-        if taking:
-            self._take(plan, scales, [self._dropped(x, masks, i, ctx) for i, x in enumerate(xs)], dys)
-        stand_in = _StandIn(ctx, saved_tensors=arranged(products.operands if noting else plan.cast))
-        result = original.backward(stand_in, *dys)
+        """Run a function's backward and take its statistics; returns what it returns.
+
+        Args:
+            site: The function's.
+            original: The function.
+            dropout: What `site.dropout` made.
+            ctx: Its context.
+            saved: Its saved tensors.
+            dys: What its backward was given.
+        """
+        given, dys = list(saved), [_contiguous(dy) for dy in dys]
+        for at in site.x:
+            if not isinstance(at, Inner):
+                given[at] = _contiguous(given[at])
+        xs, gs = factors(site, given, dys)
+        plan = self._adapters.cast([given[i] for i in site.adapters], next(x for x in xs if x is not None).dtype)
+        scales, masks = site.scales(ctx), () if site.masks is None else given[site.masks :]
+        products = plan.products
+        noting, taking = products.begin(masks, _addresses(xs, gs))
+
+        def take(xs: Sequence[Tensor], gs: Sequence[Tensor]) -> None:
+            if taking:
+                self._take(plan, scales, [dropped(dropout, ctx, x, masks, i) for i, x in enumerate(xs)], gs)
+
+        replaced: dict[str, Any] = {}
+        if site.kernel is None:
+            take(xs, gs)
+        else:
+            attribute, place = site.kernel
+            kept, known = list(getattr(ctx, attribute)), tuple(given)
+            kernel = kept[place]
+
+            def element_wise(*arguments: Tensor) -> Any:
+                # The only place where some x and dL/dy exist.
+                inner = kernel(*arguments)
+                xs, gs = factors(site, known, dys, inner)
+                take(xs, gs)
+                products.factors = _addresses(xs, gs)
+                return inner
+
+            kept[place] = element_wise
+            replaced[attribute] = tuple(kept)
+        for i, adapter in zip(site.adapters, products.operands if noting else plan.cast, strict=True):
+            given[i] = adapter
+        result = original.backward(_StandIn(ctx, saved_tensors=tuple(given), **replaced), *dys)
         if noting:
             self._add_noted(plan, scales)
         return result
 
     def _wanted(self) -> bool:
         return self._loss.context is not None and self._statistics.collecting
-
-    def _dropped(self, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
-        """What the LoRA branch saw: x after dropout, where this Unsloth fuses dropout."""
-        return dropped(vars(self._module).get("_dropout_replay"), x, masks, i, ctx)
 
     def _add_noted(self, plan: _Plan, scales: Sequence[Any]) -> None:
         """Use the products that the function has taken; after its first call, see whether all were noted."""
@@ -346,21 +315,13 @@ class FusedTap:
                 self._statistics.add(layer, value, gradient, context)
 
 
-_READERS: dict[str, Callable[..., Any]] = {
-    "LoRA_MLP": FusedTap._mlp,
-    "LoRA_QKV": FusedTap._qkv,
-    "LoRA_W": FusedTap._w,
-}
-_PLACES = {"LoRA_MLP": slice(0, 6, 2), "LoRA_QKV": slice(1, 7, 2), "LoRA_W": slice(0, 2, 2)}
-"""Where each function saves its layers' A."""
-
-
 @functools.cache
-def _instrumented(name: str, original: Any) -> Any:
+def _instrumented(site: Site, original: Any) -> Any:
     """A subclass whose backward is read; one for each function, so that compiled code is not compiled anew."""
     if "_grit_original" in vars(original):
         return original
-    in_graph = traced(name, original)
+    dropout = site.dropout(sys.modules[site.module]) if site.dropout else None
+    in_graph = traced(site, original, dropout)
 
     def backward(ctx: Any, *dys: Tensor) -> Any:
         if torch.compiler.is_compiling():
@@ -368,12 +329,17 @@ def _instrumented(name: str, original: Any) -> Any:
         if not any(tap._wanted() for tap in compiled.fused_taps):
             return original.backward(ctx, *dys)
         saved = ctx.saved_tensors  # once: checkpointing that is not reentrant gives them once
-        tap = compiled.fused_tap(saved[_PLACES[name]])
+        tap = compiled.fused_tap([saved[i] for i in site.a])
         if tap is None or not tap._wanted():
             return original.backward(_StandIn(ctx, saved_tensors=saved), *dys)
-        return _READERS[name](tap, original, ctx, saved, *dys)
+        return tap.read(site, original, dropout, ctx, saved, dys)
 
-    return type(name, (original,), {"backward": staticmethod(backward), "_grit_original": original})
+    return type(site.name, (original,), {"backward": staticmethod(backward), "_grit_original": original})
+
+
+def _addresses(xs: Sequence[Tensor | None], gs: Sequence[Tensor | None]) -> list[int]:
+    """Of x and dL/dy of each layer in turn; 0: not known yet."""
+    return [0 if t is None else t.data_ptr() for pair in zip(xs, gs, strict=True) for t in pair]
 
 
 def _width(a: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""The backward of Unsloth's fused functions inside a compiled decoder layer.
+"""The backward of fused LoRA functions inside a compiled layer.
 
 Unsloth of 2026 compiles each decoder layer as one region: the functions' Python runs once, over tensors without
 numbers, and becomes part of a graph of operators. So nothing can be noted there. Instead the products A x and B' dL/dy
@@ -9,117 +9,79 @@ subexpressions), and handed to `grit::noted_fused`, which it cannot look into an
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from grit_impl.method.capture.compiled import noted_fused
-
-FIRST = 3
-"""Place of the first A among a function's arguments: after x, W and W's quantisation."""
+from grit_impl.method.capture.sites import Dropout, Inner, Site, dropped, factors, rows
 
 
-def traced(name: str, original: Any) -> Callable[..., Any]:
+def traced(site: Site, original: Any, dropout: Dropout | None) -> Callable[..., Any]:
     """The backward (ctx, *dL/dy) of a fused function, for a compiler to trace.
 
     Args:
-        name: `LoRA_MLP`, `LoRA_QKV` or `LoRA_W`.
+        site: The function's.
         original: The function, a subclass of torch.autograd.Function.
+        dropout: What `site.dropout` made.
     """
     # The plain function: Dynamo refuses a call of `original.backward`.
     backward = inspect.getattr_static(original, "backward").__func__
-    replay = getattr(sys.modules.get(original.__module__), "_dropout_replay", None)
+    places = site.adapters
+    # Where x comes out of the kernel, dL/dx was computed to call it, from the same B' dL/dy.
+    twice = [isinstance(at, Inner) for at in site.x]
 
-    def mlp(ctx: Any, dy: Tensor) -> Any:
-        saved, (*weights, kernel) = ctx.saved_tensors, ctx.custom_saved_tensors
-        adapters, x, masks = saved[:6], saved[6], saved[9:]
-        found = []
+    def in_graph(ctx: Any, *dys: Tensor) -> Any:
+        saved, found = ctx.saved_tensors, []
+        adapters, masks = [saved[i] for i in places], () if site.masks is None else saved[site.masks :]
 
-        def element_wise(*arguments: Tensor) -> Any:
-            # The only place where the gradients at the outputs of gate and up exist.
-            h, d_up, d_gate = kernel(*arguments)
-            inputs = [dropped(replay, each, masks, i, ctx) for i, each in enumerate((rows(x), rows(x), h))]
-            # Down's B is the only one that the functions multiply by dL/dy twice.
-            found.append(_products(adapters, inputs, (d_gate, d_up, rows(dy)), twice=2))
-            return h, d_up, d_gate
+        def write_down(inner: Any = ()) -> None:
+            xs, gs = factors(site, saved, dys, inner)
+            inputs = [dropped(dropout, ctx, rows(x), masks, i) for i, x in enumerate(xs)]
+            found.append(_products(adapters, inputs, [rows(g) for g in gs], twice))
 
-        ctx.custom_saved_tensors = (*weights, element_wise)
-        return _noted(ctx, backward(ctx, dy), adapters, found[0], weights[2::3])
+        if site.kernel is None:
+            write_down()
+        else:
+            attribute, place = site.kernel
+            kept = list(getattr(ctx, attribute))
+            kernel = kept[place]
 
-    def linear(ctx: Any, dys: Sequence[Tensor], x: Tensor, adapters: Sequence[Any], masks: Sequence[Any]) -> Any:
-        inputs = [dropped(replay, rows(x), masks, i, ctx) for i in range(len(dys))]
-        products = _products(adapters, inputs, [rows(dy) for dy in dys])
-        return _noted(ctx, backward(ctx, *dys), adapters, products, ctx.custom_saved_tensors[2::3])
+            def element_wise(*arguments: Tensor) -> Any:
+                inner = kernel(*arguments)
+                write_down(inner)
+                return inner
 
-    def qkv(ctx: Any, *dys: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        return linear(ctx, dys, saved[0], saved[1:7], saved[7:])
+            kept[place] = element_wise
+            setattr(ctx, attribute, tuple(kept))
+        result = backward(ctx, *dys)
+        a, g, operands = found[0]
+        for at in site.arguments:  # one adapter's gradient, the first that is needed, goes through the operator
+            if ctx.needs_input_grad[at]:
+                taken = [product.reshape(-1) for product in (*a, *g)]
+                noted_fused(result[at], list(adapters[::2]), taken, [float(s) for s in site.scales(ctx)], operands)
+                break
+        return result
 
-    def w(ctx: Any, dy: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        return linear(ctx, (dy,), saved[2], saved[:2], saved[3:])
-
-    functions: dict[str, Callable[..., Any]] = {"LoRA_MLP": mlp, "LoRA_QKV": qkv, "LoRA_W": w}
-    return functions[name]
-
-
-def dropped(replay: Any, x: Tensor, masks: Sequence[Tensor | None], i: int, ctx: Any) -> Tensor:
-    """What the LoRA branch of place i saw: x after dropout, where this Unsloth fuses dropout.
-
-    Args:
-        replay: Unsloth's `_dropout_replay`.
-        x: Its input.
-        masks: Of the function's places; None or missing: no dropout.
-        i: The place.
-        ctx: The function's context.
-    """
-    mask = masks[i] if i < len(masks) else None
-    if mask is None:
-        return x
-    p = ctx.dropout_p[i] if isinstance(ctx.dropout_p, tuple) else ctx.dropout_p
-    # As rows, which is how the functions replay it: only what is written alike is common to two places.
-    result: Tensor = replay(rows(x), rows(mask), p)
-    return result
+    return in_graph
 
 
 def _products(
-    adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor], twice: int | None = None
+    adapters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor], twice: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """A x' and dL/dy B of each place as the functions take them, and adapters in x's precision, for `operands`.
+    """A x' and dL/dy B of each layer, as the functions take them; and transposed adapters, which nothing reads.
 
-    Only what is written alike is common to two places, hence each adapter's two transpositions; and W.t().t() is
-    simplified to W before the search for common subexpressions, unless W.t() has another reader. In the functions A.t()
-    has one (dL/dx), and at one place, `twice`, B.t(); here it is a second W.t().t(), which ends up being the function's
-    own copy of W: nothing is made for it.
+    The compiler keeps one of two expressions only where they are written alike. The functions write A' as
+    `A.to(dtype).t()`, and transpose it again to multiply: so it is done here. Before the compiler looks for common
+    expressions, it takes away two transpositions in a row, unless something else reads the first one's result. In the
+    functions something does: dL/dx is made with A', and where B' dL/dy is computed twice (`twice`), B' has two readers
+    as well. Here the third list is that reader. It costs nothing: its tensors end up being the functions' own.
     """
     a, g, operands = [], [], []
     for i, (lora_a, lora_b, x, dy) in enumerate(zip(adapters[::2], adapters[1::2], inputs, dys, strict=True)):
         at, bt = lora_a.to(x.dtype).t(), lora_b.to(x.dtype).t()
         a.append(at.t() @ rows(x).t())
         g.append(dy @ bt.t())
-        operands += [at.t(), bt.t()] if i == twice else [at.t()]
+        operands += [at.t(), bt.t()] if twice[i] else [at.t()]
     return a, g, operands
-
-
-def _noted(
-    ctx: Any,
-    result: Any,
-    adapters: Sequence[Tensor],
-    products: tuple[list[Tensor], list[Tensor], list[Tensor]],
-    scales: Sequence[float],
-) -> Any:
-    """The function's result, of which one adapter's gradient, the first that is needed, goes through the operator."""
-    a, g, operands = products
-    for at in range(FIRST, FIRST + 5 * len(a), 5):  # A; x's W, quantisation, A, B and s follow one another
-        if ctx.needs_input_grad[at]:
-            taken = [product.reshape(-1) for product in (*a, *g)]
-            noted_fused(result[at], list(adapters[::2]), taken, [float(s) for s in scales], operands)
-            break
-    return result
-
-
-def rows(x: Tensor) -> Tensor:
-    """(..., d) as (n, d)."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grit_impl.method.capture.fused import MODULE
+from grit_impl.method.capture.sites import SITES
 
 WIDTH, HIDDEN = 12, 20
+MODULE, FUNCTIONS = SITES[0].module, [site.name for site in SITES]
 
 
 def _linear(x, w, a, b, s):
