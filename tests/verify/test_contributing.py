@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import other_functions
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
-from grit_impl.config import GRITConfig
+from grit_impl.config import UPDATE_RULES, GRITConfig
+from grit_impl.method.capture import sites
+from grit_impl.method.manager import GRITManager
+from grit_impl.method.optimizer import GRITOptimizer
+from grit_impl.method.rules import base
 from grit_impl.recipes import arms, datasets
 from grit_impl.verify import claims
 from grit_impl.verify.claims import registry, training
 from grit_impl.zoo import cases as zoo_cases
 from grit_impl.zoo import faults as zoo_faults
 from grit_impl.zoo import sound as zoo_sound
+from grit_impl.zoo.bench import tiny_model
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 # By what they add: `**A data set**: ...` and the code that follows it.
@@ -56,6 +65,42 @@ def test_arm(monkeypatch):
     monkeypatch.setattr(arms, "ARMS", dict(arms.ARMS))
     run("arm", arms)
     assert arms.find_arm("hybrid_end").callback(GRITConfig()).moment == "on_step_end"
+
+
+def test_update_rule(monkeypatch):
+    """Oracle: the gradients' signs, before the step."""
+    model = tiny_model(0)
+    monkeypatch.setitem(UPDATE_RULES, "sign", None)
+    run("update rule", base)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    manager = GRITManager(model, GRITConfig(update_rule="sign")).attach()
+    optimizer = GRITOptimizer(torch.optim.AdamW(trained, lr=0.5, weight_decay=0.0), manager)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = [p.detach() - 0.5 * p.grad.sign() for p in trained]
+    optimizer.step()
+    assert all(map(torch.equal, trained, expected))
+    manager.detach()
+
+
+def test_fused_library(monkeypatch):
+    """Oracle: all tokens of both layers, and the completeness check, on a stand-in of such a library."""
+    monkeypatch.setitem(sys.modules, other_functions.MODULE, other_functions)
+    monkeypatch.setattr(other_functions, "LoRAPair", other_functions.LoRAPair)
+    monkeypatch.setattr(sites, "SITES", list(sites.SITES))
+    run("fused library", sites)
+    lora = LoraConfig(r=3, target_modules=["left", "right"], init_lora_weights=False)
+    model = get_peft_model(other_functions.decoder(), lora)
+    model.base_model.model.fused = True
+    manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
+    for _ in range(2):
+        model.zero_grad()
+        ids = torch.arange(1, 8)[None]
+        model(input_ids=ids, labels=ids)["loss"].backward()
+        assert manager.statistics.tokens.tolist() == [7] * 4
+        manager.precondition()
+    assert manager.completeness.max() < 1e-5
+    manager.detach()
 
 
 def test_fault(monkeypatch):
