@@ -2,8 +2,8 @@
 
 Numerators (sums of outer products) and denominators (numbers of tokens) are averaged separately and divided when a
 factor is needed. Both are linear in the data, so the result does not depend on how a step's tokens were split into
-micro-batches or over processes, and the exponential average needs no separate bias correction. Linear is the
-exponential average, too: every process averages its own sums, and they are added up once per inversion.
+micro-batches or over processes, and the exponential average needs no separate bias correction. The average itself is
+linear, too: every process averages its own sums, and they are added up once per inversion.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class KroneckerFactors:
         if not self.pending:
             return
         reduction = dist.all_reduce(self.recent, async_op=True) if world_size() > 1 else None
-        # What does not need it, meanwhile.
+        # Meanwhile, what does not need the other processes' sums.
         numerator_before, tokens_before = self.lag * self.numerator, self.lag * self.tokens
         if reduction is not None:
             reduction.wait()

@@ -41,7 +41,7 @@ class LoRAFactorPair:
 
 
 def _weight(layer: Any, factor: str, adapter: str) -> nn.Parameter:
-    # Twice per step for all layers: nn.Module.__getattr__ and ModuleDict take ten times as long as their dictionaries.
+    # Called several times per step and layer: attributes of nn.Module take ten times as long as its dictionaries.
     linear = layer._modules[factor]._modules[adapter]
     weight: nn.Parameter | None = linear._parameters.get("weight")
     return linear.weight if weight is None else weight

@@ -166,7 +166,7 @@ class GRITManager:
         if self.statistics.collecting:
             if self.statistics.check_completeness:
                 errors = completeness_errors(self.statistics, self.layers)
-                # A fused function's first call is counted by products of our own: its noted ones are checked next time.
+                # At a fused function's first call other products count than later: the later ones are to be checked.
                 self.completeness = None if self._fused is not None and self._fused.tried else errors
             if self._fused is not None:
                 self._fused.tried = False

@@ -1,12 +1,12 @@
 """Capture inside compiled models: operators, where a hook would cut the graph at every layer.
 
-A compiler traces tensors and operators, no Python objects. So each `lora_A` carries a tensor of two numbers, its tap's
-and its layer's, and what it returns goes through `note`, whose gradient goes through `grit::noted`: there the layer's a
-and g meet, when the compiled code runs. A tensor, because a number would be a constant of the graph, and every decoder
-layer a graph of its own.
+A compiler traces tensors and operators, no Python objects. So each `lora_A` carries a tensor of two numbers, that of
+its tap and the index of its layer. What `lora_A` returns goes through `note`, and its gradient through the operator
+`grit::noted`, where the layer's a and g meet when the compiled code runs. The numbers stand in a tensor, because a
+plain number would be a constant of the graph, and every decoder layer would get a graph of its own.
 
-Unsloth's fused functions hold tensors alone: what compiled code takes in them goes through `grit::noted_fused`, and the
-address of a `lora_A` tells whose it is.
+Fused functions hold nothing but tensors. What compiled code computes in them goes through `grit::noted_fused`, and the
+address of a `lora_A` tells which layer it is.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class FusedNotes(Protocol):
 _taps: weakref.WeakValueDictionary[int, ModuleNotes] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 fused_taps: list[Any] = []
-"""Those that are attached, the oldest first; of several that own a layer the newest counts."""
-# Python runs in the operators, which a recorded CUDA graph would leave out.
+"""Attached taps on fused functions, the oldest first; where several own a layer, the newest counts."""
+# The operators run Python, which a recorded CUDA graph would not run again.
 _UNRECORDED = [torch.Tag.cudagraph_unsafe]
 
 
@@ -85,23 +85,23 @@ def note(output: Tensor, where: Tensor) -> Tensor:
 
 
 def _noted(g: Tensor, a: Tensor, where: Tensor) -> Tensor:
-    """The gradient at `note`, as a tensor of its own, which makes it an operator that cannot be left out.
+    """The gradient at `note`, copied: an operator has to return a new tensor.
 
-    An output of a compiled layer that nothing uses gets a gradient of zeros, and its tokens count; without a compiler
-    they get none, and do not.
+    Where nothing uses the output of a compiled layer, its gradient is zeros and its tokens count. Without a compiler it
+    has no gradient, and they do not.
     """
     number, layer = where.tolist()
     tap = _taps.get(number)
     context = None if tap is None else tap.loss.context
     if tap is not None and context is not None and tap.statistics.collecting:
-        # Copies: compiled code uses memory again as soon as it has no reader left.
+        # Copies, because compiled code reuses a tensor's memory after its own last use of it.
         values = torch.stack((a, g))
         tap.statistics.add(layer, values[0], values[1], context)
     return g.clone()
 
 
 def fused_tap(lora_a: Sequence[Tensor | None]) -> Any:
-    """Whose layers a fused function's are, or some of them; None: nobody's."""
+    """The tap that owns a layer of a fused function; None: there is none."""
     there = [a for a in lora_a if a is not None]
     return next((tap for tap in reversed(fused_taps) if any(map(tap.owns, there))), None)
 
@@ -112,25 +112,25 @@ def _noted_fused(
     """Note the products of a fused function's layers.
 
     Args:
-        gradient: One of the function's that is needed: an operator whose result nobody uses is left out. It is said to
-            be written to, and is not.
+        gradient: One that the function returns. The operator claims to write to it and does not: the compiler would
+            leave out an operator whose result nobody uses.
         lora_a: The layers' parameters A.
         products: A x' (r, tokens) of each, then dL/dy B (tokens, r) of each, as one row.
         scales: Of each, not applied to dL/dy B yet.
-        operands: Not used here; see `fused_traced`.
+        operands: Not used; `fused_traced` says why they are there.
     """
     for tap in reversed(fused_taps):
         if tap.note(lora_a, products, scales):
             return
 
 
-# By their parts: `custom_op` takes three times as long per call, and these are called three to seven times per decoder
-# layer, where on a fast GPU the host sets the pace.
+# Put together by hand: an operator that `custom_op` makes takes three times as long per call, and there are three to
+# seven calls per decoder layer, where on a fast GPU the host sets the pace.
 torch.library.define("grit::noted", "(Tensor g, Tensor a, Tensor where) -> Tensor", tags=_UNRECORDED)
 torch.library.impl("grit::noted", "CompositeExplicitAutograd", _noted)
 torch.library.register_fake("grit::noted", lambda g, a, where: torch.empty_like(g))
 _noted_operator = torch.ops.grit.noted.default
-# That it seems to write to a gradient spares a copy of it, and `flexible_layout` one of each product.
+# An operator that returned the gradient would have to copy it; `flexible_layout` spares a copy of each product.
 torch.library.define(
     "grit::noted_fused",
     "(Tensor(a!) gradient, Tensor[] lora_a, Tensor[] products, float[] scales, Tensor[] operands) -> ()",

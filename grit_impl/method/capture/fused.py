@@ -23,7 +23,7 @@ from grit_impl.method.capture.fused_traced import traced
 from grit_impl.method.capture.modules import LossTap
 from grit_impl.method.capture.products import Products
 from grit_impl.method.capture.rank_statistics import RankStatistics
-from grit_impl.method.capture.sites import Dropout, Inner, Site, dropped, factors, rows
+from grit_impl.method.capture.sites import Dropout, FromKernel, Site, dropped, inputs_and_gradients, rows
 
 if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
@@ -38,7 +38,7 @@ class _Group(NamedTuple):
     lora_a: Tensor
 
 
-class _Plan(NamedTuple):
+class _Prepared(NamedTuple):
     """What is the same at every call of one fused function.
 
     Attributes:
@@ -59,7 +59,8 @@ class _Plan(NamedTuple):
 class _StandIn:
     """A function's context with some attributes replaced.
 
-    The real one is left alone: what it is given lives until the garbage collector runs, activations included.
+    The real one is left alone, because it is part of a reference cycle: what is stored in it, and the activations that
+    hang on it, would live until the garbage collector runs.
     """
 
     def __init__(self, ctx: Any, **replaced: Any) -> None:
@@ -79,7 +80,8 @@ class FusedAdapters:
         layers: The manager's layers, in order.
 
     Attributes:
-        tried: A function was called for the first time since somebody last looked: its products were taken twice.
+        tried: A function was called for the first time since this was reset: what counted of it are products that were
+            computed here, not those that it will be read by.
     """
 
     def __init__(self, layers: Sequence[LoRAFactorPair]) -> None:
@@ -89,7 +91,7 @@ class FusedAdapters:
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy finds out anew: operands are tied to the adapters that they stand for.
+        # A copy starts anew: operands are tied to the adapters that they stand for.
         return {"_layers": self._layers, "_addresses": [], "tried": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,26 +105,26 @@ class FusedAdapters:
             self._addresses = addresses
             self._index = {address: i for i, address in enumerate(addresses)}
             self._buffers: dict[Any, list[Any]] = {}
-            self._plans: dict[Any, _Plan] = {}
+            self._prepared: dict[Any, _Prepared] = {}
             self._functions: dict[Any, list[int]] = {}
 
-    def cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
+    def cast(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Prepared:
         """Copy A and B of a function's layers, given in turn, in x's precision.
 
-        The original casts each of them on its own; what it is given here it takes as it is. One call fills buffers
-        that blocks of one shape share: the host's time, not the device's, is what this costs. For a backward pass
-        without `create_graph`, where gradients are off; Unsloth's functions have no other.
+        A function casts its adapters one by one, and takes one that has x's precision as it is. Here one call casts
+        all of them, because it is the host's time that this costs, into buffers that blocks of one shape share.
+        Gradients are off, as they are in a backward without `create_graph`, which fused functions do not support.
         """
         there = [w for w in adapters if w is not None]
         key = (dtype, *[0 if a is None else a.data_ptr() for a in adapters[::2]])
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan(adapters, dtype)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self._prepare(adapters, dtype)
         if there:
-            torch._foreach_copy_(plan.copies, there)
-        return plan
+            torch._foreach_copy_(prepared.copies, there)
+        return prepared
 
-    def _plan(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Plan:
+    def _prepare(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Prepared:
         key = (dtype, *(None if w is None else w.shape for w in adapters))
         places = [i for i in range(len(adapters) // 2) if adapters[2 * i] is not None]
         same = [list(group) for _, group in itertools.groupby(places, lambda i: _width(adapters[2 * i]))]
@@ -142,7 +144,7 @@ class FusedAdapters:
             lora_a = first.as_strided((sum(ranks), first.shape[1]), first.stride()).t()
             groups.append(_Group(group, [self.find(adapters[2 * i]) for i in group], ranks, lora_a))
         layers = [pair for group in groups for pair in zip(group.places, group.layers, strict=True)]
-        return _Plan(cast, [w for w in cast if w is not None], groups, layers, Products(cast))
+        return _Prepared(cast, [w for w in cast if w is not None], groups, layers, Products(cast))
 
     def owns(self, a: Tensor) -> bool:
         """Whether this is one of the layers' lora_A."""
@@ -168,8 +170,9 @@ class FusedAdapters:
 class FusedTap:
     """Reads a = A x and g = s B' dL/dy in the backward of the fused functions.
 
-    Both are noted as the function multiplies. Its first call takes them here as well, and shows whether that works;
-    where it does not, and where dropout gives the adapters another x, they go on being taken here.
+    Both are noted as the function multiplies (`Products`). At its first call they are computed here, to count, and
+    noted to see whether every one can be. Where one cannot, or where dropout gives the adapters another x, they are
+    computed here at every call.
 
     Args:
         adapters: Of the manager's layers.
@@ -200,7 +203,7 @@ class FusedTap:
         return self._adapters.owns(lora_a)
 
     def note(self, lora_a: list[Tensor], products: list[Tensor], scales: list[float]) -> bool:
-        """Add what compiled code has taken, in memory that it will use again; False: these layers are somebody else's.
+        """Add a copy of what compiled code has computed; False: these layers are somebody else's.
 
         Args:
             lora_a: The layers' parameters A.
@@ -240,17 +243,17 @@ class FusedTap:
         """
         given, dys = list(saved), [_contiguous(dy) for dy in dys]
         for at in site.x:
-            if not isinstance(at, Inner):
+            if not isinstance(at, FromKernel):
                 given[at] = _contiguous(given[at])
-        xs, gs = factors(site, given, dys)
-        plan = self._adapters.cast([given[i] for i in site.adapters], next(x for x in xs if x is not None).dtype)
+        xs, gs = inputs_and_gradients(site, given, dys)
+        prepared = self._adapters.cast([given[i] for i in site.adapters], next(x for x in xs if x is not None).dtype)
         scales, masks = site.scales(ctx), () if site.masks is None else given[site.masks :]
-        products = plan.products
+        products = prepared.products
         noting, taking = products.begin(masks, _addresses(xs, gs))
 
         def take(xs: Sequence[Tensor], gs: Sequence[Tensor]) -> None:
             if taking:
-                self._take(plan, scales, [dropped(dropout, ctx, x, masks, i) for i, x in enumerate(xs)], gs)
+                self._take(prepared, scales, [dropped(dropout, ctx, x, masks, i) for i, x in enumerate(xs)], gs)
 
         replaced: dict[str, Any] = {}
         if site.kernel is None:
@@ -262,27 +265,27 @@ class FusedTap:
 
             def element_wise(*arguments: Tensor) -> Any:
                 # The only place where some x and dL/dy exist.
-                inner = kernel(*arguments)
-                xs, gs = factors(site, known, dys, inner)
+                returned = kernel(*arguments)
+                xs, gs = inputs_and_gradients(site, known, dys, returned)
                 take(xs, gs)
-                products.factors = _addresses(xs, gs)
-                return inner
+                products.partners = _addresses(xs, gs)
+                return returned
 
             kept[place] = element_wise
             replaced[attribute] = tuple(kept)
-        for i, adapter in zip(site.adapters, products.operands if noting else plan.cast, strict=True):
+        for i, adapter in zip(site.adapters, products.operands if noting else prepared.cast, strict=True):
             given[i] = adapter
         result = original.backward(_StandIn(ctx, saved_tensors=tuple(given), **replaced), *dys)
         if noting:
-            self._add_noted(plan, scales)
+            self._add_noted(prepared, scales)
         return result
 
     def _wanted(self) -> bool:
         return self._loss.context is not None and self._statistics.collecting
 
-    def _add_noted(self, plan: _Plan, scales: Sequence[Any]) -> None:
-        """Use the products that the function has taken; after its first call, see whether all were noted."""
-        products, context = plan.products, self._loss.context
+    def _add_noted(self, prepared: _Prepared, scales: Sequence[Any]) -> None:
+        """Count the products that the function has noted; after its first call, only see whether all were."""
+        products, context = prepared.products, self._loss.context
         assert context is not None
         tried, found = products.complete is not None, products.end()
         if not tried:
@@ -290,23 +293,25 @@ class FusedTap:
             return
         if not products.complete:
             raise GRITError("a fused LoRA function took other products in this backward than before: please report it")
-        for i, layer in plan.layers:
-            if scales[i] != 1:  # the function is done with them
+        for i, layer in prepared.layers:
+            if scales[i] != 1:  # in place, for the function does not need them any more
                 found[2 * i + 1] *= scales[i]
             self._statistics.add(layer, found[2 * i], found[2 * i + 1], context, turned=True)
 
-    def _take(self, plan: _Plan, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> None:
+    def _take(
+        self, prepared: _Prepared, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]
+    ) -> None:
         """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
         context = self._loss.context
         assert context is not None
-        for group in plan.groups:
+        for group in prepared.groups:
             x = inputs[group.places[0]]
             if all(inputs[i] is x for i in group.places[1:]):
                 values = torch.mm(rows(x), group.lora_a).split_with_sizes(group.ranks, 1)
             else:
-                values = tuple(torch.mm(rows(inputs[i]), plan.cast[2 * i].t()) for i in group.places)
+                values = tuple(torch.mm(rows(inputs[i]), prepared.cast[2 * i].t()) for i in group.places)
             for i, layer, value in zip(group.places, group.layers, values, strict=True):
-                lora_b, dy = plan.cast[2 * i + 1], rows(dys[i])
+                lora_b, dy = prepared.cast[2 * i + 1], rows(dys[i])
                 if dy.dtype != lora_b.dtype:
                     dy = dy.to(lora_b.dtype)
                 gradient = torch.mm(dy, lora_b)
@@ -347,7 +352,7 @@ def _width(a: Tensor | None) -> int:
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """x where its rows are one matrix, else the copy that the function would make, so that it multiplies by ours."""
+    """x itself where its rows are one matrix; else a copy as the function would make it, at a known address."""
     if x.is_contiguous():
         return x
     flat = rows(x)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from grit_impl.method.capture.compiled import noted_fused
-from grit_impl.method.capture.sites import Dropout, Inner, Site, dropped, factors, rows
+from grit_impl.method.capture.sites import Dropout, FromKernel, Site, dropped, inputs_and_gradients, rows
 
 
 def traced(site: Site, original: Any, dropout: Dropout | None) -> Callable[..., Any]:
@@ -30,14 +30,14 @@ def traced(site: Site, original: Any, dropout: Dropout | None) -> Callable[..., 
     backward = inspect.getattr_static(original, "backward").__func__
     places = site.adapters
     # Where x comes out of the kernel, dL/dx was computed to call it, from the same B' dL/dy.
-    twice = [isinstance(at, Inner) for at in site.x]
+    twice = [isinstance(at, FromKernel) for at in site.x]
 
     def in_graph(ctx: Any, *dys: Tensor) -> Any:
         saved, found = ctx.saved_tensors, []
         adapters, masks = [saved[i] for i in places], () if site.masks is None else saved[site.masks :]
 
-        def write_down(inner: Any = ()) -> None:
-            xs, gs = factors(site, saved, dys, inner)
+        def write_down(returned: Any = ()) -> None:
+            xs, gs = inputs_and_gradients(site, saved, dys, returned)
             inputs = [dropped(dropout, ctx, rows(x), masks, i) for i, x in enumerate(xs)]
             found.append(_products(adapters, inputs, [rows(g) for g in gs], twice))
 
@@ -49,9 +49,9 @@ def traced(site: Site, original: Any, dropout: Dropout | None) -> Callable[..., 
             kernel = kept[place]
 
             def element_wise(*arguments: Tensor) -> Any:
-                inner = kernel(*arguments)
-                write_down(inner)
-                return inner
+                returned = kernel(*arguments)
+                write_down(returned)
+                return returned
 
             kept[place] = element_wise
             setattr(ctx, attribute, tuple(kept))

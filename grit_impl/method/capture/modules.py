@@ -32,8 +32,8 @@ class LossTap:
     arrives at it. transformers' models return `loss`; TRL 1.16 takes `log_probs` and averages outside.
 
     Attributes:
-        context: Of the forward pass under way, or of the one whose backward is: a backward that enters what a forward
-            returned brings that forward's context back, whatever has been run since.
+        context: The current forward pass's. When a backward reaches what a forward returned, that forward's context
+            is current again, whatever has run since.
     """
 
     def __init__(self, model: nn.Module, on_window: Callable[[], None]) -> None:
@@ -107,20 +107,20 @@ class ModuleTap:
     gradients, non-reentrant back-propagates through the first of two, and DoRA's call of `lora_A` on an identity matrix
     is detached.
 
-    The modules' `forward` is replaced, because a forward hook sends every call the long way through nn.Module: on a
-    fast GPU, where the host sets the pace, hooks made a third of what GRIT costs. Whoever restores a `forward` that was
-    wrapped before takes ours away with it.
+    The modules' `forward` is replaced. A forward hook would send every call the long way through nn.Module: on a fast
+    GPU, where the host sets the pace, hooks made a third of what GRIT costs. Code that sets `forward` back to what it
+    was before this tap came removes the tap with it.
     """
 
     def __init__(self, lora_a: list[nn.Module], statistics: RankStatistics, loss: LossTap) -> None:
         self.statistics, self.loss, self._modules = statistics, loss, list(lora_a)
-        # What compiled code is told of a layer, as a tensor.
+        # Of each layer [number of this tap, index of the layer]: all that compiled code is told.
         self._places = [torch.tensor([0, layer]) for layer in range(len(lora_a))]
         self._register()
         for layer, (module, place) in enumerate(zip(lora_a, self._places, strict=True)):
             own = vars(module)
             if not {"forward", "_grit_taps"} <= own.keys():
-                # A method is copied with its module, and to a compiler one function is the same in all layers.
+                # A bound method: a deep copy is bound to the copied module, and a compiler sees one function for all.
                 own.update(_grit_before=own.get("forward"), _grit_taps=[], _grit_places=[])
                 own["forward"] = MethodType(_forward, module)
             own["_grit_taps"].append((self, layer))
@@ -161,7 +161,7 @@ class ModuleTap:
         if torch._C._current_graph_task_id() == -1:
             context.pending.add(layer)
         elif layer in context.pending and layer not in context.rerun:
-            # Recomputed inside the backward: the gradient will go to the first output.
+            # Recomputed inside the backward, whose gradient will go to the output of the forward pass.
             return
         a = output.detach()
         output.register_hook(lambda g: statistics.add(layer, a, g, context))  # type: ignore[no-untyped-call]
@@ -180,7 +180,7 @@ def _forward(module: Any, *inputs: Any, **named: Any) -> Tensor:
     return output
 
 
-# Pickled by its name; a module that is loaded has its class's: without GRIT.
+# pickle stores a bound method by its name: a module that is loaded has its class's `forward`, without GRIT.
 _forward.__name__ = "forward"
 
 

@@ -1,9 +1,9 @@
 """The products that a fused LoRA function takes of its adapters, noted while it takes them.
 
 The backward of y = W0 x + s B A x multiplies A by x (for dB) and B' by dL/dy (for dA and dx): the very numbers that the
-statistics are made of. An `Operand` stands for an adapter in such a function, is that adapter in every respect, and
-notes what comes of it when its other factor is x or dL/dy itself. So nothing is multiplied twice, and nothing is
-assumed about the order in which a version of Unsloth multiplies: what it does not multiply like this is not noted.
+statistics are made of. The function is given an `Operand` in each adapter's place, a tensor that behaves as the adapter
+does, and keeps the product when it is multiplied by x or dL/dy. So nothing has to be multiplied twice. What a version
+of a library multiplies in another way is not noted, and `Products.complete` says so.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ class Products:
     Attributes:
         operands: To be given to the function in their place.
         complete: Whether a call noted all products; None: not tried yet.
-        factors: Per adapter the address of x (A) or dL/dy (B), by which it will be multiplied; 0: not known yet.
+        partners: Per adapter the address of x (A) or dL/dy (B), by which it will be multiplied; 0: not known yet.
         found: Per adapter A x' (r, tokens) or dL/dy B (tokens, r) of the current call; None: not noted yet.
     """
 
     def __init__(self, adapters: Sequence[Tensor | None]) -> None:
         self.operands = [None if w is None else _operand(w, i, self) for i, w in enumerate(adapters)]
         self.complete: bool | None = None
-        self.factors: list[int] = []
+        self.partners: list[int] = []
         self.found: list[Any] = []
         self._nothing = [None] * len(adapters)
         self._there = [i for i, w in enumerate(adapters) if w is not None]
 
-    def begin(self, masks: Sequence[Tensor | None], factors: list[int]) -> tuple[bool, bool]:
+    def begin(self, masks: Sequence[Tensor | None], partners: list[int]) -> tuple[bool, bool]:
         """Start a call.
 
         Args:
             masks: Of dropout. Where there is one, the function makes the adapters' x inside.
-            factors: As far as they are known; the rest can be set later.
+            partners: As far as they are known; the rest can be set later.
 
         Returns:
             (noting, taking): whether to give the function the operands, and whether to take the products oneself.
         """
-        self.factors, self.found = factors, self._nothing.copy()
+        self.partners, self.found = partners, self._nothing.copy()
         if self.complete is False:
             return False, True
         for mask in masks:
@@ -64,7 +64,7 @@ class Products:
 
 
 class _Turned(Tensor):
-    """An adapter's transpose, as the functions keep it: `t()` is the operand until its product is known."""
+    """An operand's transpose. Functions keep it, and transpose it back to multiply: `t()` is then the operand again."""
 
     _operand: Operand
 
@@ -72,7 +72,7 @@ class _Turned(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def t(self) -> Tensor:
-        """The operand, or the plain adapter once there is nothing more to note."""
+        """The operand, or the plain adapter when its product has been noted."""
         operand = self._operand
         return operand if operand._products.found[operand._slot] is None else operand._plain
 
@@ -96,7 +96,7 @@ class Operand(Tensor):
 
     def __matmul__(self, other: Any) -> Any:
         product, products, slot = self._plain @ other, self._products, self._slot
-        if slot % 2 == 0 and products.found[slot] is None and other.data_ptr() == products.factors[slot]:
+        if slot % 2 == 0 and products.found[slot] is None and other.data_ptr() == products.partners[slot]:
             products.found[slot] = product
         return product
 
@@ -105,7 +105,7 @@ class Operand(Tensor):
         if func in _PRODUCTS and not kwargs and type(args[1]) is Operand:
             factor, operand = args
             product, products, slot = func(factor, operand._plain), operand._products, operand._slot
-            if slot % 2 == 1 and products.found[slot] is None and factor.data_ptr() == products.factors[slot]:
+            if slot % 2 == 1 and products.found[slot] is None and factor.data_ptr() == products.partners[slot]:
                 products.found[slot] = product
             return product
         with torch._C.DisableTorchFunctionSubclass():

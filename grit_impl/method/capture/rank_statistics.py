@@ -1,4 +1,4 @@
-"""Sums over tokens of a a' and g g', all layers together; `autograd.py` and `fused.py` say what a and g are."""
+"""Sums over tokens of a a' and g g', all layers together; `modules.py` says what a and g are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ForwardContext:
             loss. None until the backward pass has reached the loss.
         count: 0-dim tensor, the number of real tokens by the mask. Summed once, not once per layer.
         pending: Indices of the layers whose gradient was asked for in the forward pass itself.
-        rerun: Layers that were seen without gradients: under reentrant checkpointing, if in the forward pass itself.
+        rerun: Layers that ran without gradients, as all do in the forward pass under reentrant checkpointing.
     """
 
     mask: Tensor | None

@@ -22,7 +22,7 @@ Dropout = Callable[[Any, Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Inner:
+class FromKernel:
     """A tensor that exists only within a backward: the one at this place of what the site's kernel returns."""
 
     place: int
@@ -42,7 +42,7 @@ class Site:
         dy: Places of dL/dy among what the backward is given.
         arguments: Places of A among the forward's arguments, hence of its gradient among the backward's results.
         scales: (ctx) -> s of each layer.
-        kernel: Attribute of ctx, and place in it, of a function whose results are the `Inner` tensors of x and dy.
+        kernel: Attribute of ctx, and place in it, of a function whose results are the `FromKernel` tensors of x and dy.
         masks: Where dropout's masks begin among the saved tensors, one per layer or None; None: there is no dropout.
         dropout: (module) -> (ctx, x, mask, layer) -> x after dropout, both as rows, as the function itself computes it.
         advice: For users whose version of the library lacks the function.
@@ -52,8 +52,8 @@ class Site:
     name: str
     a: tuple[int, ...]
     b: tuple[int, ...]
-    x: tuple[int | Inner, ...]
-    dy: tuple[int | Inner, ...]
+    x: tuple[int | FromKernel, ...]
+    dy: tuple[int | FromKernel, ...]
     arguments: tuple[int, ...]
     scales: Callable[[Any], Sequence[float]]
     kernel: tuple[str, int] | None = None
@@ -67,17 +67,19 @@ class Site:
         return tuple(place for pair in zip(self.a, self.b, strict=True) for place in pair)
 
 
-def factors(site: Site, saved: Sequence[Any], dys: Sequence[Any], inner: Any = ()) -> tuple[list[Any], list[Any]]:
+def inputs_and_gradients(
+    site: Site, saved: Sequence[Any], dys: Sequence[Any], returned: Any = ()
+) -> tuple[list[Any], list[Any]]:
     """x and dL/dy of each layer; None where the kernel has to return it first.
 
     Args:
         site: The function's.
         saved: Its saved tensors.
         dys: What its backward was given.
-        inner: What the kernel has returned.
+        returned: What the kernel has returned.
     """
-    xs = [(inner[at.place] if inner else None) if isinstance(at, Inner) else saved[at] for at in site.x]
-    return xs, [(inner[at.place] if inner else None) if isinstance(at, Inner) else dys[at] for at in site.dy]
+    xs = [(returned[at.place] if returned else None) if isinstance(at, FromKernel) else saved[at] for at in site.x]
+    return xs, [(returned[at.place] if returned else None) if isinstance(at, FromKernel) else dys[at] for at in site.dy]
 
 
 def dropped(dropout: Dropout | None, ctx: Any, x: Tensor, masks: Sequence[Tensor | None], i: int) -> Tensor:
@@ -142,8 +144,8 @@ SITES = [
         "LoRA_MLP",
         a=(0, 2, 4),
         b=(1, 3, 5),
-        x=(6, 6, Inner(0)),
-        dy=(Inner(2), Inner(1), 0),
+        x=(6, 6, FromKernel(0)),
+        dy=(FromKernel(2), FromKernel(1), 0),
         kernel=("custom_saved_tensors", 9),
         masks=9,
     ),

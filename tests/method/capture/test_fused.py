@@ -89,7 +89,7 @@ def test_fused_statistics_equal_the_modules(fast_lora, monkeypatch, noted):
     for ours, truth in zip((*fused, *fused_gradients), (*modules, *module_gradients), strict=True):
         assert (ours - truth).norm() <= SAME * truth.norm()
     assert float(manager.completeness.max()) < 1e-6
-    assert {plan.products.complete for plan in manager._fused._plans.values()} == {noted}
+    assert {prepared.products.complete for prepared in manager._fused._prepared.values()} == {noted}
 
 
 @pytest.mark.parametrize("order", ["each in turn", "first, second", "second, first", "sum"])
@@ -156,7 +156,7 @@ def test_noted_products_are_checked(fast_lora, monkeypatch):
 
 
 def test_a_copy_after_fused_training(fast_lora):
-    """Oracle: the original: a copy of the model trains on, with plans of its own, to the same statistics."""
+    """Oracle: the original: a copy of the model trains on, with operands of its own, to the same statistics."""
     model = _model()
     manager = GRITManager(model, GRITConfig()).attach()
     _backward(model, fused=True)
@@ -201,7 +201,7 @@ def test_gradients_in_another_layout_are_noted(fast_lora, monkeypatch):
     modules, *_ = _sums(False, fast_lora)
     for ours, truth in zip(fused, modules, strict=True):
         assert (ours - truth).norm() <= SAME * truth.norm()
-    assert all(plan.products.complete for plan in manager._fused._plans.values())
+    assert all(prepared.products.complete for prepared in manager._fused._prepared.values())
 
 
 def _transposing(forward):
@@ -277,16 +277,16 @@ def test_adapters_that_changed_places_while_detached(fast_lora):
     assert (found[True] - found[False]).norm() <= SAME * found[False].norm()
 
 
-def test_each_set_of_adapters_has_a_plan_of_its_own():
+def test_each_set_of_adapters_is_prepared_apart():
     """Oracle: the layers that were given. The same q with k, then with v: nobody may take the second for the first."""
     layers = GRITManager(_model(), GRITConfig()).layers[:3]
     adapters, none = FusedAdapters(layers), (None, None)
     q, k, v = ((layer.a, layer.b) for layer in layers)
     for given, expected in (((*q, *k, *none), [0, 1]), ((*q, *none, *v), [0, 2]), ((*q, *k, *v), [0, 1, 2])):
         with torch.no_grad():
-            plan = adapters.cast(given, torch.float64)
-        assert [layer for group in plan.groups for layer in group.layers] == expected
-        assert [copy is None for copy in plan.cast] == [w is None for w in given]
+            prepared = adapters.cast(given, torch.float64)
+        assert [layer for group in prepared.groups for layer in group.layers] == expected
+        assert [copy is None for copy in prepared.cast] == [w is None for w in given]
     assert len(adapters.cast((None,) * 6, torch.float64).cast) == 6
     assert len(adapters.cast((None,) * 2, torch.float64).cast) == 2
 
@@ -343,7 +343,7 @@ def test_a_forgotten_manager_holds_no_memory(fast_lora):
     manager = GRITManager(model, GRITConfig(kfac_min_samples=1)).attach()
     _backward(model, fused=True)
     manager.precondition()
-    left = [weakref.ref(manager.statistics), weakref.ref(next(iter(manager._fused._plans.values())).products)]
+    left = [weakref.ref(manager.statistics), weakref.ref(next(iter(manager._fused._prepared.values())).products)]
     gc.disable()
     try:
         del manager

@@ -1,6 +1,6 @@
 """Statistics from Unsloth's own fused functions and its own compiled decoder layers, on a CPU.
 
-    python tests/method/unsloth_on_cpu.py
+    python tests/method/capture/unsloth_on_cpu.py
 
 Needs Unsloth (`requirements/gpu.txt`) and a C++ compiler, no GPU: plain torch takes the place of its Triton kernel for
 SwiGLU and of attention. Four Llama layers in float32, three batches of two lengths with padding; peft's modules are the
