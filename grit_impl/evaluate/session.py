@@ -48,6 +48,8 @@ class EvaluationOptions:
         knowledge_scorer: What reads the answers to knowledge questions, one of `scoring.SCORERS`.
         seed: Sent with every request; greedy answers do not depend on it.
         in_flight: Requests at the same time. More than the server's own parallelism gains nothing.
+        in_turn: Ask all models a question before the next one, not one model after the other: where the server holds
+            all of them, they then answer side by side.
         timeout: Seconds for one request, loading the model included.
         attempts: Tries per item and sweep.
         backoff: Seconds; waits are uniform up to backoff * 2**attempt, at most 8.
@@ -70,6 +72,7 @@ class EvaluationOptions:
     knowledge_scorer: str = "contains-as-answer"
     seed: int = 0
     in_flight: int = 2
+    in_turn: bool = False
     timeout: float = 120.0
     attempts: int = 6
     backoff: float = 0.25
@@ -211,12 +214,11 @@ class _Session:
         options: EvaluationOptions,
     ) -> None:
         self.endpoint, self.models, self.keys, self.folder, self.options = endpoint, models, keys, folder, options
-        self.tasks = {
-            (label, name, item["id"]): item
-            for label in models
-            for name, suite in suites.items()
-            for item in suite.items
-        }
+        asked = [(name, item) for name, suite in suites.items() for item in suite.items]
+        order = ((label, *each) for each in asked for label in models)
+        if not options.in_turn:
+            order = ((label, *each) for label in models for each in asked)
+        self.tasks = {(label, name, item["id"]): item for label, name, item in order}
         self.speed_prompt = suites["aqi"].items[0]["prompt"]
         self.answers: dict[tuple[str, str, str], Row] = {}
         self.failures: dict[tuple[str, str, str], Row] = {}

@@ -148,6 +148,9 @@ class Products(Evidence):
                 aqi_metric=self.options.aqi_metric,
                 stop=self.format.stop,
                 num_predict=self.format.room,
+                # The embedded server holds all models, each in a process of one thread; another may hold only one.
+                in_flight=2 if self.ollama_url else max(2, min(len(names), os.cpu_count() or 1)),
+                in_turn=not self.ollama_url,
                 progress=sys.stderr.isatty(),
             )
             if only:
