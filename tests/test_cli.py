@@ -43,7 +43,7 @@ def test_help_is_light(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--dataset", "missing.jsonl"), "cannot read data set missing.jsonl: No such file or directory"),
+        (("train", "--dataset", "missing.jsonl"), "cannot read missing.jsonl: there is no such file"),
         (("train", "--dataset", "riddles"), "unknown data set 'riddles': use alpaca"),
         (("train", "--base-model", "nope"), "unknown base model 'nope': give tiny"),
         (("train", "--set", "damping=1"), "GRITConfig has no option 'damping'"),
