@@ -73,7 +73,9 @@ def check_template(client: httpx.Client, reference: Reference) -> list[Finding]:
         if ours is None:
             return []
         reply = client.post("/apply-template", json={"messages": conversation}).json()
-        theirs = str(reply.get("prompt", reply.get("error"))).removeprefix(reference.tokenizer.bos_token or "")
+        # Whether a beginning is added is asked with the tokens.
+        bos = reference.tokenizer.bos_token or ""
+        ours, theirs = (str(t).removeprefix(bos) for t in (ours, reply.get("prompt", reply.get("error"))))
         if ours != theirs:
             return [Finding("chat-template", f"the file renders {theirs[:60]!r}, training had {ours[:60]!r}")]
     return []

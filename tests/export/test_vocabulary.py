@@ -141,3 +141,15 @@ def test_templates_that_go_cannot_say(lab: SimpleNamespace, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     assert "Go's language cannot say" in done.output
     assert read_modelfile(tmp_path / "out" / "Modelfile").template is None
+
+
+def test_a_beginning_that_only_the_template_writes(lab: SimpleNamespace, tmp_path: Path) -> None:
+    """Oracle: transformers' rendering; the token must be in the TEMPLATE, since nobody else puts it there (SmolLM2)."""
+    base = shutil.copytree(lab.untied, tmp_path / "base")
+    tiny.edit_json(base / "tokenizer.json", post_processor=None)
+    template = cases.CHATML.replace("<|im_start|>", "<|begin_of_text|>").replace("<|im_end|>", "<|end_of_text|>")
+    (base / "chat_template.jinja").write_text(template)
+    out = export_merged(base, None, tmp_path / "m.gguf", "f32")
+    rendered = Template(str(out.template)).render([{"role": "user", "content": "Hi"}])
+    assert rendered == "<|begin_of_text|>user\nHi<|end_of_text|>\n<|begin_of_text|>assistant\n"
+    assert verify_export(base, None, out.path, prompts=("a b",), tokens=2).passed
