@@ -23,6 +23,7 @@ COMMANDS = {
         "How far apart a model keeps safe and unsafe prompts.",
     ),
     "compare": ("grit_impl.curves.commands", "compare", "Compare runs that already exist, from their logs."),
+    "verdict": ("grit_impl.ledger.commands", "verdict", "Did a run's modified gradients matter, and if not, why not?"),
     "probe": ("grit_impl.probe.commands", "probe", "Show which callback events and hooks fire, in which order."),
     "faults": ("grit_impl.zoo.matrix", "faults", "Print the confusion matrix of the fault zoo."),
     "sweep": ("grit_impl.sweep.commands", "sweep", "Compare update rules over many small trainings, by a plan."),

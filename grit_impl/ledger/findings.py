@@ -165,9 +165,7 @@ def _ends(values: np.typing.NDArray[np.bool_]) -> bool:
 def transitions(f: Facts) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
     """Updates that were seen; which of them moved the tensor; and its hash when it was seen next."""
     rows = f.tensors[f.tensors.hash_after.notna() & ~f.tensors.unheld].sort_values(["step", "name"], kind="stable")
-    following = rows.groupby("name")[["hash_before", "step"]].shift(-1)
-    later = following.hash_before.where(following.step == rows.step + 1).astype(object)
-    last = following.step.isna()
+    later = rows.groupby("name").hash_before.shift(-1).astype(object)
     if f.weights and not f.most("masters"):
-        later = later.where(~last, rows.name.map(f.weights))
+        later = later.where(later.notna(), rows.name.map(f.weights))
     return rows, rows.hash_before != rows.hash_after, later

@@ -1,8 +1,8 @@
 """Fingerprints of many tensors at once: bit hash, norm, and inner products with earlier looks at the same tensors.
 
-Nothing waits for the device. The hash is a weighted sum of the bits in wrapped 32-bit arithmetic; its weights are odd,
-so changing any single element changes it. Inner products are exact (sums in float64): two looks at a gradient give the
-angle between what it was and what it is.
+Nothing waits for the device. The hash is a sum of the bits weighted in wrapped 32-bit arithmetic; its weights are odd,
+so changing any single element changes it. Norms and inner products are exact to the rounding of float32: two looks at a
+gradient give the angle between what it was and what it is.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Fingerprinter:
                 values = stack.float()
                 look.stacks[key] = tuple(members), values
                 columns = [(bits * odd[: bits.shape[1]]).sum(1, dtype=torch.int64).view(torch.float64)]
-                columns.append(torch.linalg.vector_norm(values, dim=1, dtype=torch.float64))
+                columns.append(torch.linalg.vector_norm(values, dim=1).double())
                 for look_before in earlier:
                     before = None if look_before is None else look_before.values(key, tuple(members))
                     columns.append(columns[1] * torch.nan if before is None else compare(values, before))
@@ -114,11 +114,11 @@ class Fingerprinter:
 
 
 def _inner(values: Tensor, other: Tensor) -> Tensor:
-    return (values * other).sum(1, dtype=torch.float64)
+    return (values * other).sum(1).double()
 
 
 def _distance(values: Tensor, other: Tensor) -> Tensor:
-    distance: Tensor = torch.linalg.vector_norm(values - other, dim=1, dtype=torch.float64)
+    distance: Tensor = torch.linalg.vector_norm(values - other, dim=1).double()
     return distance
 
 

@@ -29,7 +29,7 @@ class Looks:
     Args:
         parameters: Of the model; replaced in this list where the model replaces them.
         structured: Positions of those whose gradients are kept for the step.
-        sample: Positions of those whose unmodified gradients the shadows need.
+        sample: Positions of those whose unmodified gradients the shadows need; may shrink.
 
     Attributes:
         now: The step under way.
@@ -40,7 +40,7 @@ class Looks:
     """
 
     def __init__(self, parameters: list[nn.Parameter], structured: list[int], sample: list[int]) -> None:
-        self.parameters, self._structured, self._sample = parameters, structured, sample
+        self.parameters, self._structured, self.sample = parameters, structured, sample
         self.fingerprint = Fingerprinter(max(p.numel() for p in parameters))
         self.context = [timeline.LOOP]
         self.lean, self.usual_passes, self.seen = True, 0, 0
@@ -105,7 +105,7 @@ class Looks:
     def keep_raw(self, grads: Gradients, probe: Probe | None) -> None:
         """What the shadows and later looks need of them."""
         now = self.now
-        now.raw_sample = {i: g.detach().clone() for i in self._sample if (g := grads[i]) is not None}
+        now.raw_sample = {i: g.detach().clone() for i in self.sample if (g := grads[i]) is not None}
         if probe is None:
             norms = torch._foreach_norm([g for g in grads if g is not None])
             now.raw_norm = torch.stack(norms) if norms else None

@@ -31,12 +31,16 @@ from torch.optim.optimizer import (
 
 from grit_impl.errors import GRITError
 from grit_impl.ledger import timeline
+from grit_impl.ledger.applied import Explainer, Witness
 from grit_impl.ledger.interception import Interception
 from grit_impl.ledger.observer import FACTOR_STEPS, Observer
 from grit_impl.ledger.rows import RowWriter, factor_row, run_row
 from grit_impl.ledger.step import Step
+from grit_impl.ledger.watches import spread
 
 SAMPLE = 16
+EARLY, FOLLOWED = 8, 4
+"""Steps in which the whole sample is shadowed, and how many tensors of it from then on."""
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +61,7 @@ def gradient_ledger(
         path: Where the ledger goes (`.jsonl.gz`, one JSON object per line), written when the context closes without an
             exception; None: kept in memory.
         every: Fingerprint every n-th optimizer step (the first two always); the sample is followed at every step.
-        sample: Tensors whose optimizer is shadowed.
+        sample: Tensors whose optimizer is shadowed, in the first eight steps; four of them in every step.
         factors: Object with a `factor_report()` (see GRITManager); found at `model._grit_manager` if there is one.
         resume_from: Optimizer steps that the run has made before. What an interrupted process left at `path`.partial
             is kept up to there, and steps are numbered from there on; call `flush` whenever a checkpoint is written.
@@ -110,12 +114,14 @@ class GradientLedger(Observer):
         ]
         # In front of everybody else's: what they do to gradients is seen apart.
         _global_optimizer_pre_hooks.move_to_end(self._handles[0].id, last=False)  # type: ignore[attr-defined]
+        self._witness, self._explainer = Witness(self._pairs(), self._guard.wrap), Explainer()
         self._interception = Interception(self._guard)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._interception.remove()
         self._hooks.remove()
+        self._witness.remove()
         for handle in (*self._handles, *self._instance_hooks.values()):
             handle.remove()
         if kind is not None:
@@ -223,10 +229,13 @@ class GradientLedger(Observer):
         now.facts = {k: v for k, v in facts.items() if v is not None}
         now.previous = self._last_raw
         self._last_raw = {**self._last_raw, **now.raw_samples()}
+        now.witness = self._witness.take()
         now.fetch(cuda=self._parameters[0].is_cuda)
         self._pending.append(now)
         if self.steps in FACTOR_STEPS and (report := factor_row(self.model, self._factors, self.steps)):
             self._pending.append(report)
+        if self._looks.seen == EARLY:
+            self._shadows.followed = self._looks.sample = spread(self._sample, FOLLOWED)
         self._begin()
         self._drain(1)
 
@@ -241,4 +250,4 @@ class GradientLedger(Observer):
     def _rows(self, step: Step) -> list[dict[str, Any]]:
         data = step.data(len(self.names), self._sample)
         self._looks.lean = self._looks.lean and not step.mistaken
-        return timeline.rows(data, self.names)
+        return timeline.rows(data, self.names, self._explainer)

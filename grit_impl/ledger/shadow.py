@@ -37,11 +37,13 @@ class Shadows:
         sample: Position -> parameter.
 
     Attributes:
+        followed: Positions of those that are followed at present.
         problem: Why there are none (an optimizer that cannot be copied), or None.
     """
 
     def __init__(self, sample: dict[int, nn.Parameter]) -> None:
         self.sample: dict[int, Tensor] = dict(sample)
+        self.followed = list(sample)
         self.problem: str | None = None
         self._trials = 0
         self._nested = False
@@ -59,7 +61,7 @@ class Shadows:
         self._fields = {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float)}
         groups = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for index, p in self.sample.items():
-            if id(p) in groups:
+            if id(p) in groups and index in self.followed:
                 grad = None if p.grad is None else p.grad.detach().clone()
                 state = _copy_state(optimizer.state[p]) if p in optimizer.state else {}
                 self._entry[index] = (p.detach().clone(), grad, state, groups[id(p)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,7 @@ class Step:
         restart: A closure began: what it finds replaces what was seen before.
         left: Fingerprints of the parameters as the step before left them.
         foreign: An optimizer stepped that is not torch's or one that is known to be replayed tensor by tensor.
+        witness: By layer, the ledger's own statistics.
         stepped_on: How often an optimizer stepped on each gradient.
         rate_zero: Whose group's learning rate was 0.
         why: Position of a tensor that takes no part in the forward pass -> why.
@@ -85,6 +87,7 @@ class Step:
     restart: bool = False
     why: dict[int, str] = field(default_factory=dict)
     left: Tensor | None = None
+    witness: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     fetched: Any = None
     previous: dict[int, Tensor] = field(default_factory=dict)
@@ -102,6 +105,7 @@ class Step:
         self._multiply()
         self.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in self.moved]
         self.left = _to_host(self.left)
+        self.witness = {name: {k: _to_host(v) for k, v in sides.items()} for name, sides in self.witness.items()}
         self.shadows = [_to_host(r) for r in self.shadows]
         self.checks = [(_to_host(a), _to_host(b)) for a, b in self.checks]
         if cuda:
@@ -169,6 +173,7 @@ class Step:
             self.facts,
             grams,
             self._places() if grams else {},
+            {name: {k: v.double().numpy() for k, v in sides.items()} for name, sides in self.witness.items()},
         )
 
     def _places(self) -> dict[int, dict[int, int]]:
@@ -197,7 +202,7 @@ class Step:
                 probe.table = probe.like.table
 
 
-def stamps(grads: list[Tensor | None]) -> list[Stamp | None]:
+def stamps(grads: Sequence[Tensor | None]) -> list[Stamp | None]:
     """What tells whether a gradient is the tensor it was, and was not written to."""
     return [None if g is None else (weakref.ref(g), g._version) for g in grads]
 

@@ -49,6 +49,18 @@ class RankOperator:
         c = np.trace(self.matrix) / r
         return float(np.linalg.norm(self.matrix - c * np.eye(r)) / max(float(np.linalg.norm(self.matrix)), 1e-300))
 
+    @property
+    def diagonal_distance(self) -> float:
+        """|P - diag(P)| / |P|; 0: P scales each row by itself."""
+        off = self.matrix - np.diag(np.diag(self.matrix))
+        return float(np.linalg.norm(off) / max(float(np.linalg.norm(self.matrix)), 1e-300))
+
+    @property
+    def positive(self) -> float:
+        """Smallest over largest eigenvalue of P's symmetric part; below 0: some gradients are turned around."""
+        values = np.linalg.eigvalsh((self.matrix + self.matrix.T) / 2)
+        return float(values[0] / max(abs(values[0]), abs(values[-1]), 1e-300))
+
 
 def gram(gradients: Sequence[Tensor]) -> Tensor:
     """(K, r, K, r), float64, on the gradients' device: block [j, :, k, :] is X_j X_k'.
@@ -74,6 +86,10 @@ class Grams:
     """
 
     blocks: Matrix
+
+    def square(self, j: int) -> Matrix:
+        """(r, r): X_j X_j'."""
+        return self._block(j, j)
 
     def _block(self, j: int, k: int) -> Matrix:
         return self.blocks[j, :, k, :]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grit_impl.ledger.applied import Explainer
 from grit_impl.ledger.structure import Grams
 
 # Columns of a probe's table (fingerprints.py makes them; reading them needs no torch): hash, norm, inner products with
@@ -133,6 +134,7 @@ class StepData:
         places: The same -> where in them the gradient of probe j is (absent: it was None), and that of the previous
             step, unmodified, under the key -1.
         facts: What else goes into the step's row.
+        witness: By layer, the ledger's own statistics (see applied.py).
     """
 
     number: int
@@ -149,14 +151,16 @@ class StepData:
     facts: dict[str, Any]
     grams: dict[int, Grams] = field(default_factory=dict)
     places: dict[int, dict[int, int]] = field(default_factory=dict)
+    witness: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def rows(step: StepData, names: list[str]) -> list[dict[str, Any]]:
+def rows(step: StepData, names: list[str], explainer: Explainer | None = None) -> list[dict[str, Any]]:
     """The rows of one step: one of kind `step`, then one of kind `tensor` per tensor with something to tell.
 
     Args:
         step: The step.
         names: The tensors' names.
+        explainer: Names what was applied; it has seen the steps before.
     """
     head: dict[str, Any] = {"kind": "step", "step": step.number, **step.facts}
     if not step.probes or not step.raw:
@@ -169,7 +173,14 @@ def rows(step: StepData, names: list[str]) -> list[dict[str, Any]]:
     _name_uniform_scalings(step, codes)
     head["order"] = _order(step)
     head["events"] = _events(step, codes)
-    return [head, *_tensors(step, codes, names)]
+    explainer = explainer or Explainer()
+    squares = {
+        names[i]: g.square(step.places[i][step.raw[-1]])
+        for i, g in step.grams.items()
+        if step.raw[-1] in step.places[i]
+    }
+    explainer.see(step.witness, squares)
+    return [head, *_tensors(step, codes, names, explainer)]
 
 
 def _name_uniform_scalings(step: StepData, codes: list[NDArray[np.int64]]) -> None:
@@ -218,7 +229,9 @@ def _events(step: StepData, codes: list[NDArray[np.int64]]) -> list[dict[str, An
     return events
 
 
-def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -> list[dict[str, Any]]:
+def _tensors(
+    step: StepData, codes: list[NDArray[np.int64]], names: list[str], explainer: Explainer
+) -> list[dict[str, Any]]:
     raw = step.raw[-1]
     # Lists: one number at a time is read from them, which costs an array ten times as much.
     own = {id(p.table): j for j, p in enumerate(step.probes)}
@@ -308,19 +321,22 @@ def _tensors(step: StepData, codes: list[NDArray[np.int64]], names: list[str]) -
             row["hash_before"], row["hash_after"] = _hex(moved[0][i]), _hex(moved[1][i])
         row |= _shadow(step.shadow.get(i, []))
         if turned and i in step.grams:
-            row |= _structure(step.grams[i], step.places[i], raw, end, turned)
+            row |= _structure(step.grams[i], step.places[i], raw, end, turned, name, explainer)
         out.append(row)
     return out
 
 
-def _structure(grams: Grams, places: dict[int, int], raw: int, end: int, turned: list[int]) -> dict[str, Any]:
+def _structure(
+    grams: Grams, places: dict[int, int], raw: int, end: int, turned: list[int], name: str, explainer: Explainer
+) -> dict[str, Any]:
     before, first, last, previous = (places.get(j) for j in (raw, turned[0], end, -1))
     if before is None:
         return {}
-    row: dict[str, float] = {}
+    row: dict[str, Any] = {}
     operator = None if first is None else grams.fit(before, first)
     if first is not None and operator is not None:
         row = {"fit": operator.residual, "condition": operator.condition, "identity": operator.identity_distance}
+        row |= {"diagonal": operator.diagonal_distance, "positive": operator.positive}
         second = places.get(turned[1]) if len(turned) > 1 else None
         if second is not None:
             # Against the residual of a mere scaling: near 0, the second change is the first one again.
@@ -329,7 +345,11 @@ def _structure(grams: Grams, places: dict[int, int], raw: int, end: int, turned:
     stale = None if last is None or previous is None else grams.fit(previous, last)
     if stale is not None:
         row["stale"] = stale.residual
-    return {k: short(v) for k, v in row.items()}
+    row = {k: short(v) for k, v in row.items()}
+    if operator is not None:
+        layer, _, rest = name.partition(".lora_")
+        row["matrix"] = explainer.explain(name, layer, "A" if "A" in rest.split(".")[0] else "B", operator)
+    return row
 
 
 def _shadow(values: list[float]) -> dict[str, Any]:
@@ -352,7 +372,8 @@ def hexes(table: Table) -> list[str]:
 
 
 def _hex(value: int) -> str:
-    return f"{int(value) & 0xFFFFFFFF:08x}"
+    # Both halves: a sign changes the upper ones alone.
+    return f"{(int(value) ^ int(value) >> 32) & 0xFFFFFFFF:08x}"
 
 
 def short(value: float) -> float | str:

@@ -38,6 +38,7 @@ class Verdict:
         link: The link of the chain that broke, or None.
         chain: Each link: in how many tensor-steps it held, where it broke first, and for whom.
         unchecked: What could not be seen.
+        applied: What was applied to the gradients, as far as it could be told from them.
         also: Cause and sentence of what else was found broken: a consequence of the first, or another fault.
     """
 
@@ -50,6 +51,7 @@ class Verdict:
     chain: tuple[LinkRow, ...] = ()
     unchecked: tuple[str, ...] = ()
     also: tuple[tuple[str, str], ...] = ()
+    applied: tuple[str, ...] = ()
 
     @property
     def fault(self) -> bool:
@@ -77,7 +79,12 @@ def judge_ledger(ledger: Any, checks: Sequence[Check] = CHECKS) -> Verdict:
 
 def _judge(f: Facts, checks: Sequence[Check]) -> Verdict:
     chain = chain_of(f)
-    common: dict[str, Any] = {"numbers": _numbers(f), "per_group": _per_group(f), "chain": chain}
+    common: dict[str, Any] = {
+        "numbers": _numbers(f),
+        "per_group": _per_group(f),
+        "chain": chain,
+        "applied": _applied(f),
+    }
     if f.problem is not None:
         text = f"Cannot say: the ledger stopped looking ({f.problem}); the training itself was left alone"
         return Verdict("undecided", None, text, **common)
@@ -91,12 +98,25 @@ def _judge(f: Facts, checks: Sequence[Check]) -> Verdict:
         effective = None if cause in UNDECIDED else False
         text = f"{'No' if effective is False else 'Cannot say'}: {breach.summary}"
         common["numbers"] = {**common["numbers"], **breach.numbers}
+        who = of_all(f.tensors.name.unique() if breach.tensors is None else breach.tensors, f)
+        common["chain"] = tuple(replace(r, who=r.who or who) if r.link == check.link else r for r in chain)
         return Verdict(cause, effective, text, **common, link=check.link, also=also)
     if not len(f.bent):
         return Verdict("no-modifier", None, _plain(f, chain), **common)
     unseen = tuple(not_checked(f, chain))
     common["numbers"] = {**common["numbers"], "by": most(f.bent.by)}
     return Verdict("effective", True, _yes(f, unseen), **common, unchecked=unseen)
+
+
+def _applied(f: Facts) -> tuple[str, ...]:
+    """By factor, what was applied most often to the tensors that were looked into."""
+    out = []
+    for group, rows in f.bent[f.bent.matrix.notna()].groupby("group"):
+        what = most(rows.matrix)
+        share = int((rows.matrix == what).sum())
+        residual = rows.fit.median()
+        out.append(f"{group}: {what} ({share} of {len(rows)} looked into; the fit leaves {residual:.1g})")
+    return tuple(out)
 
 
 def _count(breach: Breach, tensors: int) -> int:
@@ -161,6 +181,15 @@ def table_text(verdict: Verdict) -> str:
         mark = " <- broke" if row.link == verdict.link else ""
         lines.append(f"{row.link:12}{held:>24}  {first:>11}  {row.who}{mark}".rstrip())
     return "\n".join(lines)
+
+
+def describe(verdict: Verdict) -> str:
+    """A verdict for a terminal: the sentence, what was applied and what else broke, and the chain."""
+    lines = [verdict.summary, f"cause: {verdict.cause}" + (f" (link: {verdict.link})" if verdict.link else "")]
+    lines += [f"applied: {text}" for text in verdict.applied]
+    lines += [f"also: {cause}: {text}" for cause, text in verdict.also]
+    lines += [f"not checked: {text}" for text in verdict.unchecked]
+    return "\n".join([*lines, "", table_text(verdict)])
 
 
 def judge_pair(ledger: Any, baseline: Any) -> Verdict:

@@ -201,7 +201,8 @@ class OrphanWatch:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in _MODULE_HOOKS)
+    hooks = (hook for kind in _MODULE_HOOKS for hook in getattr(module, kind).values())
+    return any(not hasattr(hook, "of_the_ledger") for hook in hooks)
 
 
 def _gradient_hooks(parameter: nn.Parameter) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grit_impl.config import GRITConfig
 from grit_impl.zoo.bench import Bench, Moments, Whitening
 from grit_impl.zoo.cases import fault
 from grit_impl.zoo.kernels import HookedKFAC
@@ -362,3 +363,43 @@ def _first_only(bench: Bench) -> Moments:
 def _left_out(bench: Bench) -> Moments:
     """One of 28 tensors is not in the preconditioner's list."""
     return Moments(before_step=Whitening(dict(list(bench.lora.items())[1:])).apply)
+
+
+# --- what was applied ---------------------------------------------------------------------------------------------
+
+
+@fault("uninitialised-inverse", "unrelated-gradient", "against-the-gradient")
+def _uninitialised(bench: Bench) -> Moments:
+    """The inverse was never computed: what stands in its memory is applied."""
+    generator = torch.Generator().manual_seed(bench.seed)
+    memory = {n: torch.randn(4, 4, generator=generator) for n in bench.lora}
+
+    def write() -> None:
+        for name, p in bench.lora.items():
+            if p.grad is not None:
+                new = memory[name] @ p.grad if "lora_A" in name else p.grad @ memory[name]
+                p.grad.copy_(new * p.grad.norm() / new.norm())
+
+    return Moments(before_step=write)
+
+
+@fault("swapped-factors", "swapped-factors", trainers=("hybrid", "pure"))
+def _swapped(bench: Bench) -> Moments:
+    """GRIT with the released code's pairing: each factor's inverse on the other side."""
+    bench.options["grit"] = GRITConfig(kfac_update_freq=1, kfac_min_samples=4, pairing="released")
+    return Moments()
+
+
+@fault("dead-factor", "only-one-factor", "scaled-only")
+def _dead(bench: Bench) -> Moments:
+    """B's factor underflows to zero: its inverse is one over the damping, a number."""
+    white = Whitening({n: p for n, p in bench.lora.items() if "lora_A" in n})
+
+    def write() -> None:
+        white.apply()
+        for name, p in bench.lora.items():
+            if p.grad is not None and "lora_B" in name:
+                p.grad.mul_(1e3)
+
+    bench.max_norm = 0.0
+    return Moments(before_step=write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from grit_impl.ledger.applied import OTHER
 from grit_impl.ledger.chain.links import LIMIT_PASSED, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
 from grit_impl.ledger.findings import AWAY, Facts, lasting
@@ -39,16 +40,24 @@ def _stale(f: Facts) -> Breach | None:
 @check("turned", "unrelated-gradient", "what was written has nothing to do with this tensor's gradient")
 def _unrelated(f: Facts) -> Breach | None:
     residual, cosine = median(f.bent.fit), 1 - median(f.bent.turn)
-    if not len(f.bent) or not abs(cosine) < 0.1 or not residual >= 0.3:
+    if len(f.bent) and abs(cosine) < 0.1 and residual >= 0.3:
+        text = (
+            f"the written gradients stand at {degrees(f.bent.turn)} to the raw ones and are no r x r multiple of them"
+        )
+        return Breach(text, None, {"cosine": cosine, "fit": residual})
+    known = f.bent[f.bent.fit < 0.1]
+    names = lasting(known, known.positive < -0.1)
+    if not names or 2 * len(names) < known.name.nunique():
         return None
-    text = f"the written gradients stand at {degrees(f.bent.turn)} to the raw ones and are no r x r multiple of them"
-    return Breach(text, None, {"cosine": cosine, "fit": residual})
+    smallest = median(known[known.name.isin(names)].positive)
+    text = "the gradients were multiplied by a matrix that is no inverse of any covariance: eigenvalues of both signs"
+    return Breach(text, None, {"cosine": cosine, "positive": smallest})
 
 
 @check("turned", "swapped-factors", "each factor's inverse was applied to the other side")
 def _swapped(f: Facts) -> Breach | None:
     known = f.bent[f.bent.matrix.notna()]
-    swapped = known[known.matrix.str.contains("the other side's", na=False)]
+    swapped = known[known.matrix.str.contains(OTHER, regex=False)]
     if len(swapped) < max(2, 0.5 * len(known)):
         return None
     text = f"in {len(swapped)} of {len(known)} cases looked into the matrix is the inverse of the other side's factor"

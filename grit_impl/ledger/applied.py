@@ -1,0 +1,172 @@
+"""What a modifier applied, told from what the ledger sees itself: the matrix, and the statistics it may come from.
+
+A preconditioned gradient is P G, or G P, with an r x r matrix P that follows from both (see structure.py). If P is the
+inverse of S + d I, its inverse is S but for a multiple of the identity and a scale: the angle between the traceless
+parts of inv(P) and of S says so, whatever the damping and the normalisation. Powers are told in the same way.
+
+The statistics are the ledger's own, from hooks on a few layers' `lora_A`: a, its output, and g, the gradient there.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grit_impl.ledger.structure import Matrix, RankOperator
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OWN = "its own factor"
+OTHER = "the other side's factor"
+GRADIENT = "its gradient's second moment"
+WEIGHTS = "the other tensor's Gram matrix"
+ELSEWHERE = "another layer's factor"
+FIRST = "its own factor of the first step"
+EXPLAINED = 0.9
+"""Least cosine between traceless parts that names a statistic. Unrelated ones of rank 4 have 0.3, of rank 16 0.1."""
+CLEAR = 0.02
+"""The tensor's own factor is named unless another explains the matrix better by this."""
+POWERS = {1.0: "the inverse of", 2.0: "the inverse root of", 0.5: "the inverse square of"}
+DECAYS = (0.0, 0.5, 0.95, 1.0)
+"""Of the running averages that a preconditioner may keep: the last step alone, ..., the sum of all."""
+LARGEST_RANK = 128
+
+
+class Witness:
+    """Sums of a a' and g g' over the tokens of a step, for a few layers.
+
+    Args:
+        layers: Name -> (lora_A, A, B).
+        protect: Makes a function that does not raise of one that may.
+    """
+
+    def __init__(self, layers: dict[str, tuple[nn.Module, Tensor, Tensor]], protect: Any) -> None:
+        self._protect, self._layers = protect, layers
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        # A hook would become part of a compiled graph.
+        compiled = any(getattr(m, "_compiled_call_impl", None) for m, _, _ in layers.values())
+        wanted = {} if compiled or "unsloth" in sys.modules else layers
+        self._handles = [m.register_forward_hook(self._hook(name)) for name, (m, _, _) in wanted.items()]
+
+    def _hook(self, name: str) -> Any:
+        add = self._protect(self._add, "witness")
+
+        def forward(module: Any, inputs: Any, output: Any) -> None:
+            import torch
+
+            if not torch.compiler.is_compiling() and getattr(output, "requires_grad", False):
+                add((name, "a"), output)
+                output.register_hook(lambda grad: add((name, "g"), grad))
+
+        forward.of_the_ledger = True  # type: ignore[attr-defined]
+        return forward
+
+    def _add(self, key: tuple[str, str], rows: Tensor) -> None:
+        flat = rows.detach().reshape(-1, rows.shape[-1]).float()
+        self._sums[key] = self._sums.get(key, 0) + flat.mT @ flat
+
+    def take(self) -> dict[str, dict[str, Tensor]]:
+        """The step's, by layer: `a`, `g`, and the tensors' Gram matrices `aa` (A A') and `bb` (B'B)."""
+        out = {}
+        for name, (_, a, b) in self._layers.items():
+            found = {side: self._sums[name, side] for side in "ag" if (name, side) in self._sums}
+            if len(found) == 2:
+                out[name] = {**found, "aa": a.detach().float() @ a.detach().float().mT}
+                out[name]["bb"] = b.detach().float().mT @ b.detach().float()
+        self._sums = {}
+        return out
+
+    def remove(self) -> None:
+        """Take our hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class Explainer:
+    """Names matrices, step after step: it keeps the running averages that a preconditioner may keep."""
+
+    def __init__(self) -> None:
+        self._averages: dict[tuple[str, str, float], Matrix] = {}
+        self._first: dict[tuple[str, str], Matrix] = {}
+
+    def see(self, statistics: dict[str, dict[str, Matrix]], squares: dict[str, Matrix]) -> None:
+        """One step.
+
+        Args:
+            statistics: By layer, as `Witness.take` gives them.
+            squares: By tensor, G G' of its raw gradient along the rank.
+        """
+        found = {(name, side): value for name, sides in statistics.items() for side, value in sides.items()}
+        found |= {(name, "gradient"): value for name, value in squares.items()}
+        for (name, side), value in found.items():
+            scale = float(np.trace(value))
+            if not np.isfinite(scale) or scale <= 0 or len(value) > LARGEST_RANK:
+                continue
+            self._first.setdefault((name, side), value / scale)
+            for decay in DECAYS:
+                # Relative to its size: losses fall, and with them what one step adds.
+                before = self._averages.get((name, side, decay), 0.0)
+                self._averages[name, side, decay] = decay * before + value / scale
+
+    def explain(self, tensor: str, layer: str, side: str, operator: RankOperator) -> str:
+        """What a matrix is.
+
+        Args:
+            tensor, layer, side: Whose it is; side "A" or "B".
+            operator: It.
+        """
+        if operator.residual > 0.1:
+            return f"no matrix of the rank's size (it leaves {operator.residual:.0%})"
+        if operator.identity_distance < 1e-2:
+            return "a number"
+        if operator.diagonal_distance < 1e-2:
+            return "a diagonal"
+        own, other = ("g", "a") if side == "A" else ("a", "g")
+        candidates: dict[str, list[tuple[str, str]]] = {
+            OWN: [(layer, own)],
+            OTHER: [(layer, other)],
+            GRADIENT: [(tensor, "gradient")],
+            WEIGHTS: [(layer, "bb" if side == "A" else "aa")],
+            ELSEWHERE: [key[:2] for key in self._averages if key[1] == own and key[0] != layer and key[2] == 0],
+        }
+        scores: dict[tuple[str, float], float] = {}
+        for what, keys in candidates.items():
+            for name, kind in keys:
+                for decay in DECAYS:
+                    self._score(scores, what, operator.matrix, self._averages.get((name, kind, decay)))
+        self._score(scores, FIRST, operator.matrix, self._first.get((layer, own)))
+        if not any(what in (OWN, OTHER) for what, _ in scores):
+            scores = {k: v for k, v in scores.items() if k[0] == GRADIENT}
+        best = max(scores.values(), default=0.0)
+        if best < EXPLAINED:
+            known = any(what == OWN for what, _ in scores)
+            return "a matrix that no statistic explains" if known else "a matrix; its statistics were not seen"
+        for what in (OWN, GRADIENT, OTHER, WEIGHTS, FIRST, ELSEWHERE):
+            for power, name in POWERS.items():
+                if scores.get((what, power), 0.0) >= best - CLEAR:
+                    return f"{name} {what}"
+        return "a matrix that no statistic explains"
+
+    @staticmethod
+    def _score(scores: dict[tuple[str, float], float], what: str, matrix: Matrix, statistic: Matrix | None) -> None:
+        if statistic is None or statistic.shape != matrix.shape:
+            return
+        symmetric = (matrix + matrix.T) / 2
+        values, vectors = np.linalg.eigh(symmetric)
+        if np.linalg.norm(matrix - symmetric) > 0.1 * np.linalg.norm(matrix) or values[0] <= 1e-9 * values[-1]:
+            return
+        target = _traceless(statistic)
+        for power in POWERS:
+            found = _traceless((vectors * values**-power) @ vectors.T)
+            scale = float(np.linalg.norm(found) * np.linalg.norm(target))
+            score = float((found * target).sum()) / scale if scale > 0 else 0.0
+            scores[what, power] = max(scores.get((what, power), 0.0), score)
+
+
+def _traceless(matrix: Any) -> Matrix:
+    part: Matrix = matrix - np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+    return part
