@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from grit_impl.errors import GRITError
 from grit_impl.ledger import timeline
 from grit_impl.ledger.fingerprints import Look
-from grit_impl.ledger.guard import Guarded
+from grit_impl.ledger.interception import Guarded
 from grit_impl.ledger.looks import Looks
 from grit_impl.ledger.shadow import GHOST, Shadows, foreign
 from grit_impl.ledger.step import Step, same_stamps, stamps
