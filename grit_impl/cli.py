@@ -64,7 +64,13 @@ def main() -> None:
     try:
         status = cli.main(standalone_mode=False)
     except GRITError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {_one_line(str(error))}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has enough
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written, a name that is too long
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        click.echo(f"error: {_one_line(what)}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
@@ -74,6 +80,11 @@ def main() -> None:
         sys.exit(130)
     # Without standalone mode click returns the status of ctx.exit instead of leaving with it.
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _one_line(text: str) -> str:
+    """With what would end a line, or cannot be printed, in its escaped form: messages quote what users gave."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.gguf.architecture import architecture
+from grit_impl.tables import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GRITError(f"{path} is missing: is {path.parent} a complete model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GRITError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise GRITError(f"{path} does not hold a JSON object")
@@ -206,13 +207,16 @@ class Checkpoint:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(self.folder)
-        if rows is not None:
-            config.vocab_size = rows
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        try:
+            config = AutoConfig.from_pretrained(self.folder)
+            if rows is not None:
+                config.vocab_size = rows
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        except Exception as error:  # a configuration's own checks raise several families of errors
+            raise GRITError(f"{self.folder / 'config.json'} describes no model: {one_line(error)}") from error
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

@@ -167,6 +167,8 @@ def find_modelfile(path: Path) -> Path:
 def parse_modelfile(text: str, folder: Path, name: str = "Modelfile") -> Modelfile:
     """Parse a Modelfile's text (grammar of Ollama's `parser/parser.go`)."""
     parsed = Modelfile(base="")
+    if "\0" in text:
+        raise GRITError(f"{name} is no text: it holds a NUL character")
     for line, command, value in _commands(text, name):
         if command == "from":
             path = (folder / value).resolve()

@@ -85,7 +85,7 @@ def finished(path: Path, wanted: str | None) -> RunRecord | None:
     record = RunRecord(path)
     if not record.complete:
         return None
-    if wanted is not None and (path / "COMPLETE").read_text().strip() != wanted:
+    if wanted is not None and (path / "COMPLETE").read_text(errors="replace").strip() != wanted:
         return None
     return record
 

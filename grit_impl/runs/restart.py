@@ -124,7 +124,11 @@ def set_aside(path: Path) -> Path | None:
         shutil.rmtree(path)
         return None
     mark = path / "COMPLETE"
-    of = mark.read_text().strip() if mark.exists() else str((request_of(path) or {}).get("fingerprint", ""))
+    of = (
+        mark.read_text(errors="replace").strip()
+        if mark.exists()
+        else str((request_of(path) or {}).get("fingerprint", ""))
+    )
     name = f"{path.name}.{'' if mark.exists() else 'unfinished-'}{of[:8] or 'unknown'}"
     number, aside = 1, path.with_name(name)
     while aside.exists():

@@ -8,6 +8,7 @@ import http.server
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,12 @@ def test_proxies(environment: dict[str, str], url: str, proxy: str | None, monke
         pass
 
 
-@pytest.mark.parametrize("given", ["socks://proxy:1080", "socks4://proxy", "ftp://proxy", "http://a:b", "http://[::1"])
+SOCKS = pytest.param("socks5h://proxy:1080", marks=pytest.mark.skipif(bool(find_spec("socksio")), reason="no socksio"))
+
+
+@pytest.mark.parametrize(
+    "given", ["socks://proxy:1080", "socks4://proxy", SOCKS, "ftp://proxy", "http://a:b", "http://[::1"]
+)
 @pytest.mark.parametrize("client", ["evaluating", "deploying"])
 def test_proxies_that_cannot_be_used(given: str, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: one line that names the variable and two ways out, from every client."""
