@@ -24,7 +24,7 @@ from grit_impl.verify.evidence.questions import spread
 from grit_impl.verify.options import Options
 
 NEEDS = ["evaluation:pure", "record:pure"]
-STEP = preflight.Rehearsal(seconds=2.0, peak=3 << 30, total=None, heavier=2.0, adapter=1 << 20)
+STEP = preflight.Rehearsal(seconds=2.0, start=20.0, peak=3 << 30, total=None, heavier=2.0, adapter=1 << 20)
 ONCE = TrainingSettings(steps=2, batch_size=2, accumulation=1, max_length=256)
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_tried_where_nothing_is_trained(session: Any, tmp_path: Path,
 def test_memory(monkeypatch: Any, together: int, total: int | None, free: int | None, message: str | None) -> None:
     """Oracle: what one arm took, times the arms; where the machine does not tell, nothing is refused."""
     monkeypatch.setattr(preflight, "available_memory", lambda: free)
-    step = preflight.Rehearsal(2.0, 3 << 30, total, 2.0, 0)
+    step = preflight.Rehearsal(2.0, 0.0, 3 << 30, total, 2.0, 0)
     if message is None:
         preflight.require_memory(step, together)
         return
@@ -180,11 +180,10 @@ class TestRehearsal:
         assert preflight.rehearse([self.spec(tmp_path)], tmp_path, tmp_path / "trial", lambda *_: None) is None
 
     def test_what_lies_ahead_is_counted(self) -> None:
-        """Oracle: by hand. A step is 1 s: 200 x 3 arms / 2 at a time is 5 min; a question 4 s: 60 x 4 models."""
-        items = ItemSet("aqi", [{}] * 60, "")
-        said = preflight.minutes(STEP, [RunSpec("pure")] * 3, 2, 1, 40.0, [items], 4)
-        assert said == "about 5 min of training and 16 min of questions lie ahead"
-        assert preflight.minutes(None, [RunSpec("pure")], 1, 1, 1.0, [items], 4) is None
+        """Oracle: by hand. (3 x 200 steps of 1 s + 3 x 20 s) x 3 seeds / 2 at a time; 240 x 4 s x 3 / 2 at a time."""
+        said = preflight.minutes(STEP, [RunSpec("pure")] * 3, 2, 3, 4.0, 240)
+        assert said == "about 16 min of training and at most 24 min of questions lie ahead"
+        assert preflight.minutes(None, [RunSpec("pure")], 1, 1, 1.0, 240) is None
 
 
 @pytest.mark.parametrize(("n", "kept"), [(None, 10), (20, 10), (5, [0, 2, 4, 6, 8]), (3, [0, 3, 6]), (1, [0])])
@@ -214,4 +213,5 @@ def test_questions_that_fail_are_told() -> None:
         preflight.require_answers(Evaluation({"base": "base"}, [{**row, "error": "connection refused"}], [], {}))
     with pytest.raises(GRITError, match="answers nothing to 1 questions"):
         preflight.require_answers(Evaluation({"base": "base"}, [{**row, "answer": " "}], [], {}))
-    preflight.require_answers(Evaluation({"base": "base"}, [{**row, "answer": "x"}], [], {}))
+    answered = [{**row, "answer": "x", "seconds": seconds} for seconds in (1.0, 3.0)]
+    assert preflight.require_answers(Evaluation({"base": "base"}, answered, [], {})) == 2.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -171,18 +170,17 @@ class LiveEvidence(Products):
         """
         if self._tried:
             return
-        runs, seeds, seconds = self.reports / "runs", self.options.seeds, 0.0
+        runs, seeds, answer = self.reports / "runs", self.options.seeds, 0.0
         preflight.require_disk(self.reports, 0)
         exported = self._exported("base", None) if self._wanted and isinstance(self.base, Path) else None
         if isinstance(exported, str):
             raise GRITError(f"the untrained base cannot be exported, so nothing is trained: {exported}")
-        items = questions(self.options) if self._evaluating else ()
         if exported:
             self.progress("verifying the untrained base's export", 0, 1)
             preflight.require_export(Path(self.base), exported, self.format.told())
             self.progress("verifying the untrained base's export", 1, 1)
-            if items:
-                seconds = self._try_answers(exported)
+            if self._evaluating:
+                answer = self._try_answers(exported)
         step = preflight.rehearse(todo, runs, self.reports / ".rehearsal", self.progress)
         size = Path(exported["path"]).stat().st_size if exported else 0
         if step:
@@ -190,19 +188,18 @@ class LiveEvidence(Products):
             preflight.require_memory(step, -(-jobs // max(1, len(visible_gpus()))) if step.total else jobs)
             size += seeds * (len(todo) * step.adapter * 4 + len(self._wanted) * size)
         preflight.require_disk(self.reports, size)
-        ahead = preflight.minutes(step, todo, jobs, seeds, seconds, items, len(self._wanted))
+        asked = sum(len(suite.items) for suite in questions(self.options)) if answer else 0
+        ahead = preflight.minutes(step, todo, jobs, seeds, answer, asked * len(self._wanted))
         if ahead and isinstance(self.progress, ProgressLine):
             self.progress.note(ahead)
         self._tried = True
 
     def _try_answers(self, exported: Mapping[str, Any]) -> float:
-        """Ask the untrained base a few questions, through the server that will be used; returns the seconds."""
-        began = time.monotonic()
+        """Ask the untrained base a few questions, through the server that will be used: seconds per answer."""
         found = self._evaluated({"base": exported}, only=preflight.few)
         if isinstance(found, str):
             raise GRITError(f"the untrained base cannot be evaluated, so nothing is trained: {found}")
-        preflight.require_answers(found)
-        return time.monotonic() - began
+        return preflight.require_answers(found)
 
     def _judge(self, name: str, record: RunRecord) -> None:
         from grit_impl.ledger.verdict import judge_ledger

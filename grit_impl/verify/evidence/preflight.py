@@ -6,7 +6,9 @@ Each check raises `GRITError` with one line. Nothing has been trained by then, s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from grit_impl.verify.evidence.questions import spread
 
 ITEMS = 10
 """Questions that the untrained base is asked, half of them about the air, half about knowledge."""
+TOGETHER = 2
+"""Questions that are answered at the same time, at least."""
 SMALL = 32 << 20
 """Bytes of weights below which a base fits wherever Python does, so that no step is tried."""
 ROOM = 256 << 20
@@ -37,6 +41,7 @@ class Rehearsal:
 
     Attributes:
         seconds: Of the step.
+        start: Seconds of everything around it: loading, saving.
         peak: Bytes of memory, a GPU's where there is one.
         total: The GPU's bytes; None on a CPU.
         heavier: How many times the tokens of an average step it has.
@@ -44,6 +49,7 @@ class Rehearsal:
     """
 
     seconds: float
+    start: float
     peak: int
     total: int | None
     heavier: float
@@ -79,14 +85,18 @@ def rehearse(specs: Sequence[RunSpec], runs: Path, folder: Path, progress: Progr
     chosen, heavier = longest(runs / TOKENS / f"{specs[0].tokens}.json", rows, folder / TOKENS)
     once = replace(training, steps=1, save_every=0)
     trial = [replace(spec, training=once, tokens=chosen) for spec in by_library.values()]
+    began = time.monotonic()
     made = run_arms(trial, folder, jobs=1, progress=_renamed(progress), ledger=False)
     for arm, record in made.items():
         if isinstance(record, str):
             raise GRITError(f"{arm} cannot make a single step of the longest rows, so nothing is trained: {record}")
+    each = (time.monotonic() - began) / len(made)
     records = [record for record in made.values() if isinstance(record, RunRecord)]
     peaks = [int(record.run.get("peak_reserved_bytes") or record.peak_memory_bytes or 0) for record in records]
+    seconds = max(record.steps[0]["seconds"] for record in records)
     found = Rehearsal(
-        seconds=max(record.steps[0]["seconds"] for record in records),
+        seconds=seconds,
+        start=max(0.0, each - seconds),
         peak=max(peaks),
         total=records[0].run["machine"].get("gpu_memory_bytes") if on_gpu else None,
         heavier=heavier,
@@ -156,8 +166,8 @@ def few(questions: ItemSet) -> ItemSet:
     return spread(questions, ITEMS // 2)
 
 
-def require_answers(evaluation: Evaluation) -> None:
-    """Refuse a base that no question gets an answer from.
+def require_answers(evaluation: Evaluation) -> float:
+    """Refuse a base that no question gets an answer from; seconds per answer otherwise.
 
     Raises:
         GRITError: a request failed, or all answers are empty.
@@ -170,6 +180,7 @@ def require_answers(evaluation: Evaluation) -> None:
         raise GRITError(
             f"the untrained base answers nothing to {len(evaluation.answers)} questions: nothing is trained"
         )
+    return statistics.fmean(float(row.get("seconds") or 0.0) for row in answers)
 
 
 def minutes(
@@ -177,9 +188,8 @@ def minutes(
     todo: Sequence[RunSpec],
     jobs: int,
     seeds: int,
-    asked: float,
-    items: Iterable[ItemSet],
-    models: int,
+    answer: float,
+    answers: int,
 ) -> str | None:
     """What lies ahead, for people; None where it is not worth saying.
 
@@ -188,16 +198,15 @@ def minutes(
         todo: Runs to be trained with each seed.
         jobs: How many of them at the same time.
         seeds: Seeds.
-        asked: Seconds that the untrained base needed for `ITEMS` questions.
-        items: The questions.
-        models: Models that are asked them.
+        answer: Seconds that the untrained base needs for an answer; trained models, which answer shorter, need less.
+        answers: Answers with each seed, of all models.
     """
     if step is None:
         return None
     steps = sum(spec.training.steps for spec in todo)
-    training = step.seconds / step.heavier * steps * seeds / min(jobs, len(todo)) / 60
-    asking = asked / ITEMS * sum(len(suite.items) for suite in items) * models * seeds / 60
-    return f"about {training:.0f} min of training and {asking:.0f} min of questions lie ahead"
+    training = (step.seconds / step.heavier * steps + step.start * len(todo)) * seeds / min(jobs, len(todo)) / 60
+    asking = answer * answers / TOGETHER * seeds / 60
+    return f"about {training:.0f} min of training and at most {asking:.0f} min of questions lie ahead"
 
 
 def _size(folder: Path) -> int:
