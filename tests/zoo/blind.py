@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grit_impl.statistics.methods import wilson
 
 from grit_impl import gradient_ledger, judge
+from grit_impl.statistics.intervals import wilson
 
 UNDECIDED = ("undecided", "update-unexplained", "partly-seen")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import groupby
+from typing import Any
 
+from grit_impl.files import FIXTURES
 from grit_impl.record import write_atomic
 from grit_impl.settings import flag, shown
+from grit_impl.statistics.intervals import wilson
 from grit_impl.verify.claims import catalogue
 from grit_impl.verify.options import Options
 
@@ -21,6 +26,18 @@ A claim is judged on evidence (run records, gradient ledgers, exports, an evalua
 A *gate* must hold: refuted, it fails its test; open, it is skipped, or fails under `--strict-claims`. A *hypothesis*
 is reported, and gates only under `--gate-hypotheses`. Where a number has an interval, the interval decides: all of it
 on the right side of the bound supports, all of it on the wrong side refutes, anything else is inconclusive.
+"""
+
+BLIND = """
+## How far the ledger's verdicts can be trusted
+
+Blind rounds: cases by somebody who had read the vocabulary of causes and the libraries, but neither detectors nor zoo,
+committed with their expectations before their first run (`tests/zoo/blind_round1.py` and `blind_round2.py`; every row is
+in `fixtures/blind_rounds.json`). A fault is named rightly by one of the causes that the case accepts or by the link that
+broke first. *Before* is the list of detectors that the chain of links has replaced. Intervals: Wilson, 95%.
+
+| round | | before | first contact |
+|---|---|---|---|
 """
 
 OPTIONS = """
@@ -44,11 +61,35 @@ def document() -> str:
             kind = "gate" if claim.gates else "hypothesis"
             parts.append(f"\n### `{claim.id}` ({kind})\n\n{claim.statement}\n\n{claim.rationale}\n\n")
             parts.append(f"Needs: {', '.join(f'`{requirement}`' for requirement in claim.requires)}\n")
-    parts.append(OPTIONS)
+    parts += [BLIND, *_blind_rounds(), OPTIONS]
     for each in fields(Options):
         default = "off" if isinstance(each.default, bool) else shown(each)
         parts.append(f"| `{flag(each.name)}` | {default} | {each.metadata['help']} |\n")
     return "".join(parts)
+
+
+def _blind_rounds() -> Iterator[str]:
+    for each in json.loads((FIXTURES / "blind_rounds.json").read_text())["rounds"]:
+        rows = each["rows"]
+        faults, sound = ([row for row in rows if row["kind"] == kind] for kind in ("fault", "sound"))
+        made = f"cases {each['cases']}, detectors {each['before']}, chain {each['judged']}"
+        name = f"{each['round']}, {each['date']}: {made}"
+        for what, group, before, after in (
+            ("faults named rightly", faults, "before_right", "right"),
+            ("faults called `effective`", faults, ("before", "effective"), ("said", "effective")),
+            ("sound runs misjudged", sound, ("before_right", False), ("right", False)),
+            ("runs ended by the ledger", rows, ("before", "harmed"), ("said", "harmed")),
+        ):
+            yield f"| {name} | {what} | {_share(group, before)} | {_share(group, after)} |\n"
+            name = ""
+
+
+def _share(rows: list[dict[str, Any]], what: str | tuple[str, Any]) -> str:
+    """How many rows have this value (True where none is given), of how many, with the interval."""
+    key, wanted = (what, True) if isinstance(what, str) else what
+    found = sum(row[key] == wanted for row in rows)
+    interval = wilson(found, len(rows))
+    return f"{found} of {len(rows)}, {found / len(rows):.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 if __name__ == "__main__":
