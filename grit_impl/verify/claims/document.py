@@ -32,9 +32,9 @@ BLIND = """
 ## How far the ledger's verdicts can be trusted
 
 Blind rounds: cases by somebody who had read the vocabulary of causes and the libraries, but neither detectors nor zoo,
-committed with their expectations before their first run (`tests/zoo/blind_round1.py` and `blind_round2.py`; every row is
-in `fixtures/blind_rounds.json`). A fault is named rightly by one of the causes that the case accepts or by the link that
-broke first. *Before* is the list of detectors that the chain of links has replaced. Intervals: Wilson, 95%.
+committed with their expectations before their first run (`tests/zoo/blind_round1.py` and `blind_round2.py`; all rows
+are in `fixtures/blind_rounds.json`). A fault is named rightly by one of the causes that the case accepts or by the
+link that broke first. *Before* is the list of detectors that the chain of links has replaced. Intervals: Wilson, 95%.
 
 | round | | before | first contact |
 |---|---|---|---|
