@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.options import Questions, Thresholds
+from grit_impl.evaluate.options import Asking, Questions, Thresholds
 from grit_impl.files import FIXTURES
+from grit_impl.record import write_atomic
 from grit_impl.settings import click_options, pick
 
 
@@ -35,6 +35,8 @@ from grit_impl.settings import click_options, pick
 @click.option("--in-flight", type=click.IntRange(1, 64), default=2, show_default=True, help="Requests at a time.")
 @click.option("--timeout", type=click.FloatRange(0.1), default=120.0, show_default=True, help="Seconds per request.")
 @click.option("--speed-rounds", type=click.IntRange(0), default=30, show_default=True, help="Speed samples per model.")
+@click.option("--junit", type=click.Path(path_type=Path), default=None, help="Write the thresholds as JUnit XML.")
+@click_options(Asking)
 @click_options(Questions)
 @click_options(Thresholds)
 def evaluate(models: tuple[str, ...], **options: Any) -> None:
@@ -42,25 +44,33 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
 
     Exit status 1 if a threshold is refuted, 0 otherwise. An interrupted evaluation continues where it stopped.
     """
-    limits, asked = pick(Thresholds, options), pick(Questions, options)
+    limits, asked, how = pick(Thresholds, options), pick(Questions, options), pick(Asking, options)
     names = dict(_named(text) for text in models)
     if "base" not in names:
         raise GRITError("say which models: --model base=NAME --model pure=NAME ...; delta_AQI needs the base")
-    aqi, knowledge = _suites(asked, options)
+    questions, knowledge, scorer = _suites(asked, how, options)
     # What follows imports scipy, which takes longer than to find a mistake in what was asked.
     from grit_impl.evaluate.gates import judge
     from grit_impl.evaluate.session import EvaluationOptions
     from grit_impl.evaluate.session import evaluate as run
+    from grit_impl.evaluate.terminal import junit_xml, show, show_first
 
     settings = EvaluationOptions(
         aqi_metric=asked.aqi_metric,
+        scorer=scorer,
+        knowledge_by=how.knowledge_by,
+        num_predict=how.max_tokens,
+        system=how.system,
+        think=how.think,
         in_flight=options["in_flight"],
         timeout=options["timeout"],
         speed_rounds=options["speed_rounds"],
     )
-    evaluation = run(options["ollama_url"], names, aqi, knowledge, options["out"], settings)
+    evaluation = run(options["ollama_url"], names, questions, knowledge, options["out"], settings, preview=show_first)
     gates = judge(evaluation, limits, without=("retention",) if options["no_knowledge"] else ())
-    _print(evaluation, gates)
+    show(evaluation, gates)
+    if options["junit"]:
+        write_atomic(options["junit"], junit_xml(gates))
     click.echo(f"answers and numbers: {options['out']}")
     if any(gate.judgement.verdict == "refuted" for gate in gates):
         sys.exit(1)
@@ -73,50 +83,29 @@ def _named(text: str) -> tuple[str, str]:
     return label, name
 
 
-def _suites(asked: Questions, options: dict[str, Any]) -> tuple[Any, Any]:
-    from grit_impl.evaluate.items import aqi_fields, load_aqi, load_knowledge
+def _suites(asked: Questions, how: Asking, options: dict[str, Any]) -> tuple[Any, Any, str]:
+    """The questions, those about knowledge, and the scorer of the first; says on one line what is sent."""
+    from grit_impl.evaluate.items import load_knowledge, load_questions, with_wrong
     from grit_impl.tables import read_table
 
     column, source = asked.features_field, options["training_dataset"]
-    training = [row.text(column) for row in read_table(source, "train").rows] if source else []
-    aqi = load_aqi(
+    questions, scorer, template = load_questions(
         asked.aqi_dataset or FIXTURES / "aqi_test.jsonl",
-        aqi_fields(column, asked.answer_field),
+        column,
+        asked.answer_field,
+        scorer=how.scorer,
+        prompt=how.prompt,
+        answer_format=how.answer_format,
         split=options["split"],
         limit=options["limit"],
-        training=training,
+        training=[row.text(column) for row in read_table(source, "train").rows] if source else [],
         allow_overlap=asked.allow_overlap,
     )
+    click.echo(f"{len(questions.items)} questions, sent as {template!r}, read by the scorer {scorer}")
     if options["no_knowledge"]:
-        return aqi, None
+        return questions, None, scorer
     facts = options["knowledge_dataset"] or FIXTURES / "knowledge_test.jsonl"
-    return aqi, load_knowledge(facts, limit=options["limit"])
-
-
-def _print(evaluation: Any, gates: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table("model", "AQI accuracy %", "delta_AQI points", "retention %", "tokens/s", "delta_speed %")
-    for label, each in evaluation.metrics.items():
-        cells = (each.aqi_accuracy, each.delta_aqi, each.retention, each.tokens_per_second, each.delta_speed)
-        table.add_row(label, *(_cell(cell) for cell in cells))
-    console.print(table)
-    # Not through the console, which would break the lines.
-    for label, each in evaluation.metrics.items():
-        if each.unparsable:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in each.unparsable.items())
-            click.echo(f"{label}: unparsable answers: {reasons}")
-        errors = Counter(row["error"] for row in evaluation.answers if row["label"] == label and row.get("error"))
-        for why, count in errors.most_common(1):
-            click.echo(f"{label}: {errors.total()} questions without an answer, {count} of them because: {why}")
-    for note in evaluation.meta["notes"]:
-        click.echo(f"note: {note}")
-    for gate in gates:
-        click.echo(f"{gate.judgement.verdict:13} {gate.judgement.summary}")
-    click.echo(evaluation.winner()[1])
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value.estimate:.1f} [{value.low:.1f}, {value.high:.1f}]"
+    if how.knowledge_by == "likelihood":
+        # The wrong answers come from all questions.
+        return questions, with_wrong(load_knowledge(facts), options["limit"]), scorer
+    return questions, load_knowledge(facts, limit=options["limit"]), scorer

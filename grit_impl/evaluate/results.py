@@ -35,7 +35,9 @@ from grit_impl.statistics.intervals import Interval, t_interval, wilson
 from grit_impl.statistics.paired import holm, mcnemar_exact
 
 Row = dict[str, Any]
-SCORE_FIELD = {"category": "category_right", "exact": "exact", "within5": "within5"}
+ANSWERED = "answer"
+"""The accuracy of a task that is no index: right or not."""
+SCORE_FIELD = {"category": "category_right", "exact": "exact", "within5": "within5", ANSWERED: "correct"}
 SCHEMA = 1
 _mcnemar = lru_cache(maxsize=4096)(mcnemar_exact)
 
@@ -52,7 +54,7 @@ class Evaluation:
         meta: What was asked, of whom, when.
         base: Label of the reference for delta_AQI, retention and delta_speed.
         baseline: Label of the fine-tuned reference.
-        aqi_metric: The primary accuracy, one of `AQI_METRICS`.
+        aqi_metric: The primary accuracy, one of `SCORE_FIELD`.
         path: Where it is stored.
     """
 
@@ -68,7 +70,7 @@ class Evaluation:
         aqi_metric: str = AQI_METRICS[0],
         path: Path | None = None,
     ) -> None:
-        if aqi_metric not in AQI_METRICS:
+        if aqi_metric not in SCORE_FIELD:
             raise GRITError(f"unknown AQI metric {aqi_metric!r}: use {', '.join(AQI_METRICS)}")
         self.models, self.answers, self.speed = dict(models), list(answers), list(speed)
         self.meta = dict(meta or {})
@@ -154,7 +156,7 @@ class Evaluation:
         return ModelMetrics(
             label=label,
             model=self.models[label],
-            aqi_accuracy=metrics[self.aqi_metric],
+            aqi_accuracy=self.accuracy(label, None, confidence),
             **metrics,
             mae=t_interval(errors, confidence) if errors else None,
             delta_aqi=delta.get(label),

@@ -24,13 +24,16 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from grit_impl.errors import GRITError
 from grit_impl.evaluate import speed
 from grit_impl.evaluate.items import ItemSet, load_aqi, load_knowledge
-from grit_impl.evaluate.results import SCORE_FIELD, Evaluation, read_lines
-from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi
+from grit_impl.evaluate.likelihood import likeliest
+from grit_impl.evaluate.results import ANSWERED, SCORE_FIELD, Evaluation, read_lines
+from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi, truths_of
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+FIRST = 10
+"""Questions that the base is asked before the full run."""
 SWEEPS = 2
 """Unanswered items are asked once more at the end: a server that was restarting has had its time."""
 
@@ -43,9 +46,14 @@ class EvaluationOptions:
         aqi_metric: The primary accuracy: `category`, `exact` or `within5`.
         base: Label of the model that the others are compared with.
         baseline: Label of the fine-tuned model that GRIT is compared with.
-        num_predict: Token limit of an answer.
-        stop: Strings that end an answer; `###` opens the next section of the Alpaca format.
-        knowledge_scorer: What reads the answers to knowledge questions, one of `scoring.SCORERS`.
+        scorer: What reads the answers to the questions, one of `scoring.SCORERS`; `aqi` has several accuracies, of
+            which `aqi_metric` is the primary one.
+        knowledge_scorer: What reads the answers to knowledge questions.
+        knowledge_by: `answer`, or `likelihood`: known is what the model finds likelier than the item's `wrong`.
+        num_predict: Token limit of an answer: room to explain. A model that answers tersely ends by itself.
+        stop: Strings that end an answer: the next section of the Alpaca format. GSM8K's `#### 12` is none.
+        system: System prompt; "" for the model's own.
+        think: Whether a thinking model thinks; None: it is asked not to.
         seed: Sent with every request; greedy answers do not depend on it.
         in_flight: Requests at the same time. More than the server's own parallelism gains nothing.
         in_turn: Ask all models a question before the next one, not one model after the other: where the server holds
@@ -67,9 +75,13 @@ class EvaluationOptions:
     aqi_metric: str = AQI_METRICS[0]
     base: str = "base"
     baseline: str = "baseline"
-    num_predict: int = 32
-    stop: tuple[str, ...] = ("###",)
+    scorer: str = "aqi"
     knowledge_scorer: str = "contains-as-answer"
+    knowledge_by: str = "answer"
+    num_predict: int = 160
+    stop: tuple[str, ...] = ("### Instruction", "### Input", "### Response")
+    system: str = ""
+    think: bool | None = None
     seed: int = 0
     in_flight: int = 2
     in_turn: bool = False
@@ -89,7 +101,10 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.aqi_metric not in AQI_METRICS:
             raise GRITError(f"unknown AQI metric {self.aqi_metric!r}: use {', '.join(AQI_METRICS)}")
-        find_scorer(self.knowledge_scorer)
+        for name in (self.scorer, self.knowledge_scorer):
+            find_scorer(name)
+        if self.knowledge_by not in ("answer", "likelihood"):
+            raise GRITError(f"unknown knowledge_by {self.knowledge_by!r}: use answer or likelihood")
         if min(self.num_predict, self.in_flight, self.attempts, self.give_up_after) < 1:
             raise GRITError("num_predict, in_flight, attempts and give_up_after must be at least 1")
         if self.speed_rounds < 0 or self.speed_tokens < 2 or min(self.timeout, self.speed_width) <= 0:
@@ -103,6 +118,16 @@ class EvaluationOptions:
     def engine(self) -> Row:
         """Ollama options that every request has."""
         given = {"num_thread": self.num_thread, "num_ctx": self.num_ctx}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def metric(self) -> str:
+        """The primary accuracy: of an index that of `aqi_metric`, of any other task the only one."""
+        return self.aqi_metric if self.scorer == "aqi" else ANSWERED
+
+    def fields(self) -> Row:
+        """What a request has beside the prompt and Ollama's options."""
+        given = {"system": self.system or None, "think": self.think}
         return {name: value for name, value in given.items() if value is not None}
 
     def greedy(self) -> Row:
@@ -125,6 +150,7 @@ def evaluate(
     out: Path | str,
     options: EvaluationOptions | None = None,
     inputs: Mapping[str, Any] | None = None,
+    preview: Callable[[list[Row]], None] | None = None,
 ) -> Evaluation:
     """Ask all models all questions, measure their speed, and store both in `out`.
 
@@ -136,6 +162,7 @@ def evaluate(
         out: Folder; an interrupted evaluation in it is continued.
         options: How to ask.
         inputs: What the models were made from, to be stored with the answers.
+        preview: Given the base's rows of the first questions, before the others are asked.
 
     Returns:
         The evaluation; `complete` is False if some items have no trustworthy answer.
@@ -163,13 +190,15 @@ def evaluate(
     ) as endpoint:
         version = endpoint.version()
         digests = endpoint.require(list(models.values()))
-        notes = [
-            f"{name} can think before it answers: asked not to" for name in endpoint.find_thinking(models.values())
-        ]
+        manner = "asked to" if options.think else "asked not to"
+        notes = [f"{name} can think before it answers: {manner}" for name in endpoint.find_thinking(models.values())]
         for note in notes:
             logger.warning("%s", note)
-        keys = {label: fingerprint([name, digests[name], options.greedy()])[:16] for label, name in models.items()}
+        asked = [options.greedy(), options.fields(), options.knowledge_by]
+        keys = {label: fingerprint([name, digests[name], *asked])[:16] for label, name in models.items()}
         session = _Session(endpoint, dict(models), suites, keys, folder, options)
+        if preview is not None and (first := session.first()):
+            preview(first)
         session.ask()
         session.measure()
         if endpoint.require(list(models.values())) != digests:
@@ -194,7 +223,7 @@ def evaluate(
         meta,
         base=options.base,
         baseline=options.baseline,
-        aqi_metric=options.aqi_metric,
+        aqi_metric=options.metric,
         path=folder,
     )
     evaluation.save()
@@ -232,7 +261,7 @@ class _Session:
             task = (row["label"], row.get("suite", ""), row.get("item", ""))
             item = self.tasks.get(task)
             if item and row.get("key") == self.keys[row["label"]] and row.get("prompt") == item["prompt"]:
-                self.answers[task] = {**row, **self._scored(task, item, row["answer"])}
+                self.answers[task] = {**row, **self._scored(task, item, row)}
         self.speed = [
             row
             for row in read_lines(self.folder / "speed.jsonl", missing=True)
@@ -247,15 +276,27 @@ class _Session:
     def _speed_key(self, label: str) -> str:
         return fingerprint([self.keys.get(label), self.options.speed_tokens, self.speed_prompt])[:16]
 
-    def _scored(self, task: tuple[str, str, str], item: Row, answer: str) -> Row:
-        if task[1] == "aqi":
+    def _scored(self, task: tuple[str, str, str], item: Row, row: Row) -> Row:
+        answer = row["answer"]
+        if task[1] == "aqi" and self.options.scorer == "aqi":
             scores = score_aqi(item, answer)
             groups = {"true_category": item.get("category"), "pollutant": item.get("pollutant")}
             return {"correct": scores[SCORE_FIELD[self.options.aqi_metric]], "scores": scores, **groups}
-        scores = score(self.options.knowledge_scorer, item, answer)
+        if "likelihoods" in row:
+            scores = {"correct": answer in truths_of(item), "unparsable": False, "note": ""}
+        else:
+            scores = score(self.options.scorer if task[1] == "aqi" else self.options.knowledge_scorer, item, answer)
         return {"correct": scores["correct"], "scores": scores}
 
     # -- questions ----------------------------------------------------------------------------------------------------
+
+    def first(self) -> list[Row]:
+        """The base's rows of the first questions, asked now; they are kept like all others."""
+        tasks = [task for task in self.tasks if task[:2] == (self.options.base, "aqi")][:FIRST]
+        missing = [task for task in tasks if task not in self.answers]
+        with _appending(self.folder / "answers.jsonl") as write, tqdm(disable=True) as bar:
+            self._sweep(missing, write, bar, last=False)
+        return [self.answers[task] for task in tasks if task in self.answers]
 
     def ask(self) -> None:
         """Ask what is missing, at most `in_flight` at a time, and once more what failed."""
@@ -303,15 +344,21 @@ class _Session:
         return False
 
     def _one(self, task: tuple[str, str, str]) -> Row:
-        item = self.tasks[task]
+        item, fields = self.tasks[task], self.options.fields()
+        model = self.models[task[0]]
         try:
-            reply = self.endpoint.generate(
-                self.models[task[0]], item["prompt"], self.options.greedy(), stream=self.options.stream
-            )
+            if task[1] == "knowledge" and self.options.knowledge_by == "likelihood":
+                texts = [*truths_of(item), *item["wrong"]]
+                chosen, found = likeliest(self.endpoint, model, item["prompt"], texts, self.options.engine(), **fields)
+                row: Row = {"answer": chosen, "likelihoods": found, "faults": []}
+            else:
+                greedy = self.options.greedy()
+                reply = self.endpoint.generate(model, item["prompt"], greedy, stream=self.options.stream, **fields)
+                said = {name: value for name, value in asdict(reply).items() if name not in ("text", "logprobs")}
+                row = {"answer": reply.text, **said}
         except Unanswered as error:
             return self._row(task, error=str(error), faults=error.faults)
-        counters = {name: value for name, value in asdict(reply).items() if name != "text"}
-        return self._row(task, answer=reply.text, **counters, **self._scored(task, item, reply.text))
+        return self._row(task, **row, **self._scored(task, item, row))
 
     def _row(self, task: tuple[str, str, str], **values: Any) -> Row:
         label, suite, item = task

@@ -69,6 +69,8 @@ class Reply:
         prompt_eval_duration: Nanoseconds spent on the prompt.
         load_duration: Nanoseconds spent on loading the model.
         seconds: Wall time of the successful request.
+        logprobs: The tokens of the text with their log-probabilities (nats), where they were asked for and the server
+            has them.
         faults: Kinds of the failed attempts before it.
         thinking: What it wrote before the answer, where a model thinks although it was asked not to.
     """
@@ -81,6 +83,7 @@ class Reply:
     prompt_eval_duration: int
     load_duration: int
     seconds: float
+    logprobs: list[tuple[str, float]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     thinking: str = ""
 
@@ -229,6 +232,7 @@ class Endpoint:
         *,
         stream: bool = False,
         keep_alive: str = "10m",
+        **fields: Any,
     ) -> Reply:
         """Ask one prompt, through the model's own template.
 
@@ -238,6 +242,7 @@ class Endpoint:
             options: Ollama's options; `num_predict` bounds the answer.
             stream: Ask for chunks instead of one object. The checks are the same.
             keep_alive: How long the server keeps the model loaded.
+            **fields: Further fields of the request: `system`, `think`, `format`, `logprobs`.
 
         Raises:
             Unanswered: every attempt was faulty, or the server refuses this request (400, 413).
@@ -251,6 +256,7 @@ class Endpoint:
             "keep_alive": keep_alive,
             "options": dict(options),
             **({"think": False} if model in self._thinking else {}),
+            **fields,
         }
         faults: list[str] = []
         empty_before = False
@@ -361,8 +367,9 @@ def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]
     # Every word is at least one token, so a smaller count means that the server dropped a part of the prompt.
     if 0 < counters["prompt_eval_count"] < len(prompt.split()):
         raise Fault("truncated-prompt", f"only {counters['prompt_eval_count']} prompt tokens were read")
+    logprobs = [_logprob(entry) for part in parts for entry in part.get("logprobs") or []]
     if not thinking and not text.lstrip().startswith("<think>") and "</think>" not in text:
-        return {"text": text, "done_reason": ended, **counters}
+        return {"text": text, "done_reason": ended, "logprobs": logprobs, **counters}
     # The server of such a model may leave the thoughts in the answer, and the template may have opened them.
     thought, closed, answer = text.rpartition("</think>")
     if not closed and text.lstrip().startswith("<think>"):
@@ -380,3 +387,10 @@ def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]
         "done_reason": ended,
         **counters,
     }
+
+
+def _logprob(entry: Any) -> tuple[str, float]:
+    try:
+        return str(entry["token"]), float(entry["logprob"])
+    except (KeyError, TypeError, ValueError):
+        raise Fault("bad-logprobs", "a log-probability is no number") from None

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from grit_impl.aqi import answer, generate, instruction
+from grit_impl.aqi import INSTRUCTION, answer, generate, instruction
 from grit_impl.errors import GRITError
-from grit_impl.evaluate.items import Fields, load_aqi, load_knowledge
+from grit_impl.evaluate.items import Fields, load_aqi, load_knowledge, load_questions, with_wrong
 from grit_impl.tables import read_table
 
 MINE = Fields("text", "label", "What is the AQI? {features}", id="key", group="town")
@@ -150,3 +150,37 @@ def test_answers_of_the_frozen_set_parse(tmp_path: Path) -> None:
     rows = [{"features": i["features"], "answer": answer(i)} for i in items]
     found = load_aqi(_write(tmp_path / "mine.jsonl", rows), Fields())
     assert [(i["aqi_value"], i["category"]) for i in found.items] == [(i["aqi_value"], i["category"]) for i in items]
+
+
+def test_only_the_frozen_sets_columns_get_the_aqi_instruction(tmp_path: Path) -> None:
+    """Oracle: what is sent, and which scorer reads the answers, by hand."""
+    native = _write(tmp_path / "native.jsonl", generate(5, seed=3))
+    assert load_questions(native, "features", "")[1:] == ("aqi", INSTRUCTION)
+    air = _write(tmp_path / "air.jsonl", [{"text": "PM2.5 12", "truth": "AQI 56 (Moderate)"}])
+    assert load_questions(air, "text", "truth")[1:] == ("aqi", "{features}")
+    numbers = _write(tmp_path / "sums.jsonl", [{"text": "6 * 7?", "truth": "42"}])
+    items, scorer, template = load_questions(numbers, "text", "truth", answer_format="<number>")
+    assert (scorer, template) == ("contains-as-answer", "{features}\n\nAnswer in this form: <number>")
+    assert items.items[0]["prompt"] == "6 * 7?\n\nAnswer in this form: <number>"
+    assert load_questions(numbers, "text", "truth", scorer="numeric", prompt="Q: {features}")[1:] == (
+        "numeric",
+        "Q: {features}",
+    )
+    with pytest.raises(GRITError, match="names no air quality index"):
+        load_questions(_write(tmp_path / "x.jsonl", [{"text": "a", "truth": "b"}]), "text", "truth", scorer="aqi")
+
+
+def test_labels_are_choices_and_answers_of_like_questions_are_wrong(tmp_path: Path) -> None:
+    """Oracle: by hand."""
+    cities = dict(zip("ABCDEFGHIJKL", "abcdefghijkl", strict=True))
+    rows = [{"question": f"What capital has {land}?", "answer": city} for land, city in cities.items()]
+    found = with_wrong(load_knowledge(_write(tmp_path / "facts.jsonl", rows)), limit=2)
+    assert [item["wrong"] for item in found.items] == [["b", "c", "d"], ["c", "d", "e"]]
+    labels = [{"question": f"Praise {i}?", "answer": ["yes", "no"][i % 2]} for i in range(6)]
+    found = load_knowledge(_write(tmp_path / "labels.jsonl", labels))
+    assert found.items[0]["choices"] == ["yes", "no"]
+    assert with_wrong(found).items[0]["wrong"] == ["no"]
+    own = [{"question": "Capital of F?", "answer": "u", "wrong": ["t"]}]
+    assert with_wrong(load_knowledge(_write(tmp_path / "own.jsonl", own))).items[0]["wrong"] == ["t"]
+    with pytest.raises(GRITError, match="item row-1 has no wrong answers"):
+        with_wrong(load_knowledge(_write(tmp_path / "one.jsonl", [{"question": "Q?", "answer": "a"}])))

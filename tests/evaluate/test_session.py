@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,26 @@ def test_damaged_files_are_named(server, files, tmp_path: Path) -> None:
     (out / "evaluation.json").write_text("{")
     with pytest.raises(GRITError, match=r"evaluation\.json cannot be read"):
         Evaluation.load(out)
+
+
+def test_how_a_model_is_asked(server, files, tmp_path: Path) -> None:
+    """Oracle: every request says so; asking otherwise asks anew."""
+    options = replace(QUICK, speed_rounds=0, system="Be brief.", think=False, num_predict=77)
+    evaluate(server.url, {"base": "base"}, *files, tmp_path / "out", options)
+    asked = [(each["system"], each["think"], each["options"]["num_predict"]) for each in server.requests]
+    assert asked == [("Be brief.", False, 77)] * (N + KNOWN)
+    evaluate(server.url, {"base": "base"}, *files, tmp_path / "out", replace(options, system="Be long."))
+    assert len(server.requests) == 2 * (N + KNOWN)
+
+
+def test_the_first_answers_are_seen_first_and_kept(server, files, tmp_path: Path) -> None:
+    """Oracle: the base's first ten AQI questions, and no question is asked twice."""
+    seen: list[str] = []
+
+    def preview(rows: list[dict[str, object]]) -> None:
+        seen.extend(str(row["item"]) for row in rows)
+        assert len(server.requests) == len(rows) == 10
+
+    evaluate(server.url, MODELS, *files, tmp_path / "out", replace(QUICK, speed_rounds=0), preview=preview)
+    assert seen == [item["id"] for item in aqi.generate(N, seed=1)][:10]
+    assert len(server.requests) == len(MODELS) * (N + KNOWN)

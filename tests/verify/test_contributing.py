@@ -147,3 +147,14 @@ def test_data_set(monkeypatch, tmp_path):
     (row,) = datasets.load_instructions(str(tmp_path / "riddles.csv"), "train", 1, 0)
     assert "What has keys?" in row["prompt"]
     assert row["completion"].strip() == "A piano"
+
+
+def test_scorer(monkeypatch):
+    """Oracle: by hand; the command line and its help know it by name."""
+    from grit_impl.evaluate.scoring import registry, scorers
+
+    monkeypatch.setattr(registry, "SCORERS", dict(registry.SCORERS))
+    run("scorer", scorers)
+    said = [registry.score("one-of-its-lines", {"answer": "b"}, text) for text in ("a\nb", "a b", "")]
+    assert [each["correct"] for each in said] == [True, False, False]
+    assert [each["unparsable"] for each in said] == [False, False, True]

@@ -8,7 +8,7 @@ from grit_impl.evaluate.scoring.index import (
     parse_aqi,
     score_aqi,
 )
-from grit_impl.evaluate.scoring.registry import SCORERS, find_scorer, score, scorer
+from grit_impl.evaluate.scoring.registry import SCORERS, find_scorer, score, scorer, truths_of
 from grit_impl.evaluate.scoring.scorers import choice as _registers  # noqa: F401
 from grit_impl.evaluate.scoring.text import normalise
 
@@ -24,4 +24,5 @@ __all__ = [
     "score",
     "score_aqi",
     "scorer",
+    "truths_of",
 ]
