@@ -69,6 +69,15 @@ class Base:
         """The files that hold the weights; none of random ones."""
         return [] if self.shape else sorted(self.folder().glob("*.safetensors"))
 
+    def size(self) -> int:
+        """Bytes of the weights; of random ones about, in float32."""
+        if self.shape is None:
+            return sum(path.stat().st_size for path in self.weights())
+        shape = SHAPES[self.shape]
+        hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+        layer = 2 * hidden * hidden + 3 * hidden * inner
+        return int(4 * (shape["num_hidden_layers"] * layer + shape["vocab_size"] * hidden))
+
 
 BASES: dict[str, Base] = {}
 

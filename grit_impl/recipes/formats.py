@@ -64,7 +64,7 @@ def find_format(spec: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
     from grit_impl.gguf.chat import go_template
 
     chat = _Chat(tokenizer)
-    return Format("chat", chat.ask, chat.end(), go_template(chat.render), (), 128)
+    return Format("chat", chat.ask, chat.end(), go_template(chat.render), (), 160)
 
 
 class _Chat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -186,8 +187,19 @@ class TestFacts:
         assert (by_folder.format, by_folder.training, by_folder.gpu) == (by_name.format, by_name.training, True)
         assert not by_name.gpu
 
+    def test_size(self) -> None:
+        """Oracle: the file's bytes; for random weights the parameters on the models' pages, without keys and values."""
+        assert find_base("tiny").size() == (TINY / "model.safetensors").stat().st_size
+        assert find_base("random:llama-3-8b").size() / 4e9 == pytest.approx(8.03, rel=0.15)
+        assert find_base("random:tiny").size() < 2_000_000
+
     def test_finding_one_fetches_nothing(self) -> None:
         """Oracle: there is no network."""
         assert find_base("smollm2").format == "chat"
         assert find_base("owner/name").format is None
         assert set(BASES) >= {"tiny", "smollm2"}
+
+    def test_nobody_asks_whether_a_base_is_the_tiny_one(self) -> None:
+        """Oracle: the source. What differs is a fact of the base, so that another base can have it too."""
+        files = (TINY.parents[1] / "grit_impl").rglob("*.py")
+        assert [path.name for path in files if re.search(r"""[!=]= ["']tiny["']""", path.read_text())] == []

@@ -72,8 +72,7 @@ def rehearse(specs: Sequence[RunSpec], runs: Path, folder: Path, progress: Progr
         GRITError: a step cannot be made, or two libraries do not begin with the same loss and gradient.
     """
     base, on_gpu = find_base(specs[0].base_model), has_gpu() and find_base(specs[0].base_model).gpu
-    small = base.shape == "tiny" or (not base.shape and sum(path.stat().st_size for path in base.weights()) < SMALL)
-    if small and not on_gpu:
+    if base.size() < SMALL and not on_gpu:
         return None
     # The arm that needs most of each library: GRIT's.
     by_library: dict[bool, RunSpec] = {}
