@@ -57,8 +57,9 @@ class RankOperator:
 
     @property
     def positive(self) -> float:
-        """Smallest over largest eigenvalue of P's symmetric part; below 0: some gradients are turned around."""
-        values = np.linalg.eigvalsh((self.matrix + self.matrix.T) / 2)
+        """Smallest over largest eigenvalue of P's symmetric part, P's sign apart; below 0: it has both signs."""
+        sign = -1.0 if np.trace(self.matrix) < 0 else 1.0
+        values = np.linalg.eigvalsh(sign * (self.matrix + self.matrix.T) / 2)
         return float(values[0] / max(abs(values[0]), abs(values[-1]), 1e-300))
 
 

@@ -15,6 +15,7 @@ import pytest
 from ledgers import BENT, NAMES, STEPS, Rows, bent, find, ledger, some, statuses
 
 from grit_impl.errors import GRITError
+from grit_impl.ledger.chain.table import chain_of, custody
 from grit_impl.ledger.findings import facts
 from grit_impl.ledger.verdict import assert_effective, judge_ledger, judge_pair
 from grit_impl.record import RunRecord
@@ -279,3 +280,27 @@ def test_resumed_run_is_compared_at_the_same_steps(resumed: Any) -> None:
     assert judge_pair(resumed(tail, 0), resumed(whole, 0)).cause == "same-within-rounding"
     stopped = resumed(CASES["stopped"][1], 6)
     assert "no gradient of all 4 tensors was modified after step 13 of 16" in judge_ledger(stopped).summary
+
+
+def test_picture_of_a_run() -> None:
+    """Oracle: two tensors held throughout, one whose learning rate is zero from step 8 on, one that is never turned."""
+
+    def tensor(step: int, name: str) -> dict[str, Any]:
+        if name == NAMES[2] and step > 7:
+            return {**BENT, "hash_after": f"{name}@{step}"}
+        return {} if name == NAMES[3] else BENT
+
+    held, still, idle = custody(facts(ledger(tensor)))
+    assert held == (0, 2, [(1, 10, "held")])
+    assert still == (2, 1, [(1, 7, "held"), (8, 3, "moved")])
+    assert idle == (3, 1, [(1, 10, "turned")])
+    assert custody(facts(ledger())) == [(0, 4, [(1, 10, "unmodified")])]
+
+
+def test_table_of_a_run() -> None:
+    """Oracle: 40 tensor-steps, of which B's of layer 1 were never turned; the last link counts tensors."""
+    rows = {row.link: row for row in chain_of(facts(ledger(lambda s, n: {} if n == NAMES[3] else BENT)))}
+    assert (rows["arrived"].held, rows["arrived"].seen, rows["arrived"].first) == (40, 40, None)
+    assert (rows["turned"].held, rows["turned"].seen) == (30, 40)
+    assert (rows["turned"].first, rows["turned"].who) == (1, "B of layer 1, q_proj")
+    assert (rows["throughout"].held, rows["throughout"].seen) == (3, 4)

@@ -51,7 +51,8 @@ def _unrelated(f: Facts) -> Breach | None:
         return None
     smallest = median(known[known.name.isin(names)].positive)
     text = "the gradients were multiplied by a matrix that is no inverse of any covariance: eigenvalues of both signs"
-    return Breach(text, None, {"cosine": cosine, "positive": smallest})
+    who = None if len(names) == known.name.nunique() else names
+    return Breach(text, who, {"cosine": cosine, "positive": smallest})
 
 
 @check("turned", "swapped-factors", "each factor's inverse was applied to the other side")

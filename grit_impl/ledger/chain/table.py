@@ -84,14 +84,32 @@ def chain_of(f: Facts) -> tuple[LinkRow, ...]:
     return tuple(out)
 
 
-def first_broken(f: Facts) -> pd.DataFrame:
-    """Tensors by steps: the position in LINKS of the first broken link; -1: none is, NaN: nothing was seen."""
+def custody(f: Facts) -> list[tuple[int, int, list[tuple[int, int, str]]]]:
+    """The picture: tensors by steps, by the first link that broke.
+
+    Returns:
+        (first row, rows, spans) of neighbouring tensors to which the same happened; a span is (first step, steps,
+        what): a link, "held" or "unmodified".
+    """
     table = states(f)
     broken = (table == 0).to_numpy()
-    place = np.where(broken.any(1), broken.argmax(1), -1).astype(float)
-    place[table.isna().all(axis=1).to_numpy()] = np.nan
-    rows = pd.DataFrame({"name": f.tensors.name, "step": f.tensors.step, "place": place})
-    return rows.pivot_table(index="name", columns="step", values="place", aggfunc="first", sort=False)
+    what = np.where(broken.any(1), np.array(LINKS)[broken.argmax(1)], np.where(table.turned == 1, "held", "unmodified"))
+    if not (len(f.touched) or (table.turned == 1).any()):  # where nobody modifies, nothing fails to be modified
+        what = np.where(what == "turned", "unmodified", what)
+    seen = pd.DataFrame({"name": f.tensors.name, "step": f.tensors.step.astype(int), "what": what})
+    rows: list[tuple[int, int, list[tuple[int, int, str]]]] = []
+    for _, group in seen.groupby("name", sort=False):
+        spans: list[tuple[int, int, str]] = []
+        for step, state in zip(group.step, group.what, strict=True):
+            if spans and spans[-1][2] == state and spans[-1][0] + spans[-1][1] == step:
+                spans[-1] = (spans[-1][0], spans[-1][1] + 1, state)
+            else:
+                spans.append((step, 1, state))
+        if rows and rows[-1][2] == spans:
+            rows[-1] = (rows[-1][0], rows[-1][1] + 1, spans)
+        else:
+            rows.append((rows[-1][0] + rows[-1][1] if rows else 0, 1, spans))
+    return rows
 
 
 def not_checked(f: Facts, chain: tuple[LinkRow, ...]) -> list[str]:

@@ -220,35 +220,49 @@ def fisher_spectra(evidence: Evidence) -> str | None:
         return text
 
 
+LINK_COLOURS = {
+    "used": "other",
+    "arrived": "base",
+    "read": "rerun",
+    "turned": "hybrid",
+    "delivered": "hybrid_late",
+    "consumed": "rerun",
+    "moved": "baseline",
+    "kept": "base",
+}
+
+
 def provenance(evidence: Evidence) -> str | None:
-    """Per arm and step: share of LoRA gradients that were turned at the optimizer's entry, and changed too late."""
+    """Per arm, tensors by steps, coloured by the first link of the chain of custody that broke."""
+    from grit_impl.ledger.chain import LINKS
+    from grit_impl.ledger.chain.table import custody
     from grit_impl.ledger.findings import facts
 
-    tables = {arm: facts(record) for arm, record in evidence.records.items() if record.ledger.is_file()}
-    tables = {arm: table for arm, table in tables.items() if len(table.tensors)}
-    if not tables:
+    pictures = {arm: custody(facts(record)) for arm, record in evidence.records.items() if record.ledger.is_file()}
+    pictures = {arm: picture for arm, picture in pictures.items() if len(picture)}
+    if not pictures:
         return None
+    broken: set[str] = set()
     with plt.rc_context(_STYLE):
-        size = (WIDTH, 0.7 + 0.55 * len(tables))
-        figure, panels = plt.subplots(len(tables), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
-        for axes, (arm, table) in zip(panels[:, 0], tables.items(), strict=True):
-            live = table.live.groupby("step").size()
-            everything = table.tensors.groupby("step").size()
-            for rows, whole, style in (
-                (table.bent, live, {"color": colour(arm), "alpha": 0.8}),
-                (
-                    table.tensors[table.tensors.late.notna()],
-                    everything,
-                    {"color": colour("hybrid_late"), "alpha": 0.35},
-                ),
-            ):
-                share = 100 * rows.groupby("step").size().reindex(whole.index, fill_value=0) / whole
-                axes.fill_between(share.index, share.to_numpy(), step="mid", linewidth=0, **style)
-            axes.set(ylim=(0, 105), yticks=(0, 100))
+        size = (WIDTH, 0.9 + 0.55 * len(pictures))
+        figure, panels = plt.subplots(len(pictures), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
+        for axes, (arm, picture) in zip(panels[:, 0], pictures.items(), strict=True):
+            for top, height, spans in picture:
+                for first, steps, state in spans:
+                    style = {"color": FAINT, "alpha": 0.7} if state == "unmodified" else {"color": colour("pure")}
+                    if state in LINKS:
+                        broken.add(state)
+                        style = {"color": colour(LINK_COLOURS[state]), "alpha": 0.8}
+                    axes.broken_barh([(first - 0.5, steps)], (top, height), linewidth=0, **style)
+            axes.set(ylim=(sum(height for _, height, _ in picture), 0), yticks=())
             axes.set_ylabel(arm, rotation=0, ha="right", va="center", labelpad=14)
             axes.grid(visible=False)
         panels[-1, 0].set_xlabel("optimizer step")
         panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles = [Rectangle((0, 0), 1, 1, color=colour("pure")), Rectangle((0, 0), 1, 1, color=FAINT, alpha=0.7)]
+        handles += [Rectangle((0, 0), 1, 1, color=colour(LINK_COLOURS[link]), alpha=0.8) for link in sorted(broken)]
+        labels = ["every link held", "not modified", *(f"broke: {link}" for link in sorted(broken))]
+        figure.legend(handles, labels, loc="outside upper center", ncols=3)
         text = svg(figure, "provenance")
         plt.close(figure)
         return text
@@ -320,8 +334,8 @@ def figures(evidence: Evidence) -> list[dict[str, str]]:
         (
             provenance,
             "Provenance of the gradients",
-            "Percent of LoRA gradients whose direction was changed when the optimizer took them (solid), and that were "
-            "changed only after it had stepped (pale).",
+            "Each LoRA tensor (a row) in each step: whether a modified gradient went all the way to the weights, and "
+            "if not, which link of the chain broke first.",
         ),
         (
             aqi_by_category,

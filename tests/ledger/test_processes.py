@@ -1,0 +1,75 @@
+"""The ledger under accelerate: two processes see what one sees; shards are refused at the start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import grit_impl
+from grit_impl.errors import GRITError
+from grit_impl.ledger.findings import facts
+from grit_impl.ledger.recorder import gradient_ledger
+from grit_impl.ledger.verdict import judge_ledger
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+# The same sums over tokens, split over two processes, in float32.
+SAME = 1e-4
+
+
+def run(folder: Path, world: int) -> list[Path]:
+    """The ledger of every process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(grit_impl.__file__).parents[1]), *sys.path]),
+    }
+    paths, processes = [], []
+    for rank in range(world):
+        paths.append(folder / f"{world}-{rank}.jsonl.gz")
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(SCRIPT), str(paths[-1])]
+        environment = {**common, **(place if world > 1 else {})}
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world, outputs
+    return paths
+
+
+def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
+    """Oracle: one process with the same global batches; and each other, to the bit of every parameter."""
+    (one,), (first, second) = run(tmp_path, 1), run(tmp_path, 2)
+    alone, left, right = (facts(path).tensors for path in (one, first, second))
+    assert len(alone) == len(left) == 28 * 5
+    for column in ("raw", "entry", "turn", "update"):
+        scale = alone[column].abs().clip(lower=1e-3)
+        assert ((left[column] - alone[column]).abs() / scale).max() < SAME, column
+    assert list(left.hash_after) == list(right.hash_after)
+    assert list(left.hash_entry) == list(right.hash_entry)
+    verdicts = [judge_ledger(path) for path in (one, first, second)]
+    assert [verdict.cause for verdict in verdicts] == ["effective"] * 3
+    assert len({verdict.summary for verdict in verdicts}) == 1
+
+
+def test_shards_are_refused_in_one_line() -> None:
+    """Oracle: before anything is trained."""
+    model: Any = nn.Linear(2, 2)
+    model.weight.ds_id = 7
+    with pytest.raises(GRITError, match=r"sharded \(DeepSpeed ZeRO-3\)"), gradient_ledger(model):
+        pass
