@@ -250,12 +250,22 @@ class Adapter:
         changed = set()
         for name, module in self._modules.items():
             if name.startswith(wrappers):
+                if inside[name] is not module and not name.endswith(".token_adapter"):
+                    raise GRITError(
+                        f"cannot export {self.folder}: PEFT does not merge {name}, one way of training over another "
+                        "(two of LoRA, modules_to_save and trainable_token_indices) on the same module"
+                    )
                 continue
             for key, parameter in inside[name]._parameters.items():
                 adapted = inside[name] is not module and (key == "weight" or bool(self.config.get("lora_bias")))
                 if parameter is not None and (adapted or not self._is_base(f"{name}.{key}", parameter)):
                     changed.add(f"{name}.{key}")
         both = changed & {EMBEDDING, HEAD}
+        if self.base.tied and self.start in REPEATED_STARTS and "lm_head" in self.layers:
+            start = self.config["init_lora_weights"]
+            raise GRITError(
+                f"cannot export {self.folder}: init_lora_weights={start!r} on a tied head changed the embedding"
+            )
         if self.rows != self.base.shape(EMBEDDING)[0] and len(both) < 2:
             missing = next(iter({EMBEDDING, HEAD} - both))
             raise GRITError(

@@ -202,10 +202,12 @@ def _audit_divisors(weights: Weights, config: dict[str, Any]) -> Finding | None:
 def _exact(weights: Weights, place: str, value: torch.Tensor) -> bool:
     import torch
 
-    kind = weights.type(place)
-    if kind not in ("F32", "F16", "BF16", "Q8_0") or (kind == "Q8_0" and value.shape[-1] % 32):
+    kind, rows = weights.type(place), value.reshape(-1, value.shape[-1])
+    if kind == "Q8_0" and value.shape[-1] % 32:
         return False
-    rows = value.reshape(-1, value.shape[-1])
+    if kind not in ("F32", "F16", "BF16", "Q8_0"):
+        rounded = _rounded(rows.contiguous(), kind)
+        return rounded is not None and rounded.equal(weights(place).reshape(rows.shape))
     return bool((encode(rows, kind).flatten().view(torch.uint8).numpy() == weights.raw(place).reshape(-1)).all())
 
 
@@ -243,12 +245,18 @@ def _compare(
     if math.isfinite(whole) and whole <= allowed:
         if bad := int((error > (2.5 * own).maximum(3 * slack * size) + 1e-30).sum()):
             return Finding("weights", f"{place}: {bad} of {len(rows)} rows differ beyond rounding")
+        # Rounding with a smallest and a largest number per block is not without a bias of its own.
         noise = 6 * relative / math.sqrt(rows.numel()) + (2e-4 if kind != "F32" else SUMS)
-        share = float((theirs * rows).sum() / rows.square().sum().clamp_min(1e-30))
+        noise += abs(_share(rounded, rows) - 1) if rounded is not None else 5e-3
+        share = _share(theirs, rows)
         if abs(share - 1) > noise:
             return Finding("weights", f"{place} is {share:.4f} times the trained one")
         return _adapter_share(place, value, given, heads, start, relative)
     return _cause(place, value, given, heads, start, relative)
+
+
+def _share(given: torch.Tensor, rows: torch.Tensor) -> float:
+    return float((given.double() * rows.double()).sum() / rows.double().square().sum().clamp_min(1e-30))
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from pathlib import Path
@@ -15,6 +16,7 @@ from grit_impl.export import export_merged
 from grit_impl.gguf.folder import to_folder
 from grit_impl.gguf.metadata import read_header
 from grit_impl.gguf.requantize import rewrite
+from grit_impl.gguf.splits import split_name
 from grit_impl.gguf.tensors import Weights
 
 TEXTS = (
@@ -71,6 +73,8 @@ def test_comes_back_as_it_went(files: Path, tmp_path: Path, name: str) -> None:
         ids = old(text).input_ids
         assert new(text).input_ids == ids
         assert new.decode(ids) == old.decode(ids)
+    cuts = [json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] for tokenizer in (old, new)]
+    assert split_name(cuts[0]) == split_name(cuts[1]) is not None
     for field in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(new, field) == getattr(old, field)
     ids = torch.tensor([[i * 7 % 500 for i in range(150)]])
