@@ -19,7 +19,7 @@ from grit_impl.method.capture.sites import loaded_sites
 from grit_impl.method.factors import READY, STATUS, KroneckerFactors, world_size
 from grit_impl.method.layers import find_layers
 from grit_impl.method.reprojection import Reprojection
-from grit_impl.method.rules import make_rule
+from grit_impl.method.rules import rule_class
 from grit_impl.method.spectra import SpectrumHistory, effective_rank, eigvalsh
 from grit_impl.method.stacks import A, layer_stacks
 
@@ -59,7 +59,7 @@ class GRITManager:
         self.factors = KroneckerFactors(ranks, self.config, device, dtype)
         self._stacks = layer_stacks(self.layers)
         self.reprojection = Reprojection(self.layers, self.config, self.factors)
-        self.rule = make_rule(self.config, self.layers, self.factors)
+        self.rule = rule_class(self.config.update_rule)(self.config, self.layers, self.factors)
         self.step = 0
         # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
         self.applied = torch.zeros(2, len(ranks), device=device)
@@ -90,14 +90,11 @@ class GRITManager:
                 previous.detach()
             loss = LossTap(self.model, self._before_forward)
             loss.loss_tokens = self._loss_tokens
-            self._taps = [loss, self._module_tap(loss), *self._fused_taps(loss)]
+            modules = [layer.module.lora_A[layer.adapter] for layer in self.layers]
+            self._taps = [loss, ModuleTap(modules, self.statistics, loss), *self._fused_taps(loss)]
             # A pointer that observers may read; nothing in training depends on it.
             self.model._grit_manager = self  # type: ignore[assignment]
         return self
-
-    def _module_tap(self, loss: LossTap) -> ModuleTap:
-        """Hooks on the modules."""
-        return ModuleTap([layer.module.lora_A[layer.adapter] for layer in self.layers], self.statistics, loss)
 
     def _fused_taps(self, loss: LossTap) -> list[FusedTap]:
         """Inside the fused functions of libraries that are loaded, which do not call the modules."""

@@ -240,9 +240,9 @@ class Shell:
 
     def __init__(self, moments: Moments) -> None:
         from grit_impl.config import GRITConfig
-        from grit_impl.method.rules import make_rule
+        from grit_impl.method.rules import rule_class
 
-        self.moments, self.rule = moments, make_rule(GRITConfig(), (), cast(Any, None))
+        self.moments, self.rule = moments, rule_class("precondition")(GRITConfig(), (), cast(Any, None))
 
     def before_step(self, parameters: Any, max_norm: float | None) -> None:
         """GRIT's moment, before clipping and the optimizer, whether there are gradients or not."""

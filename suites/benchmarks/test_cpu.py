@@ -277,7 +277,7 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
 
     from grit_impl.method.capture.rank_statistics import ForwardContext, RankStatistics
     from grit_impl.method.factors import KroneckerFactors
-    from grit_impl.method.rules import make_rule
+    from grit_impl.method.rules import rule_class
 
     def with_gradient(*shape: int) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.randn(shape))
@@ -287,7 +287,7 @@ def added_work(layers: int = 56, tokens: int = 512, rank: int = 16, width: int =
     statistics = RankStatistics(layers, rank, torch.device("cpu"))
     factors = KroneckerFactors([rank] * layers, GRITConfig(), torch.device("cpu"))
     pairs: Any = [SimpleNamespace(a=with_gradient(rank, width), b=with_gradient(width, rank)) for _ in range(layers)]
-    rule = make_rule(GRITConfig(), pairs, factors)
+    rule = rule_class("precondition")(GRITConfig(), pairs, factors)
     a, g = torch.randn(tokens, rank), torch.randn(tokens, rank)
 
     def run() -> float:

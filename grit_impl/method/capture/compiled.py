@@ -35,16 +35,6 @@ class ModuleNotes(Protocol):
     def statistics(self) -> RankStatistics: ...
 
 
-class FusedNotes(Protocol):
-    """What compiled code needs of a tap on fused functions."""
-
-    def owns(self, lora_a: Tensor, /) -> bool:
-        """Whether this A is one of the tap's layers'."""
-
-    def note(self, lora_a: list[Tensor], products: list[Tensor], scales: list[float], /) -> bool:
-        """Add what was taken; False: these layers are somebody else's."""
-
-
 _taps: weakref.WeakValueDictionary[int, ModuleNotes] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 fused_taps: list[Any] = []

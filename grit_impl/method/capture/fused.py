@@ -29,29 +29,18 @@ if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
 
 
-class _Group(NamedTuple):
-    """Layers of one fused function with one d_in: their places in it, their indices, ranks, and A' side by side."""
-
-    places: list[int]
-    layers: list[int]
-    ranks: list[int]
-    lora_a: Tensor
-
-
 class _Prepared(NamedTuple):
     """What is the same at every call of one fused function.
 
     Attributes:
         cast: Copies of A and B in turn; None where there is none.
         copies: Those that there are.
-        groups: Layers with one d_in.
         layers: (place in the function, index of the layer) each.
         products: What becomes of the copies in the function.
     """
 
     cast: list[Any]
     copies: list[Tensor]
-    groups: list[_Group]
     layers: list[tuple[int, int]]
     products: Products
 
@@ -126,25 +115,11 @@ class FusedAdapters:
 
     def _prepare(self, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> _Prepared:
         key = (dtype, *(None if w is None else w.shape for w in adapters))
-        places = [i for i in range(len(adapters) // 2) if adapters[2 * i] is not None]
-        same = [list(group) for _, group in itertools.groupby(places, lambda i: _width(adapters[2 * i]))]
         if key not in self._buffers:
-            buffers: list[Any] = [None if w is None else torch.empty_like(w, dtype=dtype) for w in adapters]
-            for group in same:
-                # Layers of one d_in lie one below the other, so that together they are one matrix.
-                ranks = [buffers[2 * i].shape[0] for i in group]
-                stacked = buffers[2 * group[0]].new_empty(sum(ranks), buffers[2 * group[0]].shape[1])
-                for i, part in zip(group, torch.split(stacked, ranks), strict=True):
-                    buffers[2 * i] = part
-            self._buffers[key] = buffers
+            self._buffers[key] = [None if w is None else torch.empty_like(w, dtype=dtype) for w in adapters]
         cast = self._buffers[key]
-        groups = []
-        for group in same:
-            first, ranks = cast[2 * group[0]], [cast[2 * i].shape[0] for i in group]
-            lora_a = first.as_strided((sum(ranks), first.shape[1]), first.stride()).t()
-            groups.append(_Group(group, [self.find(adapters[2 * i]) for i in group], ranks, lora_a))
-        layers = [pair for group in groups for pair in zip(group.places, group.layers, strict=True)]
-        return _Prepared(cast, [w for w in cast if w is not None], groups, layers, Products(cast))
+        layers = [(i, self.find(a)) for i, a in enumerate(adapters[::2]) if a is not None]
+        return _Prepared(cast, [w for w in cast if w is not None], layers, Products(cast))
 
     def owns(self, a: Tensor) -> bool:
         """Whether this is one of the layers' lora_A."""
@@ -231,16 +206,7 @@ class FusedTap:
     def read(
         self, site: Site, original: Any, dropout: Dropout | None, ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor]
     ) -> Any:
-        """Run a function's backward and take its statistics; returns what it returns.
-
-        Args:
-            site: The function's.
-            original: The function.
-            dropout: What `site.dropout` made.
-            ctx: Its context.
-            saved: Its saved tensors.
-            dys: What its backward was given.
-        """
+        """Run a function's backward, take its statistics and return what it returns."""
         given, dys = list(saved), [_contiguous(dy) for dy in dys]
         for at in site.x:
             if not isinstance(at, FromKernel):
@@ -301,20 +267,17 @@ class FusedTap:
     def _take(
         self, prepared: _Prepared, scales: Sequence[Any], inputs: Sequence[Tensor], dys: Sequence[Tensor]
     ) -> None:
-        """Take a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
+        """Compute a = A x and g = s B' dL/dy of a function's layers; those that read the same x share one product."""
         context = self._loss.context
         assert context is not None
-        for group in prepared.groups:
-            x = inputs[group.places[0]]
-            if all(inputs[i] is x for i in group.places[1:]):
-                values = torch.mm(rows(x), group.lora_a).split_with_sizes(group.ranks, 1)
-            else:
-                values = tuple(torch.mm(rows(inputs[i]), prepared.cast[2 * i].t()) for i in group.places)
-            for i, layer, value in zip(group.places, group.layers, values, strict=True):
-                lora_b, dy = prepared.cast[2 * i + 1], rows(dys[i])
-                if dy.dtype != lora_b.dtype:
-                    dy = dy.to(lora_b.dtype)
-                gradient = torch.mm(dy, lora_b)
+        for _, group in itertools.groupby(prepared.layers, lambda pair: id(inputs[pair[0]])):
+            same = list(group)
+            lora_a = [prepared.cast[2 * i] for i, _ in same]
+            products = torch.mm(rows(inputs[same[0][0]]), torch.cat(lora_a).t())
+            values = products.split_with_sizes([len(a) for a in lora_a], 1)
+            for (i, layer), value in zip(same, values, strict=True):
+                lora_b = prepared.cast[2 * i + 1]
+                gradient = torch.mm(rows(dys[i]).to(lora_b.dtype), lora_b)
                 if scales[i] != 1:
                     gradient *= scales[i]
                 self._statistics.add(layer, value, gradient, context)
@@ -345,10 +308,6 @@ def _instrumented(site: Site, original: Any) -> Any:
 def _addresses(xs: Sequence[Tensor | None], gs: Sequence[Tensor | None]) -> list[int]:
     """Of x and dL/dy of each layer in turn; 0: not known yet."""
     return [0 if t is None else t.data_ptr() for pair in zip(xs, gs, strict=True) for t in pair]
-
-
-def _width(a: Tensor | None) -> int:
-    return 0 if a is None else a.shape[1]
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from grit_impl.config import UPDATE_RULES, GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.method.factors import KroneckerFactors
-from grit_impl.method.stacks import Stack, make_stacks
+from grit_impl.method.stacks import layer_stacks, make_stacks
 
 if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
@@ -53,11 +53,14 @@ class UpdateRule:
     """
 
     whole_step: ClassVar[bool] = False
+    _STATE: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> None:
         self.config, self.layers, self.factors = config, layers, factors
-        self.stacks: list[Stack] = []
-        self.sides = (1, 0)
+        self.stacks = [] if self.whole_step else layer_stacks(layers)
+        self.sides = (1, 0) if config.pairing == "fisher" else (0, 1)
+        self._optimizer: Optimizer | None = None
+        self._restored: dict[str, Any] | None = None
 
     def update(self, *, warm: bool, refresh: bool) -> None:
         """Replace the gradients (regularised; clipped for a whole step), once per optimizer step.
@@ -76,14 +79,33 @@ class UpdateRule:
         return inner
 
     def check_ready(self) -> None:
-        """Raise a GRITError where something is missing that `update` needs."""
+        """Raise a GRITError where a whole step has no optimizer that takes it."""
+        if self.whole_step and self._optimizer is None:
+            raise GRITError(f"update_rule = {self.config.update_rule!r} has no optimizer yet: use GRITOptimizer")
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, lists of tensors and numbers."""
-        return {}
+        """Tensors, lists of tensors (stacks, in the optimizer's order) and numbers; empty without an optimizer."""
+        return {name: getattr(self, name) for name in self._STATE} if self.stacks else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; kept until the optimizer is known, where it is not yet.
+
+        Raises:
+            GRITError: the optimizer's parameters are grouped differently.
+        """
+        if not (self.stacks and state):
+            self._restored = state
+            return
+        self._restored = None
+        for name in self._STATE:
+            mine, saved = getattr(self, name), state[name]
+            if isinstance(mine, list):
+                if [t.shape for t in mine] != [t.shape for t in saved]:
+                    raise GRITError("the GRIT checkpoint does not fit: the optimizer has other parameters or groups")
+                for tensor, value in zip(mine, saved, strict=True):
+                    tensor.copy_(value)
+            else:
+                setattr(self, name, saved.to(mine.device).clone() if isinstance(mine, Tensor) else saved)
 
     def memory_bytes(self) -> int:
         """Bytes of the rule's state, on the parameters' device; GRIT's factors not counted, 0 without an optimizer."""
@@ -98,44 +120,9 @@ class WholeStep(UpdateRule):
     """
 
     whole_step = True
-    _STATE: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> None:
-        super().__init__(config, layers, factors)
-        self._optimizer: Optimizer | None = None
-        self._restored: dict[str, Any] | None = None
 
     def init(self) -> None:
         """Make the state for `stacks`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors, lists of tensors (stacks, in the optimizer's order) and numbers; empty without an optimizer."""
-        return {name: getattr(self, name) for name in self._STATE} if self._optimizer else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; kept until the optimizer is known, where it is not yet.
-
-        Raises:
-            GRITError: the optimizer's parameters are grouped differently.
-        """
-        if not (self._optimizer and state):
-            self._restored = state
-            return
-        self._restored = None
-        for name in self._STATE:
-            mine, saved = getattr(self, name), state[name]
-            if isinstance(mine, list):
-                if [t.shape for t in mine] != [t.shape for t in saved]:
-                    raise GRITError("the GRIT checkpoint does not fit: the optimizer has other parameters or groups")
-                for tensor, value in zip(mine, saved, strict=True):
-                    tensor.copy_(value)
-            else:
-                setattr(self, name, saved.to(mine.device).clone() if isinstance(mine, Tensor) else saved)
-
-    def check_ready(self) -> None:
-        """Raise a GRITError without an optimizer that takes the directions."""
-        if self._optimizer is None:
-            raise GRITError(f"update_rule = {self.config.update_rule!r} has no optimizer yet: use GRITOptimizer")
 
     @property
     def groups(self) -> list[dict[str, Any]]:

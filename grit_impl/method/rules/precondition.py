@@ -7,23 +7,15 @@ gradient in rank space: dA <- (S_g + d I)^-1 dA and dB <- dB (S_a + d I)^-1.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from grit_impl.method.rules.base import UpdateRule, rule
-from grit_impl.method.stacks import A, layer_stacks
+from grit_impl.method.stacks import A
 
 
 @rule("precondition")
 class Precondition(UpdateRule):
     """See the module; nothing changes before the first inversion. No state."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.stacks = layer_stacks(self.layers)
-        if self.config.pairing == "released":
-            self.sides = (0, 1)
 
     def update(self, *, warm: bool, refresh: bool) -> None:
         """Multiply every gradient by its factor's damped inverse, on the r-side."""

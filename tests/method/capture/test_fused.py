@@ -285,7 +285,7 @@ def test_each_set_of_adapters_is_prepared_apart():
     for given, expected in (((*q, *k, *none), [0, 1]), ((*q, *none, *v), [0, 2]), ((*q, *k, *v), [0, 1, 2])):
         with torch.no_grad():
             prepared = adapters.cast(given, torch.float64)
-        assert [layer for group in prepared.groups for layer in group.layers] == expected
+        assert [layer for _, layer in prepared.layers] == expected
         assert [copy is None for copy in prepared.cast] == [w is None for w in given]
     assert len(adapters.cast((None,) * 6, torch.float64).cast) == 6
     assert len(adapters.cast((None,) * 2, torch.float64).cast) == 2

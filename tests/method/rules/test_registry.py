@@ -29,7 +29,7 @@ def test_a_rule_from_elsewhere_is_accepted_once_registered(monkeypatch: pytest.M
         GRITConfig(update_rule="nothing")
     monkeypatch.setitem(UPDATE_RULES, "nothing", None)
     made = rule("nothing")(type("Nothing", (WholeStep,), {}))
-    assert isinstance(rules.make_rule(GRITConfig(update_rule="nothing"), (), None), made)  # type: ignore[arg-type]
+    assert rules.rule_class(GRITConfig(update_rule="nothing").update_rule) is made
     assert "nothing" in update_rules()
 
 
