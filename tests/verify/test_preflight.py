@@ -88,6 +88,14 @@ def test_an_export_that_is_another_model_is_refused(session: Any, monkeypatch: p
     assert "\n" not in str(caught.value)
 
 
+def test_an_export_too_large_to_verify_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: 1 MB of q8_0 are 4 MB of float32, and the file itself is mapped: 6 MB with what is computed."""
+    (tmp_path / "model.gguf").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(preflight, "available_memory", lambda: 5 << 20)
+    note = {"path": str(tmp_path / "model.gguf"), "modelfile": ""}
+    assert "is not verified: that needs" in str(preflight.require_export(TINY, note, "", lambda *_: None))
+
+
 @pytest.mark.slow
 def test_a_base_that_cannot_answer_is_refused(session: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: all logits are equal, so that one token is repeated until the server gives up, as Ollama does."""

@@ -176,9 +176,7 @@ class LiveEvidence(Products):
         if isinstance(exported, str):
             raise GRITError(f"the untrained base cannot be exported, so nothing is trained: {exported}")
         if exported:
-            self.progress("verifying the untrained base's export", 0, 1)
-            preflight.require_export(Path(self.base), exported, self.format.told())
-            self.progress("verifying the untrained base's export", 1, 1)
+            self._note(preflight.require_export(Path(self.base), exported, self.format.told(), self.progress))
             if self._evaluating:
                 answer = self._try_answers(exported)
         step = preflight.rehearse(todo, runs, self.reports / ".rehearsal", self.progress)
@@ -189,10 +187,12 @@ class LiveEvidence(Products):
             size += seeds * (len(todo) * step.adapter * 4 + len(self._wanted) * size)
         preflight.require_disk(self.reports, size)
         asked = sum(len(suite.items) for suite in questions(self.options)) if answer else 0
-        ahead = preflight.minutes(step, todo, jobs, seeds, answer, asked * len(self._wanted))
-        if ahead and isinstance(self.progress, ProgressLine):
-            self.progress.note(ahead)
+        self._note(preflight.minutes(step, todo, jobs, seeds, answer, asked * len(self._wanted)))
         self._tried = True
+
+    def _note(self, text: str | None) -> None:
+        if text and isinstance(self.progress, ProgressLine):
+            self.progress.note(text)
 
     def _try_answers(self, exported: Mapping[str, Any]) -> float:
         """Ask the untrained base a few questions, through the server that will be used: seconds per answer."""

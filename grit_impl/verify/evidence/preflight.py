@@ -30,6 +30,8 @@ TOGETHER = 2
 """Questions that are answered at the same time, at least."""
 SMALL = 32 << 20
 """Bytes of weights below which a base fits wherever Python does, so that no step is tried."""
+WHOLE = 5
+"""Bytes that transformers needs for a byte of q8_0: four for a float32, and some for what is computed with it."""
 ROOM = 256 << 20
 """Bytes for ledgers, answers and reports."""
 GIB = 1 << 30
@@ -142,22 +144,42 @@ def require_disk(folder: Path, needed: int) -> None:
         )
 
 
-def require_export(base: Path, note: Mapping[str, Any], told: str) -> None:
+def require_export(base: Path, note: Mapping[str, Any], told: str, progress: Progress) -> str | None:
     """Verify the untrained base's export, as `grit export --verify` does.
 
     Args:
         base: Its folder.
         note: What the export noted.
         told: The prompt of training, with `{instruction}`.
+        progress: Told about the steps.
+
+    Returns:
+        Why it was left out: transformers needs the whole model in float32. None: it was verified.
 
     Raises:
         GRITError: it is not the base model.
     """
     from grit_impl.export.check import verify_export
 
-    found = verify_export(base, None, note["path"], modelfile=note["modelfile"], training_format=told)
+    size, free = Path(note["path"]).stat().st_size, available_memory()
+    needed = size + WHOLE * size
+    if free is not None and needed > free:
+        return (
+            f"the untrained base's export is not verified: that needs {needed / GIB:.1f} GiB of memory, "
+            f"{free / GIB:.1f} GiB are free"
+        )
+    label = "verifying the untrained base's export"
+    found = verify_export(
+        base,
+        None,
+        note["path"],
+        modelfile=note["modelfile"],
+        training_format=told,
+        progress=lambda done, total, _: progress(label, done, total),
+    )
     if not found.passed:
         raise GRITError(f"the export of the untrained base is not the base, so nothing is trained: {found.summary()}")
+    return None
 
 
 def few(questions: ItemSet) -> ItemSet:
