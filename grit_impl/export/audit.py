@@ -301,10 +301,11 @@ def _cause(
         share = float(((back - start) * change).sum() / change.square().sum())
         if abs(share - 1) > 0.1 and off(start + share * change) < error / 2:
             return Finding("adapter-scaling", f"{place} holds {share:.2f} times the adapter")
-        if _simulated(place, start) is not None and off(_simulated(place, start) + change) < error / 2:
-            return Finding(
-                "qlora-merge-base", f"{place} holds the adapter over NF4 weights, training had the stored ones"
-            )
+        simulated = _simulated(place, start)
+        if simulated is not None and off(simulated + change) < error / 2:
+            return Finding("qlora-merge-base", f"{place} holds NF4 weights, the adapter was trained on the stored ones")
+        if simulated is not None and off(start + (value - simulated)) < error / 2:
+            return Finding("qlora-merge-base", f"{place} holds the stored weights, the adapter was trained on NF4 ones")
     return Finding("weights", f"{place} differs by {error:.2g} (relative)")
 
 
