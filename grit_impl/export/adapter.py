@@ -124,7 +124,7 @@ class Adapter:
                 self._start_again(module)
                 merged = _merge(module)
             result: torch.Tensor = merged._parameters[kind].detach()
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
             raise GRITError(f"cannot export {self.folder}: PEFT does not merge {name}: {_line(error)}") from error
         finally:
             inner._parameters.update(places)
