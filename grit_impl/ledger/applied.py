@@ -120,7 +120,7 @@ class Explainer:
             operator: It.
         """
         if operator.residual > 0.1:
-            return f"no matrix of the rank's size (it leaves {operator.residual:.0%})"
+            return "no matrix of the rank's size"
         if operator.identity_distance < 1e-2:
             return "a number"
         if operator.diagonal_distance < 1e-2:

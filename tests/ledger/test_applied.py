@@ -50,7 +50,7 @@ EYE = np.eye(RANK)
         (covariance(6), 0.0, "a matrix that no statistic explains"),
         (7.0 * EYE, 0.0, "a number"),
         (np.diag(np.geomspace(1, 9, RANK)), 0.0, "a diagonal"),
-        (EYE, 0.31, "no matrix of the rank's size (it leaves 31%)"),
+        (EYE, 0.31, "no matrix of the rank's size"),
     ],
 )
 def test_matrices_are_named(matrix: Any, residual: float, name: str) -> None:

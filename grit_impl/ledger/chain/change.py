@@ -89,8 +89,12 @@ def _blown_up(f: Facts) -> Breach | None:
     norms = np.sqrt((f.live.entry**2).groupby(f.live.step).sum())
     over = (norms / limits).dropna()
     far = over[over > LIMIT_PASSED]
-    touched = f.touched[f.touched.step.isin(far.index)]
-    ratio = median(f.touched.update_exact / f.touched.update_raw)
+    # Inside an optimizer, or where no matrix was applied (a sign, an Adam step), a norm is no size of anything.
+    inside = f.touched.by.astype(str).str.endswith(".step")
+    if not len(f.touched) or inside.mean() > 0.5 or median(f.touched.fit) > 0.1:
+        return None
+    touched = f.touched[f.touched.step.isin(far.index) & ~inside]
+    ratio = median(f.bent.update_exact / f.bent.update_raw)
     if len(touched) and (2 * len(far) >= len(over) or ratio > 100):
         text = f"{most(touched.by)} left {far.median():.3g} times the clipping limit at the optimizer's entry in "
         return Breach(f"{text}{steps_of(far.index, f)}", touched.name.unique(), {"over_limit": float(far.median())})

@@ -61,7 +61,8 @@ def _normalised(rows: pd.DataFrame) -> bool:
         return False
     total = np.sqrt((rows.entry**2).groupby(rows.step).sum())
     before = np.sqrt((rows.unscaled**2).groupby(rows.step).sum())
-    spread = rows.groupby("name").entry.agg(lambda x: x.std() / x.mean())
+    sizes = rows.groupby("name").entry.agg(["std", "mean"])
+    spread = sizes["std"] / sizes["mean"].where(sizes["mean"] > 0)
     same = total.std() < 1e-2 * total.mean() or bool((spread < 1e-2).all())
     return bool(same and before.std() > 1e-2 * before.mean())
 
@@ -147,7 +148,8 @@ def _some_layers(f: Facts) -> Breach | None:
         return None
     groups = {g: set(rows.name) for g, rows in after.groupby("group") if g != "other"}
     idle = [g for g, names in groups.items() if names <= missing]
-    if idle and len(groups) == 2 and len(idle) == 1 and missing == groups[idle[0]]:
+    # All of one factor, and less than half of the other.
+    if len(groups) == 2 and len(idle) == 1 and 2 * len(missing - groups[idle[0]]) < len(groups[idle[0]]):
         return _one_factor(f, after, str(idle[0]), missing)
     whole = {layer for layer, rows in after.groupby("layer") if set(rows.name) <= missing}
     numbers = {"layers": after.layer.nunique(), "layers_missing": len(whole), "tensors_missing": len(missing)}
@@ -184,7 +186,7 @@ def _stopped(f: Facts) -> Breach | None:
 
 @check("turned", "nothing-written", "a preconditioner is attached and ready, but no gradient was changed")
 def _nothing_written(f: Facts) -> Breach | None:
-    if len(f.bent) or not f.modifier_known:
+    if len(f.bent) or not f.modifier_known or f.tensors.late.notna().any():
         return None
     text = (
         "a preconditioner is attached, but changes no gradient before the optimizer: not called, or written to a copy"
