@@ -8,6 +8,7 @@ server. GRIT_FUZZ_INPUTS sets how many cases; nightly 5,000.
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import os
@@ -222,6 +223,18 @@ def compare(case: Case) -> list[str]:
     return ["compare", *paths, *case.some("--until", "--loss", "--rerun", "--first-update", "--arm")]
 
 
+def verdict(case: Case) -> list[str]:
+    """A ledger's file, plain or in a run's folder; rows that are no ledger's and bytes that are no gzip among them."""
+    rows = [{"kind": "run", "names": ["a"], "schema": 1}, {"kind": "step", "step": 1}, {"kind": "end", "step": 1}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    packed = gzip.compress(lines.encode(), mtime=0) if case.chance.random() < 0.7 else lines
+    ledger = case.put("run/ledger.jsonl.gz", packed)
+    if case.chance.random() < 0.5:
+        case.put("run/run.json", json.dumps({"arm": "pure", "seed": 1}))
+        return ["verdict", str(case.folder / "run")]
+    return ["verdict", ledger, *(["--json"] if case.chance.random() < 0.3 else [])]
+
+
 def export(case: Case) -> list[str]:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     case.put("adapter/adapter_config.json", json.dumps({**config, "base_model_name_or_path": "tiny"}))
@@ -280,7 +293,7 @@ def options(case: Case) -> list[str]:
 
 COMMANDS: tuple[Callable[[Case], list[str]], ...] = (
     *(train, train, train, restart, evaluate, evaluate, address, alignment, compare, compare),
-    *(export, deploy, serve, report, sweep, options),
+    *(verdict, export, deploy, serve, report, sweep, options),
 )
 
 
