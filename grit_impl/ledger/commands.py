@@ -23,11 +23,13 @@ def verdict(source: Path, as_json: bool) -> None:
     """
     from grit_impl.ledger.verdict import describe, judge_ledger
 
-    found = judge_ledger(_ledger(source))
-    if as_json:
-        click.echo(json.dumps(_plain(asdict(found)), indent=2))
-    else:
-        click.echo(describe(found))
+    ledger = _ledger(source)
+    try:
+        found = judge_ledger(ledger)
+        text = json.dumps(_plain(asdict(found)), indent=2) if as_json else describe(found)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # rows that no ledger has written
+        raise GRITError(f"corrupt gradient ledger: {source}: {type(error).__name__}: {error}") from error
+    click.echo(text)
     raise SystemExit(1 if found.fault else 0)
 
 
