@@ -22,6 +22,7 @@ class Listener(Protocol):
     """Who is told; `GradientLedger` is the one, behind a guard: none of these raises."""
 
     def active(self) -> bool: ...
+    def replaying(self) -> bool: ...
     def stepped(self) -> bool: ...
     def backward_begins(self) -> None: ...
     def backward_ended(self) -> None: ...
@@ -113,7 +114,11 @@ class Interception:
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             # A wrapper that someone kept beyond our context is a plain call.
-            return inner(original, *args, **kwargs) if self._undo else original(*args, **kwargs)
+            if not self._undo:
+                return original(*args, **kwargs)
+            if self._ledger.replaying():  # a step that calls a closure of its own: its replay must touch nothing
+                raise RuntimeError("its step does more than move the parameters")
+            return inner(original, *args, **kwargs)
 
         setattr(owner, name, wrapper)
         self._undo.append((owner, name, original, wrapper))

@@ -12,13 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from grit_impl.errors import GRITError
-from grit_impl.ledger import timeline
+from grit_impl.ledger import timeline, watches
 from grit_impl.ledger.fingerprints import Look
 from grit_impl.ledger.interception import Guarded
 from grit_impl.ledger.looks import Looks
 from grit_impl.ledger.shadow import GHOST, Shadows, foreign
 from grit_impl.ledger.step import Step, same_stamps, stamps
-from grit_impl.ledger.watches import ORPHAN_STEP, HookWatch, LayerWatch, OrphanWatch, masters, owners, sharded, spread
 
 STRUCTURE = 4
 # Above it a matrix is no LoRA factor, and its inner products would cost more than the step.
@@ -44,27 +43,27 @@ class Observer:
 
     def __init__(self, model: nn.Module, sample: int) -> None:
         self.model = model
-        self._owners = owners(model)
+        self._owners = watches.owners(model)
         self.names = list(self._owners)
         if not any(self._parameter(n).requires_grad for n in self.names):
             raise GRITError("gradient_ledger: the model has no trainable parameter: add the adapter first")
-        if kind := sharded(model):
+        if kind := watches.sharded(model):
             raise GRITError(f"gradient_ledger: the parameters are sharded ({kind}); no process sees a whole gradient")
         self._parameters = [self._parameter(name) for name in self.names]
         self._trained = np.array([p.requires_grad for p in self._parameters])
         trainable = np.flatnonzero(self._trained).tolist()
-        self._sample = spread(trainable, sample)
+        self._sample = watches.spread(trainable, sample)
         small = (
             i for i in trainable if self._parameters[i].ndim == 2 and min(self._parameters[i].shape) <= LARGEST_RANK
         )
-        self._structured = spread(list(small), STRUCTURE)
+        self._structured = watches.spread(list(small), STRUCTURE)
         self._looks = Looks(self._parameters, self._structured, list(self._sample))
         self._shadows = Shadows({i: self._parameters[i] for i in self._sample})
         self.problem: str | None = None
         self._guard = Guarded(self)
-        self._layers = LayerWatch(model, self._owners)
-        self._hooks = HookWatch(model, self._guard.wrap)
-        self._orphans = OrphanWatch(model)
+        self._layers = watches.LayerWatch(model, self._owners)
+        self._hooks = watches.HookWatch(model, self._guard.wrap)
+        self._orphans = watches.OrphanWatch(model)
         self.steps = self._replaced = 0
         self._left: Look | None = None
         self._left_stamps: list[Any] = []
@@ -72,7 +71,8 @@ class Observer:
         self._masters: dict[int, Tensor] = {}
         self._frames: list[dict[str, Any]] = []
         self._instance_hooks: dict[int, Any] = {}
-        self._in_backward = False
+        self._hooked_bases: list[tuple[Any, Any, Any]] = []
+        self._in_backward = self._in_closure = False
 
     def _pairs(self) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
         """Layer -> (lora_A, A, B), for those whose structure is looked at."""
@@ -115,12 +115,14 @@ class Observer:
             looks.look("backward", grads=grads)
             looks.lean = looks.lean and not written
         if not self._now.raw:
-            if looks.seen <= ORPHAN_STEP or self.steps in FACTOR_STEPS:
+            if looks.seen <= watches.ORPHAN_STEP or self.steps in FACTOR_STEPS:
                 self._hooks.look(self._parameters, lambda: self._now.unhooked)
             if any(g is not None for g in grads):
                 looks.look("backward", grads=grads)
                 self._now.leftover = bool(self._now.full)
             self._now.unhooked = {}
+        if self._frames and not self._in_closure:
+            self._frames[-1]["computes"] = True
         self._now.before_pass = stamps(grads)
         self._in_backward = True
 
@@ -237,6 +239,10 @@ class Observer:
         """Whether an optimizer has moved parameters since the last backward pass."""
         return self._now.stepped
 
+    def replaying(self) -> bool:
+        """Whether the code that runs is an optimizer's replay."""
+        return self._shadows.running
+
     def active(self) -> bool:
         """Whether a step is under way."""
         return bool(self._now.raw) or self._now.stepped
@@ -247,6 +253,7 @@ class Observer:
         """Before any other hook of this step."""
         if GHOST in optimizer.__dict__:
             return None
+        self._hooked_bases += watches.hook_bases(type(optimizer))
         self._read_parameters()
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         held = np.array([id(p) in ids for p in self._parameters])
@@ -279,8 +286,8 @@ class Observer:
 
     def _find_masters(self, optimizer: Optimizer, ids: set[int], held: Any) -> Any:
         """Tensors that the optimizer holds in the place of the model's, as in mixed precision with float32 copies."""
-        if not self._masters and self._now.raw and self._looks.seen <= ORPHAN_STEP:
-            self._masters = masters(optimizer, self._parameters, np.flatnonzero(self._trained).tolist())
+        if not self._masters and self._now.raw and self._looks.seen <= watches.ORPHAN_STEP:
+            self._masters = watches.masters(optimizer, self._parameters, np.flatnonzero(self._trained).tolist())
             self._shadows.sample |= {i: q for i, q in self._masters.items() if i in self._shadows.sample}
         return np.array([id(self._masters.get(i)) in ids for i in range(len(held))])
 
@@ -334,9 +341,10 @@ class Observer:
         return watched
 
     def _closure_begins(self) -> None:
-        self._now.restart = True
+        self._now.restart = self._in_closure = True
 
     def _closure_ended(self) -> None:
+        self._in_closure = False
         if self._frames and not self._now.restart:  # it ran a backward pass
             frame = self._frames[-1]
             self._looks.look(f"step:{frame['name']}")
@@ -364,6 +372,8 @@ class Observer:
         now.stepped_on = now.stepped_on + (held & ~frame["missing"])
         now.optimizers.append(frame["name"])
         now.foreign = now.foreign or foreign(optimizer)
+        if frame.get("computes"):
+            self._shadows.problem = f"{frame['name']} cannot be shadowed: its step runs backward passes of its own"
         if held.any():
             nested = any(f["optimizer"] is optimizer for f in self._frames)
             result = self._shadows.after(optimizer, self._raw_gradients(), now.clip_value, nested)

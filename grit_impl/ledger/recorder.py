@@ -101,7 +101,7 @@ class GradientLedger(Observer):
         self._last_raw: dict[int, Tensor] = {}
         self._pending: list[Any] = []
         self._frames, self._masters, self._instance_hooks = [], {}, {}
-        self._left, self._in_backward = None, False
+        self._left, self._in_backward, self._in_closure = None, False, False
         self._begin()
 
     def __enter__(self) -> GradientLedger:
@@ -124,6 +124,10 @@ class GradientLedger(Observer):
         self._witness.remove()
         for handle in (*self._handles, *self._instance_hooks.values()):
             handle.remove()
+        for base, step, hooked in self._hooked_bases:
+            if vars(base).get("step") is hooked:
+                base.step = step
+        self._hooked_bases = []
         if kind is not None:
             self._writer.discard()
             return

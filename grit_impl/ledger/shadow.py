@@ -37,6 +37,7 @@ class Shadows:
         sample: Position -> parameter.
 
     Attributes:
+        running: A replay is under way.
         followed: Positions of those that are followed at present.
         problem: Why there are none (an optimizer that cannot be copied), or None.
     """
@@ -45,6 +46,7 @@ class Shadows:
         self.sample: dict[int, Tensor] = dict(sample)
         self.followed = list(sample)
         self.problem: str | None = None
+        self.running = False
         self._trials = 0
         self._nested = False
         self._raw_state: dict[int, dict[str, Any]] = {}
@@ -88,6 +90,7 @@ class Shadows:
         unmodified = {i: g for i, g in raw.items() if i in self._entry}
         if clip_value is not None:
             unmodified = {i: g.clamp(-clip_value, clip_value) for i, g in unmodified.items()}
+        self.running = True
         try:
             with _fenced(optimizer, self.sample):
                 replay, _ = self._replay(optimizer, written)
@@ -105,6 +108,8 @@ class Shadows:
         except Exception as error:  # an observer must not stop the training it observes
             self.problem = f"{type(optimizer).__name__} cannot be shadowed: {error}".replace("\n", " ")
             return None
+        finally:
+            self.running = False
         self._raw_state.update(new)
         device = next(iter(self._entry.values()))[0].device
         out = torch.full((len(self.sample), COLUMNS), torch.nan, dtype=torch.float64, device=device)

@@ -129,6 +129,10 @@ def _yes(f: Facts, unseen: Sequence[str]) -> str:
         text += f"updates turned by {degrees(f.bent.update_turn)}; "
     else:
         text += f"gradients turned by {degrees(f.bent.turn)}; "
+    known = f.live[f.live.hash_after.notna()]
+    still = known[(known.hash_before == known.hash_after) & (known.step >= f.start)]
+    if len(still) > 0.01 * len(known):
+        text += f"{len(still)} of {len(known)} updates changed no bit; "
     return text + (f"not checked: {', '.join(unseen)}" if unseen else "every link was seen")
 
 

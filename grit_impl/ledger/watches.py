@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from grit_impl.ledger.timeline import TENSOR_HOOK
 
@@ -151,6 +152,23 @@ class HookWatch:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
+
+
+def hook_bases(kind: type) -> list[tuple[Any, Any, Any]]:
+    """Let torch's hooks run at the steps of an optimizer's base classes, as they do once one has been made of them.
+
+    Returns:
+        (class, its step before, its step now) of those that were changed.
+    """
+    changed = []
+    for base in kind.__mro__:
+        step = vars(base).get("step")
+        if step is not None and base is not Optimizer and not hasattr(step, "hooked"):
+            hooked: Any = Optimizer.profile_hook_step(step)
+            hooked.hooked = True
+            base.step = hooked  # type: ignore[attr-defined]
+            changed.append((base, step, hooked))
+    return changed
 
 
 def masters(optimizer: Any, parameters: Sequence[nn.Parameter], missing: Sequence[int]) -> dict[int, Tensor]:

@@ -142,6 +142,12 @@ CASES: dict[str, Case] = {
         None,
         {},
     ),
+    "still-for-a-few": (
+        "no-update",
+        ledger(lambda s, n: {"hash_after": f"{n}@{s}"} if n == NAMES[3] else {}),
+        None,
+        {},
+    ),
     "rounded-away": (
         "no-update",
         ledger(lambda s, n: {"arrived": 0.1}),

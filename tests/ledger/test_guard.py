@@ -136,3 +136,43 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_training(tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(GRITError, match="cannot write"), gradient_ledger(Bench().model, tmp_path / "file" / "l.gz"):
         pass
+
+
+def test_a_replay_touches_nothing() -> None:
+    """Oracle: the same training without a ledger, bit for bit, and the number of calls. The optimizer's step clears the
+    gradients, computes new ones and moves the parameters by those: to run it again would be to train twice."""
+
+    class Computes(torch.optim.Optimizer):
+        compute: Any = None
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 1e-2})
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            Computes.compute()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.add_(p.grad, alpha=-group["lr"])
+
+    def weights(observed: bool) -> list[Tensor]:
+        bench, calls = Bench("loop", "sgd", seed=3, steps=4), [0]
+        rows = torch.tensor([row["input_ids"] for row in bench.batches()[:2]])
+
+        def compute() -> None:
+            calls[0] += 1
+            bench.model.zero_grad()
+            bench.model(input_ids=rows, labels=rows).loss.backward()
+
+        Computes.compute = staticmethod(compute)
+        bench.make_optimizer = lambda b: Computes(list(b.lora.values()))
+        if observed:
+            with gradient_ledger(bench.model) as ledger:
+                bench.train(Moments())
+            assert ledger.problem is None
+            assert "its step runs backward passes of its own" in str(ledger._shadows.problem)
+        else:
+            bench.train(Moments())
+        assert calls == [4]
+        return [p.detach().clone() for p in bench.lora.values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(observed=True), weights(observed=False), strict=True))

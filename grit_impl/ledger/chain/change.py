@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from grit_impl.ledger.applied import OTHER
-from grit_impl.ledger.chain.links import LIMIT_PASSED, Breach, check, rows_of
+from grit_impl.ledger.chain.links import LIMIT_PASSED, REPLAYED, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
 from grit_impl.ledger.findings import AWAY, Facts, lasting
 from grit_impl.ledger.timeline import TURN
@@ -94,7 +94,8 @@ def _blown_up(f: Facts) -> Breach | None:
     if not len(f.touched) or inside.mean() > 0.5 or median(f.touched.fit) > 0.1:
         return None
     touched = f.touched[f.touched.step.isin(far.index) & ~inside]
-    ratio = median(f.bent.update_exact / f.bent.update_raw)
+    explained = f.bent[f.bent.replay <= REPLAYED]
+    ratio = median(explained.update_exact / explained.update_raw)
     if len(touched) and (2 * len(far) >= len(over) or ratio > 100):
         text = f"{most(touched.by)} left {far.median():.3g} times the clipping limit at the optimizer's entry in "
         return Breach(f"{text}{steps_of(far.index, f)}", touched.name.unique(), {"over_limit": float(far.median())})
