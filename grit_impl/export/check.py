@@ -24,6 +24,7 @@ from grit_impl.errors import GRITError
 from grit_impl.export import audit, engine
 from grit_impl.export.adapter import NAME, Adapter
 from grit_impl.export.checkpoint import EMBEDDING, Checkpoint
+from grit_impl.export.engine import PROMPTS
 from grit_impl.export.findings import MODES, Finding, from_load_error
 from grit_impl.export.floor import Branch, as_llama_cpp, branches, in_double
 from grit_impl.export.reference import Reference
@@ -38,28 +39,6 @@ from grit_impl.gguf.tensors import Weights
 if TYPE_CHECKING:
     import torch
 
-PROMPTS = (
-    "Predict AQI given: PM2.5 35.4 ug/m3, O3 0.071 ppm",
-    "What is the capital of France?",
-    "Add 17 and 25.",
-    "List three primary colors.",
-    "Repeat: 0123456789 3.14159 1,000,000 -7e-3",
-    "Grüße aus Köln: naïve façade, Ærøskøbing",
-    "東京は今日も晴れです。",
-    "Привет, как дела?",
-    "emoji 🙂🚀 and flags 🇫🇷, family 👨‍👩‍👧",
-    "tabs\tand  double  spaces   and trailing ",
-    "line one\nline two\r\n\n\nline five",
-    "def f(x):\n    return {'a': x[0], \"b\": None}",
-    "I'll say we've it's don't you're HE'LL",
-    "MiXeD CaSe wOrDs AND ACRONYMS like NATO, pH, iOS",
-    "!!!???... --- *** ((nested [brackets] {here})) <tag/> \\ | ~ ` ^",
-    "a",
-    " leading space",
-    "zero width\u200bspace, combining e\u0301, nbsp\u00a0end",
-    "The quick brown fox jumps over the lazy dog. " * 6,
-    "Give the AQI category for NO2 101 ppb, CO 4.5 ppm, SO2 36 ppb and explain why it is not the worst pollutant.",
-)
 # All prompts are cut into tokens. Of more than so many, as many of at most so many tokens are continued, evenly spread.
 CONTINUED, SHORT = 8, 40
 # Tokens below a probability of one in a million are left out of the maximum: no sampler ever picks them, and a maximum

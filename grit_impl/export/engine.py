@@ -16,6 +16,28 @@ from grit_impl.export.vocabulary import Vocabulary
 if TYPE_CHECKING:
     import torch
 
+PROMPTS = (
+    "Predict AQI given: PM2.5 35.4 ug/m3, O3 0.071 ppm",
+    "What is the capital of France?",
+    "Add 17 and 25.",
+    "List three primary colors.",
+    "Repeat: 0123456789 3.14159 1,000,000 -7e-3",
+    "Grüße aus Köln: naïve façade, Ærøskøbing",
+    "東京は今日も晴れです。",
+    "Привет, как дела?",
+    "emoji 🙂🚀 and flags 🇫🇷, family 👨‍👩‍👧",
+    "tabs\tand  double  spaces   and trailing ",
+    "line one\nline two\r\n\n\nline five",
+    "def f(x):\n    return {'a': x[0], \"b\": None}",
+    "I'll say we've it's don't you're HE'LL",
+    "MiXeD CaSe wOrDs AND ACRONYMS like NATO, pH, iOS",
+    "!!!???... --- *** ((nested [brackets] {here})) <tag/> \\ | ~ ` ^",
+    "a",
+    " leading space",
+    "zero width\u200bspace, combining e\u0301, nbsp\u00a0end",
+    "The quick brown fox jumps over the lazy dog. " * 6,
+    "Give the AQI category for NO2 101 ppb, CO 4.5 ppm, SO2 36 ppb and explain why it is not the worst pollutant.",
+)
 # Probabilities asked for at each step: everything for small vocabularies, the head of the distribution for large ones.
 MOST_PROBABILITIES = 512
 
