@@ -212,9 +212,9 @@ class TestFirstBatch:
         ("precision", "changes", "message"),
         [
             ("fp32", {}, None),
-            ("fp32", {"loss": 2.5 * (1 + 5e-6), "gradient_norm": 1.25 * (1 + 5e-5)}, None),
-            ("fp32", {"loss": 2.5 * (1 + 2e-5)}, "first batch has loss 2.5 and 2.50005"),
-            ("fp32", {"gradient_norm": 1.25 * (1 + 2e-4)}, "first batch has gradient_norm 1.25 and 1.25025"),
+            ("fp32", {"loss": 2.5 * (1 + 5e-5), "gradient_norm": 1.25 * (1 + 5e-4)}, None),
+            ("fp32", {"loss": 2.5 * (1 + 2e-4)}, "first batch has loss 2.5 and 2.5005"),
+            ("fp32", {"gradient_norm": 1.25 * (1 + 2e-3)}, "first batch has gradient_norm 1.25 and 1.2525"),
             ("bf16", {"loss": 2.5 * (1 + 2e-3), "gradient_norm": 1.25 * 1.02}, None),
             # SmolLM2-135M on an H200, the same tokens under Unsloth's kernels and under peft's modules.
             ("bf16", {"loss": 2.5 * 3.34949 / 3.33412}, None),
