@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 # Relative differences of loss and gradient norm that rounding explains, by the numbers that are multiplied. In float32
-# TRL's way to the loss of a vocabulary of 49,152 is 6e-6 from transformers', its gradient 2e-5 (on a CPU). In bfloat16, of which one rounding is 4e-3, the same
-# tokens of SmolLM2-135M (30 layers) had losses 3.33412 under Unsloth's kernels and 3.34949 under peft's on one H200,
-# 4.6e-3 apart: rounding does not average out where all tokens share the weights that are rounded. Refused is what
-# `grit compare` refuses, too (curves.compare.FIRST_LOSS_REFUSED): four times that. Padding in a loss was 11 times off.
+# TRL's way to the loss of a vocabulary of 49,152 is 6e-6 from transformers', its gradient 2e-5 (on a CPU). In bfloat16,
+# of which one rounding is 4e-3, the same tokens of SmolLM2-135M (30 layers) had losses 3.33412 under Unsloth's kernels
+# and 3.34949 under peft's on one H200, 4.6e-3 apart: rounding does not average out where all tokens share the weights
+# that are rounded. Refused is what `grit compare` refuses, too (curves.compare.FIRST_LOSS_REFUSED): four times that.
+# Padding in a loss was 11 times off.
 ROUNDING = {"fp32": (1e-4, 1e-3), "fp16": (1e-3, 1e-2), "bf16": (2e-2, 1e-1)}
 
 
