@@ -60,7 +60,7 @@ def test_bounds_are_those_of_the_package():
     assert {name: bounds[name] for name in OLDEST} == OLDEST
 
 
-@pytest.mark.parametrize("module", ["grit_impl.recipes", "grit_impl.trainer"])
+@pytest.mark.parametrize("module", ["grit_impl.recipes.train", "grit_impl.recipes.lora", "grit_impl.trainer"])
 def test_import_fails_first(module, tmp_path):
     """Oracle: a peft 0.17 that says so in its metadata: training refuses; the plugin and the help still work."""
     (tmp_path / "peft-0.17.1.dist-info").mkdir()
@@ -82,7 +82,7 @@ def test_import_fails_first(module, tmp_path):
         .startswith("grit_impl.errors.GRITError: transformers 5.0 with peft 0.17.1 is not supported")
     )
     assert python("-c", "import grit_impl.verify.plugin, grit_impl.ledger.recorder").returncode == 0
-    if module == "grit_impl.recipes":
+    if module == "grit_impl.recipes.train":
         assert python("-m", "grit_impl.cli", "--help").returncode == 0
         trained = python("-m", "grit_impl.cli", "train", "--steps", "1")
         assert (trained.returncode, trained.stderr.count("\n")) == (2, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.errors import GRITError
 
 if TYPE_CHECKING:

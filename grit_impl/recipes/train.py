@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import git_commit, versions

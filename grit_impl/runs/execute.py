@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.cost.measure import LENGTHS, complete, read
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.imports import closure

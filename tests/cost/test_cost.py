@@ -227,5 +227,5 @@ def test_two_processes_take_turns() -> None:
     ]  # fmt: skip
     ran = blocks("no such folder")
     assert ran.returncode == 1
-    assert "error: cannot load base model 'no such folder'" in ran.stderr
+    assert "error: unknown base model 'no such folder'" in ran.stderr
     assert ran.stderr.splitlines()[-1] == "the process with UNSLOTH_BLOCK_COMPILE=1 ended with status 1"

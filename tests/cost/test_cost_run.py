@@ -101,7 +101,7 @@ def test_progress_is_told_in_seconds_of_rounds(child, tmp_path, left):
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("print('error: no such projection'); raise SystemExit(2)", "status 2: error: no such projection"),
+        ("print('error: no such projection'); raise SystemExit(2)", "status 2: no such projection"),
         ("keep([512]); print('figures of 512', flush=True); os.kill(os.getpid(), 9)", "status -9: figures of 512"),
         ("keep([512])", "status 0: it printed nothing"),
     ],
