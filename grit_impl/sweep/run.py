@@ -1,6 +1,6 @@
 """One training run of a sweep: a lean loop over the project's data, adapters and optimizers.
 
-transformers' Trainer costs more than the model here (measured: docs/grit-vs-lora.md), so the loop is written out; the
+transformers' Trainer costs more than the model here (measured: docs/measurements/grit-vs-lora.md), so the loop is written out; the
 tests hold it to the Trainer's losses. The vocabulary is scored only where something is learnt or asked.
 """
 

@@ -16,7 +16,7 @@ from grit_impl.machine import git_commit, versions
 from grit_impl.verify.options import Options
 from grit_impl.verify.results import now
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "measurements" / "performance.md"
 FIGURES: list[Figure] = []
 
 
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("grit").addoption(
         "--write-performance",
         action="store_true",
-        help="write the table of benchmarks to docs/performance.md (default: no)",
+        help="write the table of benchmarks to docs/measurements/performance.md (default: no)",
     )
 
 

@@ -1,6 +1,6 @@
 """No right export is called wrong, and no wrong one right: the cases of `cases.py`.
 
-Oracle: how each was made. What came out when the cases met the verifier first is in `docs/testing.md`.
+Oracle: how each was made. What came out when the cases met the verifier first is in `docs/measurements/testing.md`.
 """
 
 from __future__ import annotations

@@ -26,4 +26,4 @@ def test_the_replication_is_the_report_of_its_results() -> None:
 
 def _block(name: str) -> str:
     begin, end = marks(name)
-    return (ROOT / "docs/grit-vs-lora.md").read_text().split(begin)[1].split(end)[0].strip()
+    return (ROOT / "docs/measurements/grit-vs-lora.md").read_text().split(begin)[1].split(end)[0].strip()
