@@ -168,10 +168,10 @@ class GRITConfig:
         return lines
 
 
-# recommended: the rule that docs/measurements/grit-vs-lora.md found best; it is the optimizer, so a callback needs optim="sgd".
-# precondition: K-FAC's gradient for whatever optimizer there is. released_*: what the authors' code and its examples
-# set, with absolute damping. seed_*: the experiment that started this project. reprojection_k = 8 of the released
-# defaults is left out: there it cut ranks even with adaptation off.
+# recommended: the rule that docs/measurements/grit-vs-lora.md found best; it is the optimizer, so a callback needs
+# optim="sgd". precondition: K-FAC's gradient for whatever optimizer there is. released_*: what the authors' code and
+# its examples set, with absolute damping. seed_*: the experiment that started this project. reprojection_k = 8 of the
+# released defaults is left out: there it cut ranks even with adaptation off.
 _RELEASED: dict[str, Any] = {
     "kfac_update_freq": 50,
     "kfac_damping": 1e-3,

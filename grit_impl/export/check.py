@@ -44,7 +44,8 @@ CONTINUED, SHORT = 8, 40
 # Tokens below a probability of one in a million are left out of the maximum: no sampler ever picks them, and a maximum
 # over ten thousand of them measures their number.
 FLOOR = -14.0
-# How many times the measured floor an answer may be off. Measured over the right and wrong exports of docs/measurements/testing.md.
+# How many times the measured floor an answer may be off. Measured over the right and wrong exports of
+# docs/measurements/testing.md.
 DIFFERENCE, DIVERGENCE = 4.0, 4.0
 # Below these nothing is told apart: llama.cpp reports float32 logarithms.
 LEAST_DIFFERENCE, LEAST_DIVERGENCE = 2e-5, 1e-10

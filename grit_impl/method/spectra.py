@@ -2,8 +2,8 @@
 
 A GPU's batched solver takes a workspace for every matrix of the batch at once. Where the five inversions of 224 layers
 that a checkpoint found unsolved were solved there, the run's peak rose by 0.3 GiB beyond any training step's
-(docs/measurements/gpu.md). On one core LAPACK needs about 0.1 s for the 7,168 matrices of a full history at rank 16, 0.8 s at rank
-64, and every caller waits for the device anyway.
+(docs/measurements/gpu.md). On one core LAPACK needs about 0.1 s for the 7,168 matrices of a full history at rank 16,
+0.8 s at rank 64, and every caller waits for the device anyway.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a sweep's results say: paired differences with intervals, and a verdict per task.
 
 The effect is the ratio of two held-out losses from the same seed (same base, adapters and batches), in percent: losses
-of different tasks differ by a factor of ten. docs/measurements/grit-vs-lora.md fixed the rules before any evaluation seed was run.
+of different tasks differ by a factor of ten. docs/measurements/grit-vs-lora.md fixed the rules before any evaluation
+seed was run.
 """
 
 from __future__ import annotations

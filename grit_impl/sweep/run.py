@@ -1,7 +1,8 @@
 """One training run of a sweep: a lean loop over the project's data, adapters and optimizers.
 
-transformers' Trainer costs more than the model here (measured: docs/measurements/grit-vs-lora.md), so the loop is written out; the
-tests hold it to the Trainer's losses. The vocabulary is scored only where something is learnt or asked.
+transformers' Trainer costs more than the model here (measured: docs/measurements/grit-vs-lora.md), so the loop is
+written out; the tests hold it to the Trainer's losses. The vocabulary is scored only where something is learnt or
+asked.
 """
 
 from __future__ import annotations
