@@ -1,6 +1,6 @@
 """GRIT for LoRA fine-tuning, and the evidence that it works. The public names, each imported when it is first used:
 
-* `GRITConfig`, `GRITTrainer`, `GRITCallback`, `with_grit`: train with GRIT.
+* `GRITConfig`, `training_arguments`, `GRITTrainer`, `GRITCallback`, `with_grit`: train with GRIT.
 * `gradient_ledger`, `judge`, `assert_effective`: record what happens to the gradients of any training, and judge it.
 * `export`: GGUF files and Modelfiles, and the proof that they are the trained model (a package of functions).
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grit_impl import export
-    from grit_impl.config import GRITConfig
+    from grit_impl.config import GRITConfig, training_arguments
     from grit_impl.ledger.recorder import gradient_ledger
     from grit_impl.ledger.verdict import assert_effective
     from grit_impl.ledger.verdict import judge_ledger as judge
@@ -26,6 +26,7 @@ __all__ = [
     "export",
     "gradient_ledger",
     "judge",
+    "training_arguments",
     "with_grit",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "assert_effective": "ledger.verdict",
     "gradient_ledger": "ledger.recorder",
     "judge": "ledger.verdict",
+    "training_arguments": "config",
     "with_grit": "trainer",
 }
 

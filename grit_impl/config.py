@@ -210,6 +210,78 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A training option that a preset's evidence was won with.
+
+    Attributes:
+        value: What it was.
+        source: Where that is written, and what it was chosen from.
+    """
+
+    value: float | int | str
+    source: str
+
+
+_EIGHT = "docs/grit-vs-lora.md, section 7, `Chosen by tuning`: best of eight trials"
+_FIXED = "docs/grit-vs-lora.md, section 1: the same in every trial"
+_SCHEDULE = {
+    "lr_scheduler_type": Tuned("linear", _FIXED),
+    "weight_decay": Tuned(0.01, _FIXED),
+    "max_grad_norm": Tuned(1.0, _FIXED),
+}
+TUNED: dict[str, dict[str, dict[str, Tuned]]] = {
+    "recommended": {
+        "tiny": {
+            "learning_rate": Tuned(7.3e-3, f"{_EIGHT}, on all four tasks"),
+            "adam_beta1": Tuned(0.8, f"{_EIGHT}, on all four tasks"),
+            "adam_beta2": Tuned(0.95, f"{_EIGHT}, on all four tasks"),
+            "warmup_steps": Tuned(5, f"{_EIGHT}, on all four tasks"),
+            **_SCHEDULE,
+        },
+        "40m": {
+            "learning_rate": Tuned(1.8e-3, f"{_EIGHT}, on aqi; 2.7e-3 on convert"),
+            "adam_beta1": Tuned(0.8, f"{_EIGHT}, on aqi; 0.9 on convert"),
+            "adam_beta2": Tuned(0.95, f"{_EIGHT}, on aqi; 0.999 on convert"),
+            "warmup_steps": Tuned(5, f"{_EIGHT}, on aqi; 20 on convert"),
+            **_SCHEDULE,
+        },
+    }
+}
+"""By preset and base: what the preset won with there, under the names of `transformers.TrainingArguments`."""
+
+
+def preset_training(preset: str, base: str) -> dict[str, Any]:
+    """What a preset was tuned with on a base; nothing where it was tuned on neither.
+
+    Raises:
+        GRITError: the preset is unknown.
+    """
+    if preset not in PRESETS:
+        raise GRITError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    return {name: tuned.value for name, tuned in TUNED.get(preset, {}).get(base, {}).items()}
+
+
+def training_arguments(preset: str, base: str) -> dict[str, Any]:
+    """What a preset won with on a base, for `transformers.TrainingArguments(**training_arguments(...))`.
+
+    Args:
+        preset: Name of a preset.
+        base: A base that the preset was tuned on: `tiny` (1.9 million parameters), `40m` (39 million).
+
+    Raises:
+        GRITError: the preset is unknown, or was not tuned on this base: a learning rate that was guessed may lose
+            more than the rule gains.
+    """
+    if not (found := preset_training(preset, base)):
+        bases = ", ".join(TUNED.get(preset, {})) or "no base"
+        raise GRITError(
+            f"preset {preset!r} was tuned on {bases}, not on {base!r}: choose the learning rate of your base by trials "
+            "(grit sweep), the same number for plain LoRA"
+        )
+    return found
+
+
 def _check(name: str, value: Any, hint: Any, choices: list[str], low: float | None, high: float | None) -> None:
     """Refuse a value of the wrong type, none of the choices, or outside [low, high]."""
     if value is None and type(None) in get_args(hint):

@@ -56,6 +56,40 @@ def percentage(text: str) -> float:
     return value
 
 
+def amount(text: str) -> float:
+    """a number of at least 0"""
+    if (value := number(text)) < 0:
+        raise ValueError(text)
+    return value
+
+
+def fraction(text: str) -> float:
+    """a number of at least 0 and below 1"""
+    if not 0 <= (value := number(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def one_of(*choices: str) -> Kind:
+    """A kind that takes one of these words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(text)
+        return text
+
+    read.__doc__ = f"one of {', '.join(choices)}"
+    return read
+
+
+def words(text: str) -> str:
+    """words, separated by commas"""
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise ValueError(text)
+    return ",".join(found)
+
+
 def count(text: str) -> int:
     """a whole number of at least 1"""
     if (value := int(text)) < 1:
@@ -94,20 +128,26 @@ def url(text: str) -> str:
     return address.rstrip("/")
 
 
-def setting(default: Any, help: str, kind: Kind = str) -> Any:
+def setting(default: Any, help: str, kind: Kind = str, *names: str) -> Any:
     """A dataclass field that is an option.
 
     Args:
         default: Its value where nothing is given; False makes it a switch.
         help: What it sets, beginning in lower case, without a full stop.
         kind: What its text must be.
+        *names: What a command line calls it, the first one being what help and messages say. Default: its own name.
     """
-    return field(default=default, metadata={"help": help, "kind": kind})
+    return field(default=default, metadata={"help": help, "kind": kind, "names": names})
 
 
 def flag(name: str) -> str:
     """`min_delta_aqi` -> `--min-delta-aqi`."""
     return "--" + name.replace("_", "-")
+
+
+def flags(option: Field[Any]) -> list[str]:
+    """All spellings of an option on a command line, the usual one first."""
+    return [flag(name) for name in option.metadata["names"] or (option.name,)]
 
 
 def shown(option: Field[Any]) -> str:
@@ -129,7 +169,7 @@ def read(option: Field[Any], text: Any) -> Any:
     try:
         return kind(str(text).strip())
     except ValueError:
-        raise GRITError(f"{flag(option.name)} takes {kind.__doc__ or 'something else'}, not {str(text)!r}") from None
+        raise GRITError(f"{flags(option)[0]} takes {kind.__doc__ or 'something else'}, not {str(text)!r}") from None
 
 
 def parse(cls: type[T], texts: Mapping[str, Any]) -> T:
@@ -147,27 +187,41 @@ def pick(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**{each.name: values[each.name] for each in fields(cls)})  # type: ignore[arg-type]
 
 
-def click_options(cls: type[Any], *only: str) -> Callable[[F], F]:
-    """Decorator: the options of a dataclass, or those named, for a click command, which is given their values."""
+def click_options(
+    cls: type[Any], *only: str, given: bool = False, defaults: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
+    """Decorator: the options of a dataclass, or those named, for a click command, which is given their values.
+
+    Args:
+        cls: The dataclass.
+        *only: Fields that become options. Default: all.
+        given: Whether an option that was not given is None instead of its default.
+        defaults: What help shows as the default, where that is not the field's own.
+    """
     import click
 
     def decorate(command: F) -> F:
         for each in reversed(fields(cls)):
             if not only or each.name in only:
-                command = click.option(flag(each.name), callback=value, **_click_attributes(each))(command)
+                attributes = _click_attributes(each, (defaults or {}).get(each.name))
+                command = click.option(*flags(each), each.name, callback=value, **attributes)(command)
         return command
 
     def value(_: click.Context, parameter: click.Parameter, text: Any) -> Any:
         option = next(each for each in fields(cls) if each.name == parameter.name)
-        return option.default if text is None else read(option, text)
+        if text is None or (given and text is False):
+            return None if given else option.default
+        return read(option, text)
 
     return decorate
 
 
-def _click_attributes(option: Field[Any]) -> dict[str, Any]:
+def _click_attributes(option: Field[Any], default: str | None) -> dict[str, Any]:
     text = str(option.metadata["help"])
     text = f"{text[0].upper()}{text[1:]}."
     if isinstance(option.default, bool):
         return {"is_flag": True, "help": text}
-    default = "" if option.default in (None, "") else f"  [default: {shown(option)}]"
-    return {"metavar": option.name.rpartition("_")[2].upper(), "help": text + default}
+    if default is None:
+        default = "" if option.default in (None, "") else shown(option)
+    metavar = flags(option)[0].rpartition("-")[2].upper()
+    return {"metavar": metavar, "help": text + (f"  [default: {default}]" if default else "")}

@@ -47,7 +47,7 @@ def test_help_is_light(command):
         (("train", "--dataset", "riddles"), "unknown data set 'riddles': use alpaca"),
         (("train", "--base-model", "nope"), "unknown base model 'nope': give tiny"),
         (("train", "--set", "damping=1"), "GRITConfig has no option 'damping'"),
-        (("train", "--lr", "fast"), "'fast' is not a valid float"),
+        (("train", "--lr", "fast"), "--learning-rate takes a number above 0, not 'fast'"),
         (("export", "missing"), "missing is no run record, no PEFT adapter and no model folder"),
         (("serve", "missing.gguf"), "missing.gguf is no GGUF file"),
         (("deploy", "missing"), "missing is no GGUF file"),

@@ -6,14 +6,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from grit_impl.config import GRITConfig
+from grit_impl.config import GRITConfig, preset_training
 from grit_impl.errors import GRITError
 from grit_impl.recipes.bases import find_base
+from grit_impl.recipes.shapes import PROJECTIONS
+from grit_impl.settings import amount, count, fraction, one_of, positive, setting, whole, words
 
 FIRST = "first.json"
 """In a run's folder: loss and gradient norm of the first batch, which no arm has changed yet."""
 TOKEN_FILE = "tokens.json"
 """In a run's folder: what it reads."""
+
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
+def length(text: str) -> int:
+    """a whole number of at least 8"""
+    if (value := int(text)) < 8:
+        raise ValueError(text)
+    return value
 
 
 def _in_time(config: GRITConfig) -> Any:
@@ -44,6 +56,8 @@ class Arm:
         grit: How GRIT enters: not at all, as the trainer's own optimizer, or from a callback.
         unsloth: Whether the model is Unsloth's where there is a GPU. Without one, every arm uses plain peft.
         callback: Makes the callback, and imports what it needs when it is called.
+        preset: GRIT's options in a verification, and the training options that they were tuned with; None: the
+            options of the verification, and the same training as every other arm.
     """
 
     name: str
@@ -51,6 +65,7 @@ class Arm:
     grit: Literal["none", "trainer", "callback"] = "none"
     unsloth: bool = False
     callback: Callable[[GRITConfig], Any] = _in_time
+    preset: str | None = None
 
 
 ARMS = {
@@ -74,6 +89,12 @@ ARMS = {
             unsloth=True,
             callback=_starved,
         ),
+        Arm(
+            "recommended",
+            "GRITTrainer with the preset `recommended`, and the learning rate and betas it was tuned with",
+            "trainer",
+            preset="recommended",
+        ),
         Arm("baseline_peft", "LoRA: SFTTrainer and AdamW, plain peft: what pure is timed against on a GPU"),
     )
 }
@@ -92,41 +113,38 @@ def find_arm(name: str) -> Arm:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How every arm trains.
+    """How an arm trains: the options of `grit train`, under the names that transformers and peft have for them."""
 
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Sequences per micro-batch.
-        accumulation: Micro-batches per optimizer step.
-        learning_rate: Peak learning rate; linear decay to zero.
-        warmup_steps: Steps of linear warm-up.
-        weight_decay: AdamW's.
-        max_grad_norm: Total norm that gradients are clipped to.
-        max_length: Tokens per sequence at most.
-        optimizer: transformers' name, e.g. `adamw_torch`, `adamw_8bit`, `sgd`.
-        rank: LoRA's r.
-        alpha: LoRA's alpha.
-        precision: `fp32`, `bf16` or `fp16`.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        threads: CPU threads of the training process.
-        save_every: Optimizer steps between checkpoints; 0: none.
-    """
+    steps: int = setting(200, "optimizer steps", count, "max_steps", "steps")
+    batch_size: int = setting(2, "sequences per micro-batch", count, "per_device_train_batch_size", "batch_size")
+    accumulation: int = setting(4, "micro-batches per step", count, "gradient_accumulation_steps", "accumulation")
+    learning_rate: float = setting(2e-4, "peak learning rate", positive, "learning_rate", "lr")
+    lr_scheduler_type: str = setting(
+        "linear", f"schedule of the learning rate: {', '.join(SCHEDULES)}", one_of(*SCHEDULES)
+    )
+    warmup_steps: int = setting(5, "steps of linear warm-up", whole)
+    weight_decay: float = setting(0.01, "AdamW's, and that of the rules in its place", amount)
+    adam_beta1: float = setting(0.9, "decay of the mean gradient", fraction)
+    adam_beta2: float = setting(0.999, "decay of the mean squared gradient", fraction)
+    max_grad_norm: float = setting(1.0, "total norm that gradients are clipped to", positive)
+    max_length: int = setting(2048, "tokens per sequence at most", length)
+    optimizer: str = setting("adamw_torch", "optimizer of arms without GRIT's own, by transformers' name", str, "optim")
+    rank: int = setting(16, "LoRA's rank", count, "lora_r", "rank")
+    alpha: int = setting(16, "LoRA's scaling is alpha / r", count, "lora_alpha")
+    dropout: float = setting(0.0, "share of LoRA's inputs that are dropped", fraction, "lora_dropout")
+    target_modules: str = setting(
+        ",".join(PROJECTIONS), "linear layers with adapters", words, "lora_target_modules", "target_modules"
+    )
+    rslora: bool = setting(False, "LoRA's scaling is alpha / sqrt(r)", str, "use_rslora")
+    precision: str = setting("fp32", "numbers of the training: fp32, bf16 or fp16", one_of("fp32", "bf16", "fp16"))
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    threads: int = setting(1, "CPU threads of the training process", count)
+    save_every: int = setting(0, "optimizer steps between checkpoints; 0: none", whole, "save_steps", "save_every")
+    report_to: str = setting("", "where to log: tensorboard, wandb, trackio, ..., separated by commas", words)
 
-    steps: int = 200
-    batch_size: int = 2
-    accumulation: int = 4
-    learning_rate: float = 2e-4
-    warmup_steps: int = 5
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_length: int = 2048
-    optimizer: str = "adamw_torch"
-    rank: int = 16
-    alpha: int = 16
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    gradient_checkpointing: bool = False
-    threads: int = 1
-    save_every: int = 0
+
+NEUTRAL = ("save_every", "report_to")
+"""Settings that change nothing that is learnt."""
 
 
 @dataclass(frozen=True)
@@ -161,20 +179,22 @@ class RunSpec:
         return cls(**{**value, "training": TrainingSettings(**value["training"])})
 
 
-def default_training(base_model: str, *, cuda: bool, **overrides: Any) -> TrainingSettings:
+def default_training(base_model: str, *, cuda: bool, preset: str | None = None, **overrides: Any) -> TrainingSettings:
     """The plan's settings for a base model, on this kind of machine.
 
     Args:
         base_model: What `find_base` takes.
         cuda: Whether there is a GPU.
+        preset: Of GRIT: what it was tuned with on this base comes before the base's own.
         **overrides: Fields of `TrainingSettings` that were asked for; None: the base's own.
 
     Raises:
-        GRITError: there is no such base model.
+        GRITError: there is no such base model, or no such preset.
     """
     base = find_base(base_model)
     asked = {name: value for name, value in overrides.items() if value is not None}
-    return TrainingSettings(**{**base.training, **(base.on_gpu if cuda else base.on_cpu), **asked})
+    tuned = preset_training(preset, base_model) if preset else {}
+    return TrainingSettings(**{**base.training, **(base.on_gpu if cuda else base.on_cpu), **tuned, **asked})
 
 
 def grit_options(arm: Arm, config: GRITConfig) -> dict[str, Any] | None:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.errors import GRITError
+from grit_impl.recipes.shapes import PROJECTIONS
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

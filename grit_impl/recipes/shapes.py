@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama block, which get adapters."""
 # Shapes as published in the models' config.json.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {

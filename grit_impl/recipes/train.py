@@ -24,7 +24,7 @@ import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go to
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import git_commit, versions
-from grit_impl.recipes.arms import FIRST, TOKEN_FILE, Arm, RunSpec, TrainingSettings, find_arm
+from grit_impl.recipes.arms import FIRST, NEUTRAL, TOKEN_FILE, Arm, RunSpec, TrainingSettings, find_arm
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.tokens import Tokens, make_tokens, read_tokens
 from grit_impl.record import RunRecord, fingerprint, write_atomic
@@ -223,7 +223,7 @@ def _tokens(spec: RunSpec, path: Path, use_unsloth: bool) -> Tokens:
 
 def _require_same_run(path: Path, spec: RunSpec) -> None:
     def hashed(config: dict[str, Any]) -> str:
-        training = {key: value for key, value in config["training"].items() if key != "save_every"}
+        training = {key: value for key, value in config["training"].items() if key not in NEUTRAL}
         return fingerprint({**config, "training": training})
 
     if hashed(RunRecord(path).run["config"]) != hashed(spec.to_dict()):
@@ -245,7 +245,13 @@ def build_model(spec: RunSpec, use_unsloth: bool) -> tuple[Any, Any]:
     from grit_impl.recipes.lora import LoRASettings, add_lora
 
     settings = spec.training
-    lora = LoRASettings(r=settings.rank, alpha=settings.alpha)
+    lora = LoRASettings(
+        r=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        target_modules=tuple(settings.target_modules.split(",")),
+        rslora=settings.rslora,
+    )
     if use_unsloth:
         from grit_impl.recipes.unsloth import load_unsloth
 
@@ -270,9 +276,11 @@ def _arguments(settings: TrainingSettings, seed: int, folder: Path, cpu: bool) -
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
         "max_grad_norm": settings.max_grad_norm,
         "optim": settings.optimizer,
         "bf16": settings.precision == "bf16",

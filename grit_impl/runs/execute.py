@@ -25,7 +25,7 @@ from grit_impl.errors import GRITError, RunFailed
 from grit_impl.imports import closure
 from grit_impl.machine import has_gpu, least_used, switches, versions, visible_gpus
 from grit_impl.processes import end_with_parent
-from grit_impl.recipes.arms import FIRST, TOKEN_FILE, RunSpec, find_arm
+from grit_impl.recipes.arms import FIRST, NEUTRAL, TOKEN_FILE, RunSpec, find_arm
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.fetch import digest
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
@@ -64,7 +64,8 @@ def depends(spec: RunSpec) -> dict[str, Any]:
     weights = find_base(spec.base_model).weights()
     data = [Path(spec.dataset)] if Path(spec.dataset).is_file() else []
     described = spec.to_dict()
-    del described["training"]["save_every"]  # how often a run is saved does not change what it learns
+    for name in NEUTRAL:
+        del described["training"][name]
     return {
         "spec": described,
         "contents": {f.name: digest(f) for f in (*weights, *data)},

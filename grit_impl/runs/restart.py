@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from grit_impl.recipes.arms import NEUTRAL, TrainingSettings
 from grit_impl.record import RunRecord
+from grit_impl.settings import flags
 
 REQUEST = "spec.json"
 """What a run was started with: `spec`, `fingerprint`, `depends`, and whether it keeps a `ledger`."""
-_OPTIONS = {
-    "batch_size": "--batch-size",
-    "learning_rate": "--lr",
-    "max_length": "--max-length",
-    "base_model": "--base-model",
-    "grit": "--set",
+_OPTIONS = {"arm": "--arm", "base_model": "--base-model", "dataset": "--dataset", "seed": "--seed", "grit": "--set"} | {
+    each.name: flags(each)[0] for each in fields(TrainingSettings)
 }
-_ASKED = ("arm", "base_model", "dataset", "seed", "steps", "accumulation", "rank", "precision", *_OPTIONS)
 # What follows from something else that was asked for, and what changes nothing that is learned.
-_DERIVED = ("alpha", "tokens", "save_every")
+_DERIVED = ("tokens", *NEUTRAL)
 _NAMED = 4
 
 
@@ -69,15 +67,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _options(before: Mapping[str, Any], now: Mapping[str, Any], inner: str = "") -> Iterator[str]:
     for name in {**now, **before}:
         one, other = before.get(name), now.get(name)
-        if one == other or name in _DERIVED:
+        if one == other or name in _DERIVED or (name == "alpha" and before.get("rank") != now.get("rank")):
             continue
         if isinstance(one, dict) and isinstance(other, dict):
             yield from _options(one, other, name)
         elif inner == "grit":
             yield f"--set {name}={one} there, {name}={other} asked"
-        elif name in _ASKED:
-            option = _OPTIONS.get(name, f"--{name}")
-            yield f"{option} {_short(one)} there, {_short(other)} asked"
+        elif name in _OPTIONS:
+            yield f"{_OPTIONS[name]} {_short(one)} there, {_short(other)} asked"
         else:
             yield f"{name} {_short(one)} there, {_short(other)} now"
 

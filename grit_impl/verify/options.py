@@ -20,6 +20,9 @@ from grit_impl.settings import count, count_or_nothing, points, positive, seed, 
 PLAN_ARMS = ("baseline", "hybrid", "pure")
 """The arms that are exported and evaluated, next to the base model itself."""
 PLAN_MODELS = ("base", *PLAN_ARMS)
+RECOMMENDED = "recommended"
+"""The arm beside them: the rule, learning rate and betas that the evidence is for, where the base is one of those."""
+MODELS = (*PLAN_MODELS, RECOMMENDED)
 REPORTS = Path("reports")
 
 

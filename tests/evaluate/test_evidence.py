@@ -15,7 +15,7 @@ from grit_impl.record import RunRecord
 from grit_impl.verify.claims import find
 from grit_impl.verify.evidence.live import LiveEvidence
 from grit_impl.verify.evidence.stored import stored_evidence
-from grit_impl.verify.options import PLAN_MODELS, Options
+from grit_impl.verify.options import MODELS, Options
 from grit_impl.verify.store.database import Database, Session
 
 ITEMS = aqi.generate(40, seed=5, exclude=aqi.frozen_items())
@@ -41,7 +41,7 @@ def live(tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, fake_
             return "no idea"
         return aqi.answer(ITEMS[place[prompt]])
 
-    server = fake_ollama(answer, {f"{name}:latest": name for name in PLAN_MODELS})
+    server = fake_ollama(answer, {f"{name}:latest": name for name in MODELS})
     trained: list[tuple[str, int]] = []
 
     def runs(self: LiveEvidence, arms, seed: int) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def test_every_arm_is_run_with_every_seed(live, tmp_path: Path) -> None:
     with Database(tmp_path / "results.db") as store:
         store.add(Session("a", "b", None, {}, {}), [], evidence)
         found = {row["model"] for row in store.query("SELECT DISTINCT model FROM items")}
-        assert found == {*PLAN_MODELS, "baseline-seed3408", "pure-seed3408", "baseline-seed3409", "pure-seed3409"}
-        assert len(store.query("SELECT * FROM runs")) == 3 + 2 + 2
+        assert found == {*MODELS, "baseline-seed3408", "pure-seed3408", "baseline-seed3409", "pure-seed3409"}
+        assert len(store.query("SELECT * FROM runs")) == 4 + 2 + 2
 
 
 def test_all_seeds_train_at_once_where_enough_jobs_are_allowed(live, monkeypatch) -> None:

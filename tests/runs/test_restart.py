@@ -81,20 +81,20 @@ def restarted(killed: Killed, changes: dict[str, Any]) -> str:
 
 
 CHANGES = {
-    "steps": ({"--steps": STEPS + 1}, f"--steps {STEPS} there, {STEPS + 1} asked"),
-    "fewer-steps": ({"--steps": 5}, f"--steps {STEPS} there, 5 asked"),
+    "steps": ({"--steps": STEPS + 1}, f"--max-steps {STEPS} there, {STEPS + 1} asked"),
+    "fewer-steps": ({"--steps": 5}, f"--max-steps {STEPS} there, 5 asked"),
     "seed": ({"--seed": 8}, "--seed 7 there, 8 asked"),
     "data": ({"--dataset": "aqi"}, "there, aqi asked"),
-    "rank": ({"--rank": 8}, "--rank 4 there, 8 asked"),
+    "rank": ({"--rank": 8}, "--lora-r 4 there, 8 asked"),
     "base": ({"--base-model": "tiny"}, "--base-model"),
     "precision": ({"--precision": "bf16"}, "--precision fp32 there, bf16 asked"),
-    "learning-rate": ({"--lr": 1e-3}, "--lr 0.0002 there, 0.001 asked"),
-    "batch-size": ({"--batch-size": 2}, "--batch-size 1 there, 2 asked"),
-    "accumulation": ({"--accumulation": 2}, "--accumulation 1 there, 2 asked"),
+    "learning-rate": ({"--lr": 1e-3}, "--learning-rate 0.0002 there, 0.001 asked"),
+    "batch-size": ({"--batch-size": 2}, "--per-device-train-batch-size 1 there, 2 asked"),
+    "accumulation": ({"--accumulation": 2}, "--gradient-accumulation-steps 1 there, 2 asked"),
     "max-length": ({"--max-length": 64}, "--max-length 2048 there, 64 asked"),
     "arm": ({"--arm": "baseline"}, "--arm pure there, baseline asked"),
     "grit": ({"--set": "kfac_damping=0.5"}, "--set kfac_damping="),
-    "several": ({"--seed": 1, "--rank": 2, "--steps": 3}, "--seed 7 there, 1 asked; --steps"),
+    "several": ({"--seed": 1, "--rank": 2, "--steps": 3}, "--seed 7 there, 1 asked; --max-steps"),
 }
 
 

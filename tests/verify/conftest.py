@@ -40,9 +40,17 @@ VERDICTS = {
     "pure": Verdict("effective", True, "consumed at 39 of 40 steps", {"update_cosine": 0.63, "text": "x"}),
     "hybrid": Verdict("effective", True),
     "hybrid_late": Verdict("modified-too-late", False),
+    "recommended": Verdict("effective", True),
 }
 # Share of AQI items that each model gets right, and of knowledge items.
-RIGHT = {"base": (0.25, 0.9), "baseline": (0.60, 0.85), "hybrid": (0.62, 0.85), "pure": (0.61, 0.86)}
+RIGHT = {
+    "base": (0.25, 0.9),
+    "baseline": (0.60, 0.85),
+    "hybrid": (0.62, 0.85),
+    "pure": (0.61, 0.86),
+    "recommended": (0.64, 0.86),
+}
+GRIT = ("pure", "hybrid", "recommended")
 
 
 def ledger_rows(arm: str) -> list[dict[str, Any]]:
@@ -53,7 +61,7 @@ def ledger_rows(arm: str) -> list[dict[str, Any]]:
         for side in "AB":
             row = {"kind": "tensor", "step": step, "name": f"layers.0.q_proj.lora_{side}.default.weight"}
             row |= {"raw": 1.0, "entry": 1.0, "update": 0.1, "update_raw": 0.1}
-            if arm in ("pure", "hybrid") and step > 5:
+            if arm in GRIT and step > 5:
                 row |= {"turn": 0.3, "mods": 1}
             if arm == "hybrid_late" and step > 5:
                 row |= {"late": "callback"}
@@ -67,7 +75,7 @@ def write_run(folder: Path, arm: str, offset: float = 0.0, **changes: Any) -> Ru
         {"step": s, "top_a": [1 / s, 0.1], "top_g": [2 / s, 0.2], "effective_rank_a": 2.0, "effective_rank_g": 2.0}
         for s in (10, 20, 30, 40)
     ]
-    grit = {"inversions": 4, "coverage": 0.975, "spectra": spectra} if arm in ("pure", "hybrid") else None
+    grit = {"inversions": 4, "coverage": 0.975, "spectra": spectra} if arm in GRIT else None
     record = RunRecord.create(
         folder / "runs" / f"{arm}-seed3407",
         **{
@@ -170,10 +178,18 @@ def make_evidence(tmp_path: Path) -> Any:
         folder: Path = tmp_path / "reports",
         **options: Any,
     ) -> Evidence:
-        shifted = {"baseline": 0.0, "rerun": 0.0, "hybrid_late": 0.0, "pure": 0.02, "hybrid": 0.015, **(offsets or {})}
+        shifted = {
+            "baseline": 0.0,
+            "rerun": 0.0,
+            "hybrid_late": 0.0,
+            "pure": 0.02,
+            "hybrid": 0.015,
+            "recommended": 0.01,
+            **(offsets or {}),
+        }
         records = {arm: write_run(folder, arm, offset) for arm, offset in shifted.items()}
         exports = {}
-        for model in ("base", "baseline", "hybrid", "pure"):
+        for model in RIGHT:
             path = folder / "runs" / model / "model-q8_0.gguf"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"GGUF" + model.encode())

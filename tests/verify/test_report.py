@@ -13,7 +13,7 @@ import pytest
 from grit_impl.cost.performance import write_performance
 from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
-from grit_impl.verify.options import PLAN_MODELS
+from grit_impl.verify.options import MODELS
 from grit_impl.verify.report import write_report
 from grit_impl.verify.report.content import DASH, cell, headline, metrics_table
 from grit_impl.verify.results import Results
@@ -175,7 +175,7 @@ def test_the_median_of_an_even_number_of_steps(make_evidence):
     rows = [{**step, "seconds": seconds} for step, seconds in zip(record.steps, (9.0, 1.0, 4.0, 2.0), strict=False)]
     (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = dict(metrics_table(evidence)[1])
-    assert table["Time per step, median (s)"][PLAN_MODELS.index("pure")].value == "3.000"
+    assert table["Time per step, median (s)"][MODELS.index("pure")].value == "3.000"
 
 
 def test_markdown_tables_are_tables(written):

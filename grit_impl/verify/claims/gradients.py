@@ -76,6 +76,16 @@ def late_caught(evidence: Evidence) -> Judgement:
     return _caused_by(evidence, "hybrid_late", LATE)
 
 
+@claim("gradients.recommended-effective", needs=["verdict:recommended"], gates=False)
+def recommended_effective(evidence: Evidence) -> Judgement:
+    """The preset `recommended` changes what the optimizer steps with.
+
+    Its rule computes the whole step, in AdamW's place. Not gated: the arm is there where the preset was tuned on the
+    base.
+    """
+    return _effective(evidence, "recommended")
+
+
 @claim("gradients.trainer-effective", needs=["verdict:trainer"])
 def trainer_effective(evidence: Evidence) -> Judgement:
     """This trainer's modified gradients are what its optimizer steps with, and they change its updates.

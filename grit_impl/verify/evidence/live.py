@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grit_impl.config import GRITConfig
+from grit_impl.config import GRITConfig, preset_training
 from grit_impl.cost.measure import complete, read
 from grit_impl.errors import GRITError
 from grit_impl.machine import gpu_names, has_gpu, switches, versions, visible_gpus
@@ -28,7 +28,7 @@ from grit_impl.verify.claims.base import Evidence, SeedEvidence
 from grit_impl.verify.evidence import preflight
 from grit_impl.verify.evidence.products import Products
 from grit_impl.verify.evidence.questions import questions
-from grit_impl.verify.options import PLAN_ARMS, PLAN_MODELS
+from grit_impl.verify.options import MODELS, PLAN_ARMS, RECOMMENDED
 
 if TYPE_CHECKING:
     from grit_impl.evaluate.results import Evaluation
@@ -61,9 +61,13 @@ class LiveEvidence(Products):
         models = {name for kind, name in wanted if kind == "export"}
         evaluate = any(kind == "evaluation" for kind, _ in wanted)
         if evaluate:
-            models |= set(PLAN_MODELS)
+            models |= set(self._models)
         arms = {name for kind, name in wanted if kind in ("record", "verdict")} | (models - {"base"})
         repeated = {name for kind, name in wanted if kind == "seeds"} if self.options.seeds > 1 else set()
+        if RECOMMENDED in arms and RECOMMENDED not in self._models:
+            arms, models = arms - {RECOMMENDED}, models - {RECOMMENDED}
+            why = f"the preset {RECOMMENDED} was not tuned on {self.options.base_model}: grit sweep finds its settings"
+            self.missing = {**self.missing, RECOMMENDED: why}
         arms, models, evaluate = arms | repeated, models | repeated, evaluate or bool(repeated)
         self._refuse_early(evaluate)
         self._wanted, self._evaluating = frozenset(models), evaluate
@@ -72,7 +76,7 @@ class LiveEvidence(Products):
             self._train([name for name in ARMS if name in arms])
             for name in dict.fromkeys(name for kind, name in wanted if kind == "cost"):
                 self._cost(name)
-            for name in [name for name in PLAN_MODELS if name in models]:
+            for name in [name for name in self._models if name in models]:
                 self._export(name)
             if evaluate and self.evaluation is None and "evaluation" not in self.missing:
                 self._evaluate()
@@ -114,17 +118,18 @@ class LiveEvidence(Products):
 
     def _specs(self, arms: Iterable[str], seed: int) -> list[RunSpec]:
         options, base = self.options, self._prepare_base()
-        training = default_training(options.base_model, cuda=has_gpu(), steps=options.steps)
-        return [
-            RunSpec(
-                arm=name,
-                base_model=base,
-                seed=seed,
-                training=training,
-                grit=grit_options(find_arm(name), self.config),
-            )
-            for name in arms
-        ]
+        specs = []
+        for arm in map(find_arm, arms):
+            training = default_training(options.base_model, cuda=has_gpu(), preset=arm.preset, steps=options.steps)
+            grit = grit_options(arm, GRITConfig.preset(arm.preset) if arm.preset else self.config)
+            specs.append(RunSpec(arm=arm.name, base_model=base, seed=seed, training=training, grit=grit))
+        return specs
+
+    @property
+    def _models(self) -> tuple[str, ...]:
+        """What is exported and evaluated, in the order of the report."""
+        tuned = preset_training(RECOMMENDED, self.options.base_model)
+        return MODELS if tuned else tuple(name for name in MODELS if name != RECOMMENDED)
 
     def _train(self, arms: list[str]) -> None:
         todo = [name for name in arms if name not in {**self.records, **self.missing, **self.failed}]
@@ -262,11 +267,11 @@ class LiveEvidence(Products):
     # Evaluation
 
     def _evaluate(self) -> None:
-        absent = [name for name in PLAN_MODELS if name not in self.exports]
-        if "base" in absent or len(absent) == len(PLAN_MODELS):
+        absent = [name for name in self._models if name not in self.exports]
+        if "base" in absent or len(absent) == len(self._models):
             self.missing = {**self.missing, "evaluation": f"nothing to evaluate: no export of {', '.join(absent)}"}
             return
-        found = self._evaluated({name: self.exports[name] for name in PLAN_MODELS if name in self.exports})
+        found = self._evaluated({name: self.exports[name] for name in self._models if name in self.exports})
         if isinstance(found, str):
             self.missing = {**self.missing, "evaluation": found}
         else:

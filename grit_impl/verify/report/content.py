@@ -17,7 +17,7 @@ from grit_impl.record import RunRecord
 from grit_impl.verify.claims import OUTCOMES, Evidence, Metric
 from grit_impl.verify.claims.curves import losses
 from grit_impl.verify.claims.measures import measured
-from grit_impl.verify.options import PLAN_MODELS
+from grit_impl.verify.options import MODELS, PLAN_MODELS, RECOMMENDED
 from grit_impl.verify.store.database import JudgedClaim
 
 DASH = "\N{EN DASH}"
@@ -64,9 +64,10 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
         Column names (the base and the arms of the plan) and rows: a label with its unit, and a cell per column.
     """
     rows: list[tuple[str, list[Cell]]] = []
+    names = MODELS if RECOMMENDED in evidence.records else PLAN_MODELS
 
     def add(label: str, make: Any) -> None:
-        cells = [make(name) or Cell() for name in PLAN_MODELS]
+        cells = [make(name) or Cell() for name in names]
         if any(each.value != DASH for each in cells):
             rows.append((label, cells))
 
@@ -102,7 +103,7 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
     add("Speed (tokens/s)", from_evaluation("tokens_per_second"))
     add("delta_speed (%)", from_evaluation("delta_speed", sign=True))
     add("delta_speed (tokens/s)", from_evaluation("delta_speed_absolute", sign=True))
-    return list(PLAN_MODELS), rows
+    return list(names), rows
 
 
 def primary_accuracy(evidence: Evidence) -> str:
