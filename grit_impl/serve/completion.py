@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from grit_impl.gguf.gotemplate import Message, Template, TemplateError
@@ -22,6 +23,8 @@ REPEATS = 100
 WHOLE = 512
 """Tokens up to which an answer that is not streamed comes as one reply. A chunk per token costs a fifth of the
 throughput of a small model; a model that repeats itself is noticed when it has ended instead of on the way."""
+CONTROL = 3
+"""Type of a token that marks, as GGUF has it."""
 FEW = 8
 """Distinct tokens, at most, in a run of one text with and without spaces around it."""
 TOO_LONG = "the prompt is longer than the context length currently available to the model"
@@ -114,6 +117,10 @@ async def answer(engines: Engines, job: Job) -> AsyncIterator[dict[str, Any]]:
             chunk = job.envelope("", done=False)
             yield {**chunk, "_debug_info": {"rendered_template": prompt}}
             return
+        if job.request.get("echo"):
+            yield (chunk := await _echo(engine, job, prompt))
+            if chunk["done"]:
+                return
         body = await _body(engine, job, prompt)
         body["stream"] = job.stream or body["n_predict"] > WHOLE
         body["return_tokens"] = not body["stream"]
@@ -133,7 +140,7 @@ async def answer(engines: Engines, job: Job) -> AsyncIterator[dict[str, Any]]:
                 continue
             final = _metrics(chunk, job.started, loaded)
             if job.kind == "generate" and not job.request.get("raw"):
-                final["context"] = await engine.tokenize(prompt + "".join(said))
+                final["context"] = await engine.tokenize(str(prompt) + "".join(said))
             yield job.envelope(text, done=True, **extra, **final)
             return
         raise APIError(500, "the model stopped without finishing its answer")
@@ -173,10 +180,56 @@ def gather(job: Job, chunks: list[dict[str, Any]]) -> dict[str, Any]:
     return {**whole, "logprobs": logprobs} if logprobs else whole
 
 
-async def _prompt(engine: Engine, job: Job) -> str:
+async def _echo(engine: Engine, job: Job, prompt: str | list[int]) -> dict[str, Any]:
+    """The prompt itself, as the first chunk; with `logprobs`, those of its tokens."""
+    bos = isinstance(prompt, str) and job.model.leading_bos
+    tokens = await engine.tokenize(prompt, special=True) if isinstance(prompt, str) else prompt
+    if len(tokens) >= engine.settings.context:
+        raise APIError(400, f"{TOO_LONG}: {len(tokens)} tokens, the context has {engine.settings.context}")
+    text = prompt if isinstance(prompt, str) else await engine.detokenize(tokens)
+    extra: dict[str, Any] = {}
+    if job.request.get("logprobs"):
+        top = job.request["top_logprobs"]
+        found = await _given(engine, job.model, tokens, max(top, 1))
+        first = [] if bos else [{"token": await engine.detokenize(tokens[:1]), "logprob": None, "bytes": None}]
+        extra["logprobs"] = [*first, *_logprobs(found, top)]
+    if job.options["num_predict"] != 0:
+        return job.envelope(text, done=False, **extra)
+    return job.envelope(text, done=True, done_reason="length", prompt_eval_count=len(tokens), **extra)
+
+
+async def _given(engine: Engine, model: Model, tokens: list[int], top: int) -> list[dict[str, Any]]:
+    """What llama.cpp says of the probability of each token but the first, given those before it.
+
+    It tells probabilities of what it generates, as they are before sampling, so it is left no choice: by a grammar of
+    token ids, which may hold no token that ends texts; such a one, and its like, is generated alone.
+    """
+    control = _vocabulary(model)[1]
+    found: list[dict[str, Any]] = []
+    while (done := len(found) + 1) < len(tokens):
+        alone = tokens[done] in control
+        rest = tokens[done : done + 1] if alone else list(takewhile(lambda token: token not in control, tokens[done:]))
+        force: dict[str, Any] = {"logit_bias": [[rest[0], 1e6]]} if alone else {"grammar": _exactly(rest)}
+        body = {
+            "prompt": tokens[:done], "n_predict": len(rest), "n_probs": top, "temperature": 0.0, "cache_prompt": False,
+            "stream": False, **force,
+        }  # fmt: skip
+        fresh = [entry async for part in engine.complete(body) for entry in part.get("completion_probabilities") or []]
+        if [entry["id"] for entry in fresh] != rest:
+            raise APIError(500, "llama.cpp gives no log-probabilities of this prompt")
+        found += fresh
+    return found
+
+
+def _exactly(tokens: list[int]) -> str:
+    return f"root ::= {' '.join(f'<[{token}]>' for token in tokens)}"
+
+
+async def _prompt(engine: Engine, job: Job) -> str | list[int]:
     request, model = job.request, job.model
     if request.get("raw"):
-        return str(request["prompt"])
+        raw: str | list[int] = request["prompt"]
+        return raw
     template = model.template
     if source := request.get("template"):
         try:
@@ -226,20 +279,20 @@ async def _chat_prompt(engine: Engine, job: Job, template: Template | None, mess
     return prompt
 
 
-async def _body(engine: Engine, job: Job, prompt: str) -> dict[str, Any]:
+async def _body(engine: Engine, job: Job, prompt: str | list[int]) -> dict[str, Any]:
     """llama.cpp's request. Raises `APIError` 400 for a prompt that is too long and may not be cut."""
     options, context = job.options, engine.settings.context
-    if job.model.leading_bos:
+    if job.model.leading_bos and isinstance(prompt, str):
         # llama.cpp adds BOS itself; two of them change the answer.
-        bos = await _bos_text(engine, job.model)
+        bos = _vocabulary(job.model)[0]
         prompt = prompt.removeprefix(bos) if bos else prompt
     limit = OPEN_ENDED * context
     predict = limit if options["num_predict"] < 0 else min(options["num_predict"], limit)
-    content: str | list[int] = prompt
+    content = prompt
     shift = job.request.get("shift", True)
     # A token has at least one byte, so most prompts need no counting.
-    if len(prompt.encode()) + 2 + (0 if shift else predict) >= context:
-        tokens = await engine.tokenize(prompt, special=True)
+    if len(prompt.encode() if isinstance(prompt, str) else prompt) + 2 + (0 if shift else predict) >= context:
+        tokens = await engine.tokenize(prompt, special=True) if isinstance(prompt, str) else prompt
         if len(tokens) >= context:
             if not job.truncate:
                 raise APIError(400, f"{TOO_LONG}: {len(tokens)} tokens, the context has {context}")
@@ -280,15 +333,21 @@ def _cut(tokens: list[int], context: int, keep: int, bos: bool) -> list[int]:
     return tokens[:kept] + tokens[len(tokens) - (length - kept) :] if length > kept else tokens[:kept]
 
 
-async def _bos_text(engine: Engine, model: Model) -> str:
-    if "grit.bos_text" not in model.metadata:
-        bos = model.metadata.get("tokenizer.ggml.bos_token_id")
-        # llama.cpp prints nothing for a control token, so its text comes from the vocabulary.
+def _vocabulary(model: Model) -> tuple[str, frozenset[int]]:
+    """The text of the BOS token, which llama.cpp does not print, and the ids of control tokens."""
+    if "grit.vocabulary" not in model.metadata:
         from grit_impl.gguf.metadata import read_metadata
 
-        tokens = read_metadata(model.gguf, arrays=True).get("tokenizer.ggml.tokens", [])
-        model.metadata["grit.bos_text"] = tokens[bos] if bos is not None and bos < len(tokens) else ""
-    return str(model.metadata["grit.bos_text"])
+        known = read_metadata(model.gguf, arrays=True)
+        bos, tokens = known.get("tokenizer.ggml.bos_token_id"), known.get("tokenizer.ggml.tokens", [])
+        text = tokens[bos] if bos is not None and bos < len(tokens) else ""
+        kinds = known.get("tokenizer.ggml.token_type", [])
+        model.metadata["grit.vocabulary"] = (
+            text,
+            frozenset(token for token, kind in enumerate(kinds) if kind == CONTROL),
+        )
+    found: tuple[str, frozenset[int]] = model.metadata["grit.vocabulary"]
+    return found
 
 
 def _rendered(render: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -22,21 +21,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
 from grit_impl.errors import GRITError
-from grit_impl.serve import wire
+from grit_impl.serve import openai, wire
 from grit_impl.serve.completion import Job, answer, gather, prepare
 from grit_impl.serve.engine import Engines
 from grit_impl.serve.models import Models
+from grit_impl.serve.transport import Patience, Protocol, listen
 from grit_impl.serve.wire import APIError, decode
 
 # The version of Ollama whose behaviour this is.
 VERSION = "0.33.0"
 BODY_LIMIT = 32 << 20
 BLOB_LIMIT = 64 << 30
-HEADER_SECONDS, BODY_SECONDS, SEND_SECONDS = 15.0, 60.0, 60.0
+BODY_SECONDS = 60.0
 MOST_CONNECTIONS = 512
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -63,6 +62,7 @@ class Service:
         ]
         table = [Route(path, _guarded(handler), methods=methods) for path, methods, handler in routes]
         table.append(Route("/api/blobs/{digest}", _guarded(self.blobs), methods=["HEAD", "POST"]))
+        table += openai.routes(self.models, self.ask, _body)
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -75,7 +75,7 @@ class Service:
 
         app = Starlette(routes=table, lifespan=lifespan, exception_handlers={HTTPException: _plain})
         app.router.redirect_slashes = False
-        return _Patience(app)
+        return Patience(app)
 
     async def root(self, _: Request) -> Response:
         """Is it running?"""
@@ -184,6 +184,20 @@ class Service:
             return _ndjson(_none(), first)
         return JSONResponse(gather(job, [first, *rest]))
 
+    async def ask(self, kind: str, body: dict[str, Any], request: Request) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of an answer, of which the first is there already: errors before it have a status of their own."""
+        job = prepare(self.models, kind, body)
+        assert isinstance(job, Job)
+        chunks = answer(self.engines, job)
+        try:
+            first = [await _unless_gone(request, anext(chunks))]
+            if not job.stream:
+                first += await _unless_gone(request, _all(chunks))
+        except BaseException:
+            await chunks.aclose()  # type: ignore[attr-defined]
+            raise
+        return _chain(first, chunks)
+
 
 class EmbeddedOllama:
     """The server in a thread, as a context manager.
@@ -223,7 +237,7 @@ class EmbeddedOllama:
             for name, path in models.items():
                 self.models.register(name, path)
             self.engines = Engines(parallel=parallel, threads=threads, context=context, **options)
-            self._socket = _listen(host, port)
+            self._socket = listen(host, port)
         except BaseException:
             self._clean()
             raise
@@ -234,7 +248,7 @@ class EmbeddedOllama:
         app = Service(self.models, self.engines).app()
         config = uvicorn.Config(
             app,
-            http=_Protocol,
+            http=Protocol,
             ws="none",
             log_level="error",
             access_log=False,
@@ -285,55 +299,6 @@ class EmbeddedOllama:
             self._socket.close()
         if self._temporary is not None:
             self._temporary.cleanup()
-
-
-class _Protocol(H11Protocol):
-    """A connection that sends no complete request in time is closed: silent ones would use up the limit."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEADER_SECONDS, self._give_up)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-    def _give_up(self) -> None:
-        # uvicorn types it as always set; before the first request it is None.
-        if getattr(self, "cycle", None) is None and not self.transport.is_closing():
-            self.transport.close()
-
-
-class _Patience:
-    """Ends requests whose client neither sends its body nor reads its answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with limited patience for sending."""
-
-        async def patient_send(message: Message) -> None:
-            await asyncio.wait_for(send(message), SEND_SECONDS)
-
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        with contextlib.suppress(TimeoutError, ClientDisconnect):
-            await self.app(scope, receive, patient_send)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # With the protocol named, asyncio turns Nagle off; without, each answer waits 40 ms for an acknowledgement.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(512)
-    except (OSError, OverflowError) as error:
-        raise GRITError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
-    return listener
 
 
 def _guarded(handler: Handler) -> Handler:
@@ -402,6 +367,16 @@ async def _gone(request: Request) -> None:
 
 async def _all(chunks: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return [chunk async for chunk in chunks]
+
+
+async def _chain(first: list[dict[str, Any]], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    try:
+        for chunk in first:
+            yield chunk
+        async for chunk in rest:
+            yield chunk
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
 
 
 async def _none() -> AsyncIterator[dict[str, Any]]:

@@ -43,6 +43,15 @@ CREATE = {
     "adapters": _OBJECT, "template": _STRING, "license": _ANY, "system": _STRING, "parameters": _OBJECT,
     "messages": _ARRAY, "renderer": _STRING, "parser": _STRING, "info": _OBJECT,
 }  # fmt: skip
+OPENAI = {
+    "model": _STRING, "stream": _BOOL, "stream_options": _OBJECT, "max_tokens": _INT, "seed": _INT, "stop": _ANY,
+    "temperature": _FLOAT, "top_p": _FLOAT, "frequency_penalty": _FLOAT, "presence_penalty": _FLOAT, "n": _INT,
+}  # fmt: skip
+OPENAI_CHAT = {
+    **OPENAI, "messages": _ARRAY, "max_completion_tokens": _INT, "response_format": _OBJECT, "tools": _ARRAY,
+    "reasoning_effort": _STRING, "logprobs": _BOOL, "top_logprobs": _INT,
+}  # fmt: skip
+OPENAI_COMPLETION = {**OPENAI, "prompt": _ANY, "echo": _BOOL, "logprobs": _INT}
 
 # Name to (type, default); None means that llama.cpp or the server decides.
 OPTIONS: dict[str, tuple[str, Any]] = {
@@ -205,6 +214,8 @@ def _option(name: str, kind: str, value: Any) -> Any:
 def _fits(value: Any, kind: str) -> bool:
     if kind == _INT:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if kind == _FLOAT:
+        return isinstance(value, int | float) and not isinstance(value, bool)
     kinds: dict[str, type] = {_BOOL: bool, _STRING: str, _OBJECT: dict, _ARRAY: list}
     return kind == _ANY or isinstance(value, kinds[kind])
 

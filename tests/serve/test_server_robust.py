@@ -25,7 +25,7 @@ import tiny
 from grit_impl.errors import GRITError
 from grit_impl.export import export_merged, write_modelfile
 from grit_impl.serve import server as server_module
-from grit_impl.serve import wire
+from grit_impl.serve import transport, wire
 from grit_impl.serve.server import EmbeddedOllama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_silent_and_slow_clients_stop_nobody(server: EmbeddedOllama) -> None:
 
 def test_silent_connections_are_closed(modelfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the end of the connection, in a second instead of fifteen."""
-    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "HEADER_SECONDS", 0.5)
     monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
     with EmbeddedOllama({"one": modelfile}) as running:
         with socket.create_connection(("127.0.0.1", running.port), timeout=10) as silent:
