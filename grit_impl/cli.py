@@ -72,6 +72,9 @@ def main() -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         click.echo(f"error: {_one_line(what)}", err=True)
         sys.exit(2)
+    except RecursionError:  # json follows some thousand brackets; no file of ours, of a server's or of a model has them
+        click.echo("error: a file or an answer that was read is nested too deeply", err=True)
+        sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

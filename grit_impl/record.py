@@ -87,7 +87,7 @@ class RunRecord:
                 value = json.loads(source.read_text())
             except FileNotFoundError:
                 raise GRITError(f"{self.path} is not a run record: it has no run.json") from None
-            except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise GRITError(f"corrupt run record: {source} cannot be read ({error})") from error
             if not isinstance(value, dict) or "arm" not in value:
                 raise GRITError(f"corrupt run record: {source} does not describe a run (no 'arm')")
@@ -168,13 +168,13 @@ class RunRecord:
             raise GRITError(f"corrupt run record: {source} is missing") from None
         except (OSError, UnicodeDecodeError) as error:
             raise GRITError(f"corrupt run record: {source} cannot be read ({error})") from error
-        lines = text.splitlines()
+        lines = text.removesuffix("\n").split("\n")
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 rows.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()})
-            except (json.JSONDecodeError, AttributeError):
+            except (ValueError, RecursionError, AttributeError):
                 # A killed process can leave half a last line; anywhere else it is damage.
                 if number == len(lines) and not self.complete:
                     break

@@ -1,7 +1,7 @@
 """Options declared once, as the fields of a dataclass: pytest, its configuration file and the command line offer them.
 
 @dataclass(frozen=True)
-class Thresholds:
+class Gates:
     min_retention: float = setting(70.0, "percent of the base's knowledge that must be kept", percentage)
 """
 

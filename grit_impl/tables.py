@@ -13,10 +13,10 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grit_impl.errors import GRITError
 
@@ -24,6 +24,8 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """What may separate fields, the likeliest first."""
 _SHOWN = 60
 _HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+T = TypeVar("T")
+Fields = Iterable[tuple[str, Any]] | Mapping[str, Any]
 
 
 class Row(dict[str, Any]):
@@ -32,15 +34,20 @@ class Row(dict[str, Any]):
     Attributes:
         source: The file or data set.
         number: Its number there, from 1; a header does not count.
+        line: The file's line where it ends; where there are no lines, its number.
         forbidden: What no text may hold, e.g. a tokenizer's special tokens.
     """
 
-    __slots__ = ("forbidden", "number", "source")
+    __slots__ = ("forbidden", "line", "number", "source")
 
-    def __init__(self, fields: Iterable[tuple[str, Any]] | Mapping[str, Any], source: str | Path, number: int) -> None:
+    def __init__(self, fields: Fields, source: str | Path, number: int, line: int | None = None) -> None:
         super().__init__(fields)
-        self.source, self.number = str(source), number
+        self.source, self.number, self.line = str(source), number, line or number
         self.forbidden: re.Pattern[str] | None = None
+
+    def holding(self, fields: Fields) -> Row:
+        """Other fields in the place of these."""
+        return Row(fields, self.source, self.number, self.line)
 
     def error(self, column: str, what: str) -> GRITError:
         """An error that names the file, the row and the column."""
@@ -87,21 +94,30 @@ class Row(dict[str, Any]):
         return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Table:
     """Rows and how they were read.
 
     Attributes:
         source: The file or data set.
         rows: In file order.
-        columns: Their names, in order of appearance.
+        header: The columns' names, where the source says them apart from the rows.
         notes: What a user should know about how it was read, e.g. the delimiter.
+        meta: What else the source says (the seed of a log's run).
+        clock: When the first row was written, in any unit; None where the source does not say.
     """
 
     source: str
     rows: list[Row]
-    columns: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    header: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    clock: float | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names in the order in which they appear."""
+        return tuple(dict.fromkeys([*self.header, *(name for row in self.rows for name in row)]))
 
 
 def brief(value: Any) -> str:
@@ -149,14 +165,22 @@ def read_file(path: str | Path, suffix: str | None = None) -> Table:
     Raises:
         GRITError: as `read_table`.
     """
-    path = Path(path)
+    reader = READERS.get(suffix or Path(path).suffix.lower())
+    if reader is None:
+        raise GRITError(f"cannot read {path}: its name must end in {', '.join(READERS)}")
+    return read_with(reader, path)
+
+
+def read_with(reader: Callable[[Path, bytes], T], path: str | Path) -> T:
+    """What a reader of this module, or another function of a path and its bytes, makes of a file.
+
+    Raises:
+        GRITError: whatever goes wrong, with the file.
+    """
     try:
-        read = READERS[suffix or path.suffix.lower()]
-        return read(path, path.read_bytes())
+        return reader(Path(path), Path(path).read_bytes())
     except GRITError:
         raise
-    except KeyError:
-        raise GRITError(f"cannot read {path}: its name must end in {', '.join(READERS)}") from None
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise GRITError(f"cannot read {path}: it is not UTF-8 ({found}); save it as UTF-8") from None
@@ -181,16 +205,12 @@ def read_hub(name: str, config: str | None = None, *, split: str) -> Table:
             f"cannot load data set {source} (split {split}) from the hub: {one_line(error)}; "
             "give a local file of the same columns instead"
         ) from error
-    return _table(source, rows)
+    return Table(source, rows)
 
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _table(source: str | Path, rows: list[Row], *notes: str, columns: Iterable[str] = ()) -> Table:
-    return Table(str(source), rows, tuple(dict.fromkeys([*columns, *(name for row in rows for name in row)])), notes)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -215,29 +235,27 @@ def _parsed(text: str, place: str) -> Any:
         raise GRITError(f"{place} cannot be read: {one_line(error)}") from None
 
 
-def _json_rows(path: Path, values: Iterable[tuple[str, Any]]) -> list[Row]:
-    rows = []
-    for number, (place, value) in enumerate(values, 1):
-        if not isinstance(value, dict):
-            raise GRITError(f"{place} is not a JSON object but {brief(value)}; every entry must be an object")
-        rows.append(Row(value, path, number))
-    return rows
+def _json_row(value: Any, path: Path, number: int, place: str, line: int | None = None) -> Row:
+    if not isinstance(value, dict):
+        raise GRITError(f"{place} is not a JSON object but {brief(value)}; every entry must be an object")
+    return Row(value, path, number, line)
 
 
-def _read_json_lines(path: Path, data: bytes) -> Table:
-    def values() -> Iterator[tuple[str, Any]]:
-        # Not splitlines(), which also splits at U+2028, U+0085 and other characters that JSON strings may hold.
-        for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
-            if line.strip():
-                place = f"cannot read {path}: line {number}"
-                yield place, _parsed(line, place)
+def read_json_lines(path: Path, data: bytes) -> Table:
+    """One JSON object a line."""
+    rows: list[Row] = []
+    # Not splitlines(), which also splits at U+2028, U+0085 and other characters that JSON strings may hold.
+    for line, text in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+        if text.strip():
+            place = f"cannot read {path}: line {line}"
+            rows.append(_json_row(_parsed(text, place), path, len(rows) + 1, place, line))
+    return Table(str(path), rows)
 
-    return _table(path, _json_rows(path, values()))
 
-
-def _read_json(path: Path, data: bytes) -> Table:
+def read_json(path: Path, data: bytes, *, inside: str | None = None) -> Table:
+    """A list of objects; `inside` is its name where it stands in an object."""
     text = data.decode("utf-8-sig")
-    if text.lstrip()[:1] == "{" and "\n" in text.strip():
+    if inside is None and text.lstrip()[:1] == "{" and "\n" in text.strip():
         # Many files of JSON lines are named .json; a single object over several lines is none.
         first = text.lstrip().split("\n", 1)[0]
         try:
@@ -245,56 +263,69 @@ def _read_json(path: Path, data: bytes) -> Table:
         except (ValueError, RecursionError):
             pass
         else:
-            return _read_json_lines(path, data)
-    value = _parsed(text, f"cannot read {path}: it")
+            return read_json_lines(path, data)
+    place = f"cannot read {path}"
+    value = _parsed(text, f"{place}: it")
+    if inside is not None and isinstance(value, dict):
+        value = value.get(inside)
     if not isinstance(value, list):
-        raise GRITError(f"cannot read {path}: it does not hold a list of objects")
-    return _table(
-        path, _json_rows(path, ((f"cannot read {path}: entry {number}", v) for number, v in enumerate(value, 1)))
-    )
+        raise GRITError(f"{place}: it does not hold a list of objects{f' named {inside}' if inside else ''}")
+    return Table(str(path), [_json_row(row, path, n, f"{place}: entry {n}") for n, row in enumerate(value, 1)])
 
 
 # -- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def _read_delimited(path: Path, data: bytes) -> Table:
+def read_delimited(path: Path, data: bytes, *, known: Callable[[str], bool] | None = None) -> Table:
+    """Separated by the first delimiter that splits the header and gives every row as many fields.
+
+    Args:
+        path: For messages.
+        data: What the file holds.
+        known: Tells names of a log's columns. Delimiters that bring some forth come first; a log's cells are numbers
+            and names, so a space before one means nothing, nor does a row of empty cells or a column without a name.
+    """
     text = data.decode("utf-8-sig")
     limit = csv.field_size_limit(sys.maxsize)  # of the whole process, so it is put back
     try:
-        return _delimited(path, text)
+        heads: dict[str, list[str]] = {
+            d: next((fields for fields in _reader(text, d) if fields), []) for d in DELIMITERS
+        }
+        candidates = [d for d, head in heads.items() if len(head) > 1] or [","]
+        if known is not None:
+            candidates.sort(key=lambda d: not any(map(known, heads[d])))
+        errors = []
+        for delimiter in candidates:
+            try:
+                header, rows = _split(path, text, delimiter, known is not None)
+            except GRITError as error:
+                errors.append(error)
+                continue
+            said = delimiter == "," or (known is not None and path.suffix.lower() == ".tsv")
+            notes = [] if said else [f"{path}: read as fields separated by {DELIMITERS[delimiter]}"]
+            return Table(str(path), rows, header, notes)
+        raise errors[0]
     finally:
         csv.field_size_limit(limit)
 
 
-def _delimited(path: Path, text: str) -> Table:
-    """Separated by the first delimiter that splits the header and gives every row as many fields."""
-    heads = {d: next(csv.reader(io.StringIO(text, newline=""), delimiter=d), []) for d in DELIMITERS}
-    candidates = [d for d, head in heads.items() if len(head) > 1] or [","]
-    errors = []
-    for delimiter in candidates:
-        try:
-            header, rows = _split(path, text, delimiter)
-        except GRITError as error:
-            errors.append(error)
-            continue
-        notes = () if delimiter == "," else (f"{path}: read as fields separated by {DELIMITERS[delimiter]}",)
-        return _table(path, rows, *notes, columns=header)
-    raise errors[0]
-
-
-def _split(path: Path, text: str, delimiter: str) -> tuple[list[str], list[Row]]:
+def _reader(text: str, delimiter: str, *, strict: bool = False, skip: bool = False) -> Any:
     # newline="" leaves line ends inside quotes alone.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict, skipinitialspace=skip)
+
+
+def _split(path: Path, text: str, delimiter: str, log: bool) -> tuple[list[str], list[Row]]:
+    reader = _reader(text, delimiter, strict=True, skip=log)
     header: list[str] = []
     rows: list[Row] = []
     try:
         for fields in reader:
-            if not fields:  # an empty line
+            if not any(fields) if log else not fields:  # an empty line
                 continue
             place = f"cannot read {path}: line {reader.line_num} (row {len(rows) + 1})"
             if not header:
                 header = fields
-                if twice := [name for name in header if header.count(name) > 1]:
+                if twice := [name for name in header if header.count(name) > 1 and (name or not log)]:
                     raise GRITError(f"cannot read {path}: two columns are named {twice[0]!r}")
                 continue
             if len(fields) != len(header):
@@ -302,10 +333,10 @@ def _split(path: Path, text: str, delimiter: str) -> tuple[list[str], list[Row]]
                     f"{place} has {len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}): "
                     f'put fields that hold "{delimiter}" in double quotes'
                 )
-            for name, field in zip(header, fields, strict=True):
-                if field[:1] == " " and field.lstrip(" ")[:1] == '"':
+            for name, text in zip(header, fields, strict=True):
+                if text[:1] == " " and text.lstrip(" ")[:1] == '"':
                     raise GRITError(f"{place}, column {name!r}: a space stands before the quote; remove it")
-            rows.append(Row(zip(header, fields, strict=True), path, len(rows) + 1))
+            rows.append(Row(zip(header, fields, strict=True), path, len(rows) + 1, reader.line_num))
     except csv.Error as error:
         raise GRITError(f"cannot read {path}: line {reader.line_num} (row {len(rows) + 1}): {error}") from None
     return header, rows
@@ -322,14 +353,14 @@ def _read_parquet(path: Path, data: bytes) -> Table:
     if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
         raise GRITError(f"cannot read {path}: two columns are named {twice[0]!r}")
     rows = [Row(row, path, number) for number, row in enumerate(table.to_pylist(), 1)]
-    return _table(path, rows, columns=table.column_names)
+    return Table(str(path), rows, table.column_names)
 
 
 READERS: dict[str, Callable[[Path, bytes], Table]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_delimited,
-    ".tsv": _read_delimited,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
     ".parquet": _read_parquet,
 }

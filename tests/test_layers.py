@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,12 @@ def test_no_room_is_too_full() -> None:
             lines[room(module)] += len(path.read_text().splitlines())
     total = sum(len(path.read_text().splitlines()) for path in modules().values())
     assert {name: n for name, n in lines.items() if n > 0.2 * total} == {}
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    """Who searches for a class finds one. Oracle: the lines that begin with `class`."""
+    found = Counter(name for path in modules().values() for name in re.findall(r"^class (\w+)", path.read_text(), re.M))
+    assert [name for name, n in found.items() if n > 1 and not name.startswith("_")] == []
 
 
 def test_tests_mirror_the_package() -> None:

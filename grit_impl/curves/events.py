@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grit_impl.curves.tables import Table
 from grit_impl.errors import GRITError
+from grit_impl.tables import Row, Table
 
 
 class DamagedEvents(GRITError):
@@ -31,7 +31,7 @@ def read_events(files: Sequence[Path], path: Path) -> Table:
     from tensorboard.compat.tensorflow_stub import errors  # type: ignore[import-untyped]
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New  # type: ignore[import-untyped]
 
-    table = Table(path, [])
+    table = Table(str(path), [])
     for file in sorted(files, key=lambda f: f.name):
         if file.stat().st_size == 0:
             raise GRITError(f"{file}: the event file is empty; the run wrote nothing, or it was copied while open")
@@ -48,7 +48,7 @@ def read_events(files: Sequence[Path], path: Path) -> Table:
             for tag, number in found:
                 if number is not None:
                     table.clock = event.wall_time if table.clock is None else table.clock
-                    table.rows.append((len(table.rows) + 1, {"step": event.step, tag: number}))
+                    table.rows.append(Row({"step": event.step, tag: number}, path, len(table.rows) + 1))
     if not table.rows:
         raise GRITError(f"{path}: no scalars in its event files; name the folder of the run that logged the loss")
     return table

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from grit_impl.curves import events, tables
 from grit_impl.curves.names import FEWEST_LOSSES, existing, is_sideline, listed, words
 from grit_impl.curves.numbers import show
-from grit_impl.curves.tables import Table
 from grit_impl.errors import GRITError
 from grit_impl.record import RunRecord
+from grit_impl.tables import Row, Table
 
 Floats = NDArray[np.float64]
 Rows = list[dict[str, float]]
@@ -245,7 +245,7 @@ def _read(kind: str, files: list[Path], source: Path) -> Table:
         folder = files[0] / "metrics" if files[0].is_dir() else files[0].parent
         found = [p for p in sorted(folder.rglob("*")) if p.is_file()] if files[0].is_dir() else files
         return tables.read_mlflow({p.relative_to(folder).as_posix(): p for p in found}, source, folder.parent)
-    return {"trainer_state": tables.read_json, "csv": tables.read_csv, "jsonl": tables.read_jsonl}[kind](files[0])
+    return tables.read(kind, files[0])
 
 
 # -- rows of the known series -----------------------------------------------------------------------------------------
@@ -255,13 +255,13 @@ def _rows(table: Table, wanted: str | None, until: int | None) -> Rows:
     """Rows that carry a loss, completed with what other rows say of the same step."""
     column = tables.chosen(table, wanted)
     rows: Rows = []
-    for line, cells in _loss_rows(table, column):
+    for cells in _loss_rows(table, column):
         row = {}
         for series, name in column.items():
             try:
                 value = tables.number(cells.get(name))
             except GRITError as error:
-                raise GRITError(f"{table.path}, line {line}: {listed([name])} is {error}") from None
+                raise GRITError(f"{table.source}, line {cells.line}: {listed([name])} is {error}") from None
             if series == "loss":
                 row[series] = float("nan") if value is None else value
             elif value is not None and np.isfinite(value):
@@ -269,14 +269,14 @@ def _rows(table: Table, wanted: str | None, until: int | None) -> Rows:
         rows.append(row)
     if "step" not in column or (len(rows) > 1 and all(row.get("step") == 0 for row in rows)):
         what = "no step column" if "step" not in column else "every step is 0"
-        table.notes.append(f"{table.path}: {what}; its {len(rows)} losses were counted from 1.")
+        table.notes.append(f"{table.source}: {what}; its {len(rows)} losses were counted from 1.")
         return [{**row, "step": float(i)} for i, row in enumerate(rows, 1)]
     times = [name for name in table.columns if words(name) in (("wall", "time"), ("timestamp",))]
     if table.clock is None and times:
-        first = next((cells[times[0]] for _, cells in table.rows if tables.finite(cells.get(times[0]))), None)
+        first = next((cells[times[0]] for cells in table.rows if tables.finite(cells.get(times[0]))), None)
         table.clock = tables.number(first)
     elsewhere: dict[str, dict[float, float]] = {}
-    for _, cells in table.rows:
+    for cells in table.rows:
         step = tables.number(cells.get(column["step"])) if tables.finite(cells.get(column["step"])) else None
         for series in SERIES[1:]:
             if step is not None and series in column and tables.finite(cells.get(column[series])):
@@ -289,32 +289,29 @@ def _rows(table: Table, wanted: str | None, until: int | None) -> Rows:
     later = {step for series in ("grad_norm", "learning_rate") for step in elsewhere.get(series, {}) if step > last}
     if len(later) > 1 and (until is None or until > last):
         raise GRITError(
-            f"{table.path}: no loss after step {int(last)} although the log goes on to step {int(max(later))}: this "
-            f"run diverged, or its log was cut{_advice(rows, table.path, int(last))}"
+            f"{table.source}: no loss after step {int(last)} although the log goes on to step {int(max(later))}: this "
+            f"run diverged, or its log was cut{_advice(rows, Path(table.source), int(last))}"
         )
     return rows
 
 
-def _loss_rows(table: Table, column: Mapping[str, str]) -> list[tuple[int, tables.Row]]:
+def _loss_rows(table: Table, column: Mapping[str, str]) -> list[Row]:
     """Rows with a loss, and rows that should have one: those that log nothing which no loss goes with.
 
     A row of a validation, of an epoch's mean or of a learning rate alone has a hole where the loss is, empty or NaN
     (what pandas writes for a hole). A diverged step has NaN there beside what every other step logs.
     """
     loss = column["loss"]
-    filled = {line: {name for name, value in row.items() if tables.finite(value)} for line, row in table.rows}
-    beside: set[str] = set()
-    for line, row in table.rows:
-        if tables.finite(row.get(loss)):
-            beside |= filled[line]
+    filled = [{name for name, value in row.items() if tables.finite(value)} for row in table.rows]
+    beside: set[str] = set().union(*(names for names in filled if loss in names))
     kept = []
-    for line, row in table.rows:
+    for row, names in zip(table.rows, filled, strict=True):
         value = row.get(loss)
-        if not tables.finite(value):
-            others = {name for name in filled[line] if not is_sideline(name)}
+        if loss not in names:
+            others = {name for name in names if not is_sideline(name)}
             if others - beside or (tables.is_hole(value) and (others or loss not in row)):
                 continue
-        kept.append((line, row))
+        kept.append(row)
     return kept
 
 
@@ -328,7 +325,7 @@ def _only_until(table: Table, until: int | None, loss: str | None, damage: GRITE
     if until is not None and last >= until:
         return
     where = f", after step {last}" if last else ", at its beginning"
-    raise GRITError(f"{damage}{where}{_advice(rows, table.path, last - 1)}") from damage
+    raise GRITError(f"{damage}{where}{_advice(rows, Path(table.source), last - 1)}") from damage
 
 
 def _advice(rows: Rows, path: Path, until: int) -> str:

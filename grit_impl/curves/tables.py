@@ -1,28 +1,23 @@
 """Tables of logged values, and the one run in them that is meant.
 
-Read are CSV in the csv module's strict mode (any of four separators, every row as wide as the header), JSON lines
-(split at line feeds only: U+2028 and U+0085 belong to strings), JSON with a Trainer's `log_history` or a list of rows,
-and the metric files of MLflow (`timestamp value step`). A table may hold several runs: wandb's chart export has columns
-`run - metric` with companions `__MIN` and `__MAX`, a data frame may have a column that names the run.
+A table may hold several runs: wandb's chart export has columns `run - metric` with companions `__MIN` and `__MAX`, a
+data frame may have a column that names the run. A cell that is missing or empty is a hole.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grit_impl.curves.names import is_series, listed, pick, words
 from grit_impl.errors import GRITError
+from grit_impl.tables import Row, Table, brief, read_delimited, read_json, read_json_lines, read_with
 
-Row = Mapping[str, Any]
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 COMPANIONS = ("__MIN", "__MAX")
 """wandb's extremes of the values that one row of its export stands for."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -30,30 +25,6 @@ _NOT_FINITE = {"nan", "-nan", "inf", "+inf", "-inf", "infinity", "+infinity", "-
 _HOLES = {"", "na", "n/a", "null", "none"}
 _RUN_COLUMNS = {words(n) for n in ("run", "run_id", "run_name", "run_uuid")}
 _TAG_COLUMNS = {words(n) for n in ("tag", "key", "metric", "metric_name")}
-
-
-@dataclass
-class Table:
-    """What a log file says, row by row.
-
-    Attributes:
-        path: The file or folder.
-        rows: Line number (from 1) and cells of each row; a cell that is missing or empty is a hole.
-        notes: What a reader of the result must know about the reading.
-        meta: What else the log says (seed), possibly empty.
-        clock: When the run wrote its first value, in any unit; None where the log does not say.
-    """
-
-    path: Path
-    rows: list[tuple[int, Row]]
-    notes: list[str] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
-    clock: float | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        """Names in the order in which they appear."""
-        return list(dict.fromkeys(name for _, row in self.rows for name in row))
 
 
 def is_hole(value: Any) -> bool:
@@ -77,8 +48,7 @@ def number(value: Any) -> float | None:
             raise GRITError(f"{value!r}, with a decimal comma: export it with decimal points")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if abs(value) < 1e308 or not isinstance(value, int) else math.inf
-    shown = repr(value)
-    raise GRITError(f"{shown if len(shown) < 60 else shown[:50] + ' ...'}, not a number")
+    raise GRITError(f"{brief(value)}, not a number")
 
 
 def finite(value: Any) -> bool:
@@ -93,99 +63,22 @@ def finite(value: Any) -> bool:
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GRITError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def read_csv(file: Path) -> Table:
-    """A table of separated values."""
-    text = _text(file)
-    csv.field_size_limit(2**31 - 1)
-
-    def parse(separator: str) -> Any:
-        return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
-
-    headers: dict[str, list[str]] = {}
-    for separator in SEPARATORS:
-        try:
-            headers[separator] = [name.strip() for name in next(parse(separator), [])]
-        except csv.Error:
-            continue  # a quote that only another separator understands
-
-    def promise(separator: str) -> tuple[bool, int]:
-        return any(is_series(name.rsplit(" - ", 1)[-1]) for name in headers[separator]), len(headers[separator])
-
-    separator = max(headers, key=promise, default=",")
-    header = headers.get(separator, [])
-    repeated = sorted({name for name in header if name and header.count(name) > 1})
-    if repeated:
-        raise GRITError(f"{file}: several columns named {listed(repeated)}; give each its own name")
-    rows: list[tuple[int, Row]] = []
-    reader = parse(separator)
-    try:
-        next(reader, None)
-        for cells in reader:
-            if len(cells) != len(header) and any(cells):
-                raise GRITError(
-                    f"{file}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}: "
-                    "truncated or corrupt"
-                )
-            if any(cells):
-                rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        raise GRITError(f"{file}, line {reader.line_num}: {error}: truncated or corrupt") from None
-    table = Table(file, rows or [(1, dict.fromkeys(header, ""))])
-    if separator != "," and file.suffix.lower() != ".tsv":
-        table.notes.append(f"{file}: read as separated by {SEPARATORS[separator]}.")
-    return table
-
-
-def read_jsonl(file: Path) -> Table:
-    """One JSON object per line."""
-    rows: list[tuple[int, Row]] = []
-    for line, text in enumerate(_text(file).split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            row = _json(text)
-            if not isinstance(row, dict):
-                raise ValueError(f"{type(row).__name__} instead of an object")
-        except ValueError:
-            raise GRITError(f"{file}, line {line}: not a JSON object: truncated or corrupt") from None
-        rows.append((line, row))
-    return Table(file, rows)
-
-
-def read_json(file: Path) -> Table:
-    """A Trainer's state, or a list of rows."""
-    try:
-        state = _json(_text(file))
-    except ValueError as error:
-        if isinstance(error, GRITError):
-            raise
-        raise GRITError(f"{file}: truncated or not JSON ({error})") from error
-    history = state.get("log_history") if isinstance(state, dict) else state
-    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        raise GRITError(f"{file}: no log_history in it, so it is no trainer_state.json of a Trainer")
-    return Table(file, list(enumerate(history, 1)))
+def read(kind: str, file: Path) -> Table:
+    """A log in one file: "csv", "jsonl", or "trainer_state" (of a Trainer, or its `log_history` alone)."""
+    readers: dict[str, Callable[[Path, bytes], Table]] = {
+        "csv": partial(read_delimited, known=lambda name: is_series(name.rsplit(" - ", 1)[-1])),
+        "jsonl": read_json_lines,
+        "trainer_state": partial(read_json, inside="log_history"),
+    }
+    return read_with(readers[kind], file)
 
 
 def read_mlflow(files: Mapping[str, Path], path: Path, run: Path) -> Table:
-    """Metric files, by metric, of the MLflow run in the folder `run`; `path` is for messages."""
-    table = Table(path, [])
+    """Metric files (`timestamp value step`), by metric, of the MLflow run in folder `run`; `path` is for messages."""
+    table = Table(str(path), [])
     wanted = {name: file for name, file in files.items() if is_series(name)} or dict(files)
     for name, file in wanted.items():
-        for line, text in enumerate(_text(file).split("\n"), 1):
+        for line, text in enumerate(read_with(_text, file).split("\n"), 1):
             if not text.strip():
                 continue
             cells = text.strip().split(" ")
@@ -198,11 +91,15 @@ def read_mlflow(files: Mapping[str, Path], path: Path, run: Path) -> Table:
                 raise GRITError(f"{file}, line {line}: {error}: truncated or corrupt") from None
             clock = float(cells[0])
             table.clock = clock if table.clock is None else min(table.clock, clock)
-            table.rows.append((line, {"step": step, name: cells[1]}))
+            table.rows.append(Row({"step": step, name: cells[1]}, path, line))
     seed = run / "params" / "seed"
-    if seed.is_file() and finite(_text(seed)):
-        table.meta["seed"] = int(float(_text(seed)))
+    if seed.is_file() and finite(text := read_with(_text, seed)):
+        table.meta["seed"] = int(float(text))
     return table
+
+
+def _text(_: Path, data: bytes) -> str:
+    return data.decode("utf-8-sig")
 
 
 # -- the run that is meant --------------------------------------------------------------------------------------------
@@ -221,26 +118,27 @@ def one_run(table: Table, run: str | None = None, loss: str | None = None) -> tu
     if run is None:
         if len(runs) > 1:
             raise GRITError(
-                f"{table.path}: holds {len(runs)} runs ({listed(runs, 4)}); name one, e.g. '{table.path}::{runs[0]}'"
+                f"{table.source}: holds {len(runs)} runs ({listed(runs, 4)}); "
+                f"name one, e.g. '{table.source}::{runs[0]}'"
             )
         run = runs[0] if runs else None
     elif run not in runs:
         what = f"its runs are {listed(runs)}" if runs else "it has no columns per run: leave '::' and the name away"
-        raise GRITError(f"{table.path}: no run named {run!r}; {what}")
+        raise GRITError(f"{table.source}: no run named {run!r}; {what}")
     if run is None:
         return table, None
     kept = {c: metric for c, (owner, metric) in owners.items() if owner in (None, run)}
     own = {c for c, (owner, _) in owners.items() if owner == run}
-    rows: list[tuple[int, Row]] = [
-        (line, {kept[c]: v for c, v in row.items() if c in kept})
-        for line, row in table.rows
+    rows = [
+        row.holding({kept[c]: v for c, v in row.items() if c in kept})
+        for row in table.rows
         if any(not is_hole(row.get(c)) for c in own)
     ]
     notes = [*table.notes]
     extremes = [f"{c}{end}" for c in own if _is_loss(kept[c], loss) for end in COMPANIONS]
-    if len(extremes) == 2 and any(_apart(row, *extremes) for _, row in table.rows):
-        notes.append(f"{table.path}: some rows stand for several steps (__MIN and __MAX differ): export all points.")
-    return Table(table.path, rows, notes, table.meta, table.clock), run
+    if len(extremes) == 2 and any(_apart(row, *extremes) for row in table.rows):
+        notes.append(f"{table.source}: some rows stand for several steps (__MIN and __MAX differ): export all points.")
+    return replace(table, rows=rows, header=(), notes=notes), run
 
 
 def _is_loss(metric: str, wanted: str | None) -> bool:
@@ -268,22 +166,22 @@ def _wide(table: Table) -> Table:
         tag = value = None
     if run is None and tag is None:
         return table
-    rows: list[tuple[int, Row]] = []
-    for line, row in table.rows:
+    rows = []
+    for row in table.rows:
         cells = {k: v for k, v in row.items() if k not in (run, tag, value)}
         if tag is not None and value is not None and not is_hole(row.get(tag)):
             cells[str(row[tag])] = row.get(value)
         owner = None if run is None or is_hole(row.get(run)) else str(row[run])
         if owner is not None:
             cells = {k if is_series(k, "step") else f"{owner} - {k}": v for k, v in cells.items()}
-        rows.append((line, cells))
-    return Table(table.path, rows, table.notes, table.meta, table.clock)
+        rows.append(row.holding(cells))
+    return replace(table, rows=rows, header=())
 
 
 def count(table: Table) -> dict[str, int]:
     """How many cells each column fills."""
     counts = dict.fromkeys(table.columns, 0)
-    for _, row in table.rows:
+    for row in table.rows:
         for name, value in row.items():
             counts[name] += not is_hole(value)
     return counts
@@ -299,13 +197,13 @@ def chosen(table: Table, loss: str | None = None) -> dict[str, str]:
     try:
         name = pick("loss", counts, loss)
     except GRITError as error:
-        raise GRITError(f"{table.path}: {error}") from None
+        raise GRITError(f"{table.source}: {error}") from None
     if name is None:
-        raise GRITError(f"{table.path}: no loss column; found {listed(counts)}; name it with `--loss NAME`")
+        raise GRITError(f"{table.source}: no loss column; found {listed(counts)}; name it with `--loss NAME`")
     others = [n for n in counts if n != name and is_series(n, "loss") and counts[n] >= 8]
     if others:
-        table.notes.append(f"{table.path}: the loss is {name}; not used: {listed(others)}.")
-    placed = Table(table.path, [(line, row) for line, row in table.rows if not is_hole(row.get(name))])
+        table.notes.append(f"{table.source}: the loss is {name}; not used: {listed(others)}.")
+    placed = replace(table, rows=[row for row in table.rows if not is_hole(row.get(name))])
     found = {"loss": name, "step": pick("step", count(placed))}
     found |= {series: pick(series, counts) for series in ("grad_norm", "learning_rate", "tokens")}
     return {series: column for series, column in found.items() if column is not None}

@@ -351,7 +351,7 @@ def read_lines(path: Path, missing: bool = False) -> list[Row]:
         try:
             row = json.loads(line)
             row["label"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise GRITError(f"corrupt evaluation: {path}, line {number} is not an answer; remove that line") from None

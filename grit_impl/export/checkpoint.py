@@ -38,7 +38,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class TensorEntry:
+class StoredTensor:
     """Where one tensor lies: the file, its dtype as safetensors names it, its shape, and its byte range."""
 
     file: Path
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def safetensors_entries(path: Path) -> dict[str, TensorEntry]:
+def safetensors_entries(path: Path) -> dict[str, StoredTensor]:
     """The table at the head of a safetensors file.
 
     Raises:
@@ -77,7 +77,7 @@ def safetensors_entries(path: Path) -> dict[str, TensorEntry]:
             table = json.loads(handle.read(length))
         size = path.stat().st_size
         entries = {
-            name: TensorEntry(
+            name: StoredTensor(
                 path,
                 str(e["dtype"]),
                 tuple(e["shape"]),
@@ -118,7 +118,7 @@ class Checkpoint:
                 f"{self.folder} holds an adapter_config.json beside the model, so transformers would load that adapter "
                 "into the base; move it away"
             )
-        self.entries: dict[str, TensorEntry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         for file in self._files():
             self.entries.update(safetensors_entries(file))
         self._check_index()

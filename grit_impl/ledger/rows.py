@@ -26,6 +26,8 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 LEVEL = 4
 # 2: steps are numbered like the run's, also after it was resumed.
 SCHEMA = 2
+# What gzip and json raise where bytes are no gzip, no UTF-8 or no JSON.
+_DAMAGE = (OSError, EOFError, ValueError, RecursionError, zlib.error)
 
 NUMBER, FLAG, TEXT = "number", "flag", "text"
 TENSOR: dict[str, tuple[str, str]] = {
@@ -209,7 +211,7 @@ def salvage(path: Path) -> Iterator[dict[str, Any]]:
                 if not line.endswith("\n"):
                     return
                 yield json.loads(line)
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, zlib.error):
+    except _DAMAGE:
         return
 
 
@@ -228,7 +230,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 rows.append(row)
     except FileNotFoundError:
         raise GRITError(f"no gradient ledger at {path}") from None
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (*_DAMAGE, KeyError, TypeError) as error:
         raise GRITError(f"corrupt gradient ledger: {path}, line {len(rows) + 1}: {error}") from error
     if not rows or rows[0]["kind"] != "run":
         raise GRITError(f"corrupt gradient ledger: {path} does not begin with a row of kind 'run'")

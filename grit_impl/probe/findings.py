@@ -34,7 +34,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Check:
+class Requirement:
     """Something that GRIT relies on."""
 
     name: str
@@ -58,7 +58,7 @@ class ProbeReport:
     optimizer: str
     versions: dict[str, str]
     events: tuple[Event, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[Requirement, ...]
 
     @property
     def good(self) -> bool:
@@ -79,6 +79,6 @@ class ProbeReport:
         try:
             value = json.loads(path.read_text())
             events = tuple(Event(**{**e, "per_step": tuple(e["per_step"])}) for e in value.pop("events"))
-            return cls(events=events, checks=tuple(Check(**c) for c in value.pop("checks")), **value)
+            return cls(events=events, checks=tuple(Requirement(**c) for c in value.pop("checks")), **value)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise GRITError(f"corrupt run record: {path} is no probe ({error})") from error

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import versions
-from grit_impl.probe.findings import FILE, Check, Event, ProbeReport
+from grit_impl.probe.findings import FILE, Event, ProbeReport, Requirement
 from grit_impl.recipes.arms import RunSpec, TrainingSettings
 from grit_impl.record import RunRecord
 
@@ -216,7 +216,7 @@ def _report(watch: _Watch, manager: GRITManager, stack: str) -> ProbeReport:
     return ProbeReport(stack, watch.optimizer, versions(), tuple(events), _checks(watch, manager, events))
 
 
-def _checks(watch: _Watch, manager: GRITManager, events: list[Event]) -> tuple[Check, ...]:
+def _checks(watch: _Watch, manager: GRITManager, events: list[Event]) -> tuple[Requirement, ...]:
     by_name = {event.name: event for event in events}
     moment, entry = by_name[MOMENT], by_name.get(ENTRY)
     tensors, layers = len(watch.parameters), len(manager.layers)
@@ -225,25 +225,25 @@ def _checks(watch: _Watch, manager: GRITManager, events: list[Event]) -> tuple[C
     report = manager.factor_report()
     counted, error = sum(row["samples"] > 0 for row in report["layers"]), report["completeness_error"]
     return (
-        Check(
+        Requirement(
             "fires once per optimizer step",
             moment.per_step == (1, 1),
             f"{MOMENT}: {_times(moment.per_step)} per step",
         ),
-        Check(
+        Requirement(
             "clipping < on_pre_optimizer_step < optimizer.step",
             in_order and (clip.order == 0 or clip.order < moment.order),
             f"places {clip.order or '-'}, {moment.order or '-'}, {entry.order if entry else '-'} in a step",
         ),
-        Check(
+        Requirement(
             "gradients are ready at that moment", moment.gradients == "all", f"{moment.gradients or 'no'} LoRA tensors"
         ),
-        Check(
+        Requirement(
             "what is written there enters the optimizer, bit for bit",
             bool(watch.equal) and min(watch.equal) == tensors,
             f"{min(watch.equal, default=0)} of {tensors} tensors, {watch.optimizer or 'no optimizer step seen'}",
         ),
-        Check(
+        Requirement(
             "GRIT's statistics see every layer and add up to the gradients",
             not watch.problem and counted == layers and error is not None,
             watch.problem

@@ -31,7 +31,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedEffect:
     """An arm against the reference on one task, paired by seed.
 
     Attributes:
@@ -79,7 +79,7 @@ def _percent(interval: Interval) -> Interval:
     return Interval(percent(interval.estimate), low, percent(interval.high), interval.n, interval.method)
 
 
-def compare(rows: Sequence[Row], task: str, arm: str, reference: str) -> Comparison | None:
+def compare(rows: Sequence[Row], task: str, arm: str, reference: str) -> PairedEffect | None:
     """Compare an arm with the reference on one task.
 
     Args:
@@ -105,7 +105,7 @@ def compare(rows: Sequence[Row], task: str, arm: str, reference: str) -> Compari
     shares = [_reached(a["curve"], b["loss"]) / b["curve"][-1][0] for a, b in pairs]
     share = _median(shares)
     smallest = math.log1p(SMALLEST_EFFECT / 100)
-    return Comparison(
+    return PairedEffect(
         task=task,
         arm=arm,
         effect=_percent(t_interval(ratios, 1 - ALPHA)),
@@ -148,7 +148,7 @@ def _reached(curve: Sequence[Sequence[float]], loss: float) -> float:
     return math.inf
 
 
-def verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def verdicts(comparisons: Sequence[PairedEffect]) -> list[PairedEffect]:
     """Holm over the comparisons given, and a verdict for each.
 
     Supported: the interval lies below zero, Holm's p is at most alpha, no run diverged, and an improvement of the
@@ -161,7 +161,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [_decided(comparison, p) for comparison, p in zip(comparisons, adjusted, strict=True)]
 
 
-def _decided(comparison: Comparison, adjusted: float) -> Comparison:
+def _decided(comparison: PairedEffect, adjusted: float) -> PairedEffect:
     effect, worthwhile = comparison.effect, -SMALLEST_EFFECT
     if comparison.diverged or effect.n < FEWEST:
         verdict = "inconclusive"
@@ -171,11 +171,11 @@ def _decided(comparison: Comparison, adjusted: float) -> Comparison:
         verdict = "supported"
     else:
         verdict = "inconclusive"
-    return Comparison(**{**_fields(comparison), "adjusted": adjusted, "verdict": verdict})
+    return PairedEffect(**{**_fields(comparison), "adjusted": adjusted, "verdict": verdict})
 
 
-def _fields(comparison: Comparison) -> dict[str, Any]:
-    return {name: getattr(comparison, name) for name in Comparison.__dataclass_fields__}
+def _fields(comparison: PairedEffect) -> dict[str, Any]:
+    return {name: getattr(comparison, name) for name in PairedEffect.__dataclass_fields__}
 
 
 def tuned(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
@@ -213,7 +213,7 @@ def candidate(rows: Sequence[Row]) -> str:
     return min(scores, key=lambda arm: scores[arm])
 
 
-def family(rows: Sequence[Row], reference: str, arms: Sequence[str], tasks: Sequence[str]) -> list[Comparison]:
+def family(rows: Sequence[Row], reference: str, arms: Sequence[str], tasks: Sequence[str]) -> list[PairedEffect]:
     """Comparisons of the arms with the reference on the tasks, judged as one family."""
     found = (compare(rows, task, arm, reference) for task in tasks for arm in arms if arm not in (reference, BASE_ARM))
     return verdicts([comparison for comparison in found if comparison is not None])

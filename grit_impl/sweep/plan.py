@@ -40,7 +40,7 @@ TRAINING: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """One training run.
 
     Attributes:
@@ -118,7 +118,7 @@ class Plan:
     ablations: tuple[Ablation, ...]
     every: int
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Iterator[PlannedRun]:
         """All runs in their order."""
         for seed in self.tuning_seeds:
             for trial in range(max(map(len, self.trials.values()))):
@@ -127,7 +127,7 @@ class Plan:
                         changes = trials[trial]
                         yield self._job("tuning", task, arm, seed, trial=trial, changes=changes)
         for task in self.tasks:
-            yield Job("evaluation", self.base, task, BASE_ARM, "none", 0, changes={"steps": 0})
+            yield PlannedRun("evaluation", self.base, task, BASE_ARM, "none", 0, changes={"steps": 0})
         for seed in self.evaluation_seeds:
             for task in self.tasks:
                 for arm in self.trials:
@@ -179,10 +179,10 @@ class Plan:
         kinds = ("methods", "fixed", "trials")
         return next((f"arm {arm}" for arm in arms if any(now[k][arm] != before[k][arm] for k in kinds)), "")
 
-    def _job(self, phase: str, task: str, arm: str, seed: int, **rest: Any) -> Job:
-        return Job(phase, self.base, task, arm, self.methods[arm], seed, **rest)
+    def _job(self, phase: str, task: str, arm: str, seed: int, **rest: Any) -> PlannedRun:
+        return PlannedRun(phase, self.base, task, arm, self.methods[arm], seed, **rest)
 
-    def settings(self, job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(self, job: PlannedRun, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Everything a run needs besides the job: common settings, the chosen trial's, the job's own changes."""
         return {**self.common, **self.fixed.get(job.arm, {}), **chosen, **job.changes, "every": self.every}
 

@@ -13,7 +13,7 @@ from typing import Any
 from grit_impl.errors import GRITError
 from grit_impl.record import write_atomic
 from grit_impl.statistics.intervals import Interval, t_interval
-from grit_impl.sweep.analysis import ALPHA, SMALLEST_EFFECT, Comparison, candidate, compare, family, tuned, verdicts
+from grit_impl.sweep.analysis import ALPHA, SMALLEST_EFFECT, PairedEffect, candidate, compare, family, tuned, verdicts
 from grit_impl.sweep.plan import BASE_ARM
 from grit_impl.sweep.store import Store
 
@@ -56,7 +56,7 @@ def markdown(stores: Sequence[Store]) -> str:
     """All tables. The first store's tuning phase names the GRIT arm of the confirmatory test."""
     results = [_Results(store) for store in stores]
     arm = candidate(results[0].tuning)
-    confirmed: list[tuple[_Results, Comparison]] = []
+    confirmed: list[tuple[_Results, PairedEffect]] = []
     for r in results:
         found = (compare(r.evaluation, task, arm, r.reference) for task in r.tasks)
         confirmed += [(r, c) for c in found if c is not None]

@@ -36,7 +36,7 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
     """Train one run and measure it.
 
     Args:
-        job: A `Job` as a dictionary.
+        job: A `PlannedRun` as a dictionary.
         settings: Its settings, resolved.
         device: `cpu` (one thread) or `cuda`.
 

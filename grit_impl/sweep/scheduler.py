@@ -20,7 +20,7 @@ from typing import Any
 
 from grit_impl.errors import GRITError
 from grit_impl.machine import least_used, visible_gpus
-from grit_impl.sweep.plan import Job, Plan
+from grit_impl.sweep.plan import PlannedRun, Plan
 from grit_impl.sweep.store import FINISHED, Store, choose_trial
 
 Work = Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]
@@ -31,7 +31,7 @@ PATIENCE = 0.5
 
 @dataclass
 class _Running:
-    job: Job
+    job: PlannedRun
     settings: dict[str, Any]
     process: Any
     inbox: Connection
@@ -152,7 +152,7 @@ class Sweep:
     def _left(self) -> float:
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
-    def _next(self) -> Job | None:
+    def _next(self) -> PlannedRun | None:
         """The first pending job whose tuning is finished; None if there is none, or no time for it."""
         if self._costs and self._left() < statistics.median(self._costs):
             return None
@@ -162,7 +162,7 @@ class Sweep:
                 return job
         return None
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: PlannedRun) -> None:
         chosen: dict[str, Any] = {}
         if job.phase != "tuning" and job.method != "none":
             trial = choose_trial(self.store.runs(phase="tuning", task=job.task, arm=job.arm))
@@ -197,7 +197,7 @@ class Sweep:
             self._costs.append(seconds)
             self._record(running.job, running.settings, {**result, "seconds": seconds})
 
-    def _record(self, job: Job, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    def _record(self, job: PlannedRun, settings: dict[str, Any], result: dict[str, Any]) -> None:
         self.store.add(job, settings, result, self.device)
         self.finished += 1
         if job.phase == "tuning":

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from grit_impl.errors import GRITError
-from grit_impl.sweep.plan import Job
+from grit_impl.sweep.plan import PlannedRun
 
 SCHEMA = 1
 FINISHED = ("done", "diverged")
@@ -78,7 +78,7 @@ class Store:
         with self._db:
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
-    def add(self, job: Job, settings: Mapping[str, Any], result: Mapping[str, Any], device: str) -> None:
+    def add(self, job: PlannedRun, settings: Mapping[str, Any], result: Mapping[str, Any], device: str) -> None:
         """Write one run; a run of the same key is replaced."""
         row: dict[str, Any] = {
             "key": job.key,

@@ -195,6 +195,15 @@ def _command(*chosen: Sequence[Any] | None) -> str:
     return " ".join(["python -m grit_impl.zoo.matrix", *given])
 
 
+def _results(out: Path) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+        summarise(found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise GRITError(f"{out} holds no results of this command ({type(error).__name__}: {error})") from None
+    return found
+
+
 def _split(value: str | None) -> list[str] | None:
     return None if value is None else [part for part in value.split(",") if part]
 
@@ -219,7 +228,7 @@ def faults(
         raise GRITError(f"--seeds {seeds!r}: give whole numbers, separated by commas") from None
     chosen = (_split(trainers), _split(optimizers), numbers, _split(cases))
     total = sum(1 for _ in runs(*chosen))
-    known = json.loads(out.read_text())["results"] if resume and out is not None and out.exists() else []
+    known = _results(out) if resume and out is not None and out.exists() else []
     seen: list[dict[str, Any]] = []
 
     with click.progressbar(length=total, label=f"{total} runs") as bar:

@@ -138,7 +138,9 @@ def test_the_command_reports_a_failure(monkeypatch):
     """Oracle: exit status 1 and the check's name."""
     from grit_impl.probe.commands import probe as command
 
-    broken = probe.ProbeReport("peft", "AdamW", {"torch": "2"}, (), (probe.Check("fires once", False, "0 per step"),))
+    broken = probe.ProbeReport(
+        "peft", "AdamW", {"torch": "2"}, (), (probe.Requirement("fires once", False, "0 per step"),)
+    )
     monkeypatch.setattr(probe_run, "run_probe", lambda *_, **__: broken)
     result = click.testing.CliRunner().invoke(command, ["--no-unsloth"])
     assert result.exit_code == 1

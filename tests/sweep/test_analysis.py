@@ -12,7 +12,7 @@ import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.sweep.analysis import SMALLEST_EFFECT, Comparison, candidate, compare, family, percent, verdicts
+from grit_impl.sweep.analysis import SMALLEST_EFFECT, PairedEffect, candidate, compare, family, percent, verdicts
 from grit_impl.sweep.plan import load_plan
 from grit_impl.sweep.report import markdown, marks, plots, replace_block
 from grit_impl.sweep.scheduler import Sweep
@@ -39,7 +39,7 @@ def row(arm: str, seed: int, loss: float, **rest: Any) -> dict[str, Any]:
     }
 
 
-def simulated(rng: np.random.Generator, true_ratio: float) -> Comparison:
+def simulated(rng: np.random.Generator, true_ratio: float) -> PairedEffect:
     """Eight pairs: seeds differ by 20%, the arms' ratio by 2% around the truth."""
     rows = []
     for seed in range(SEEDS):
@@ -77,7 +77,7 @@ def test_a_real_difference_is_found_and_a_small_one_refuted() -> None:
     assert "supported" not in refuted
 
 
-def judged(*ratios: float, **rest: Any) -> Comparison:
+def judged(*ratios: float, **rest: Any) -> PairedEffect:
     """The verdict on these ratios."""
     pairs = ((row("adamw", i, 1.0), row("grit", i, ratio, **rest)) for i, ratio in enumerate(ratios))
     found = compare([one for pair in pairs for one in pair], "convert", "grit", "adamw")

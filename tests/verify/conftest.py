@@ -14,7 +14,7 @@ import pytest
 
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.probe.findings import FILE as PROBE
-from grit_impl.probe.findings import Check, ProbeReport
+from grit_impl.probe.findings import ProbeReport, Requirement
 from grit_impl.record import RunRecord, sha256_file
 from grit_impl.verify.claims import Claim, Evidence, catalogue
 from grit_impl.verify.options import Options
@@ -111,7 +111,7 @@ def write_run(folder: Path, arm: str, offset: float = 0.0, **changes: Any) -> Ru
     ]
     (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if arm.startswith("hybrid"):
-        good = Check("what is written there enters the optimizer, bit for bit", True, "28 of 28 tensors, AdamW")
+        good = Requirement("what is written there enters the optimizer, bit for bit", True, "28 of 28 tensors, AdamW")
         ProbeReport("peft", "AdamW", {"transformers": "5"}, (), (good,)).write(record.path / PROBE)
     record.adapter.mkdir()
     (record.adapter / "adapter_model.safetensors").write_bytes(arm.encode())

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from grit_impl.errors import GRITError
-from grit_impl.probe.findings import FILE, Check, ProbeReport
+from grit_impl.probe.findings import FILE, ProbeReport, Requirement
 from grit_impl.record import RunRecord
 from grit_impl.verify.claims import find
 from grit_impl.verify.claims.base import Evidence
@@ -218,7 +218,7 @@ def test_a_failed_probe_refutes_and_names_the_check(tmp_path):
     claim, record = find("gradients.moment-reaches-optimizer"), write_run(tmp_path, "hybrid")
     evidence = Evidence(records={"hybrid": record})
     assert claim.judge(evidence).verdict == "supported"
-    lost = Check("bit for bit", False, "0 of 448 tensors, AdamW8bit")
+    lost = Requirement("bit for bit", False, "0 of 448 tensors, AdamW8bit")
     ProbeReport("unsloth", "AdamW8bit", {}, (), (lost,)).write(record.path / FILE)
     judgement = claim.judge(evidence)
     assert judgement.verdict == "refuted"

@@ -118,7 +118,7 @@ def test_a_full_disk_is_found_first(session: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_nothing_is_tried_where_nothing_is_trained(session: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Oracle: the runs are there already, or only stored ones are judged."""
-    monkeypatch.setattr(products.Products, "_exported", lambda *_: pytest.fail("it was tried"))
+    monkeypatch.setattr(products.ProductEvidence, "_exported", lambda *_: pytest.fail("it was tried"))
     evidence = session(reuse_runs=True).gather(["record:pure"])
     assert "reuse-runs trains none" in evidence.lacks("record:pure")
 

@@ -26,7 +26,7 @@ from grit_impl.runs.execute import finished, run_arms, run_cost, source_fingerpr
 from grit_impl.runs.progress import ProgressLine
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
 from grit_impl.verify.evidence import preflight
-from grit_impl.verify.evidence.products import Products
+from grit_impl.verify.evidence.products import ProductEvidence
 from grit_impl.verify.evidence.questions import questions
 from grit_impl.verify.options import MODELS, PLAN_ARMS, RECOMMENDED
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LiveEvidence(Products):
+class LiveEvidence(ProductEvidence):
     """Evidence that is made when it is asked for.
 
     Attributes:

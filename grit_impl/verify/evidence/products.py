@@ -38,7 +38,7 @@ def no_progress(label: str, done: int, total: int) -> None:
 
 
 @dataclass
-class Products(Evidence):
+class ProductEvidence(Evidence):
     """Makes exports and evaluations, and finds again what is already there.
 
     Attributes:
