@@ -20,7 +20,7 @@ from typing import Any
 
 from grit_impl.errors import GRITError
 from grit_impl.machine import least_used, visible_gpus
-from grit_impl.sweep.plan import PlannedRun, Plan
+from grit_impl.sweep.plan import Plan, PlannedRun
 from grit_impl.sweep.store import FINISHED, Store, choose_trial
 
 Work = Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]
