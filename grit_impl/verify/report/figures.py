@@ -249,18 +249,19 @@ def provenance(evidence: Evidence) -> str | None:
         for axes, (arm, picture) in zip(panels[:, 0], pictures.items(), strict=True):
             for top, height, spans in picture:
                 for first, steps, state in spans:
-                    style = {"color": FAINT, "alpha": 0.7} if state == "unmodified" else {"color": colour("pure")}
+                    style = FAINT if state == "unmodified" else colour("pure")
                     if state in LINKS:
                         broken.add(state)
-                        style = {"color": colour(LINK_COLOURS[state]), "alpha": 0.8}
-                    axes.broken_barh([(first - 0.5, steps)], (top, height), linewidth=0, **style)
+                        style = colour(LINK_COLOURS[state])
+                    # With edges: where rows are narrower than a pixel, smoothing would let stripes of the page through.
+                    axes.broken_barh([(first - 0.5, steps)], (top, height), linewidth=0.6, color=style)
             axes.set(ylim=(sum(height for _, height, _ in picture), 0), yticks=())
             axes.set_ylabel(arm, rotation=0, ha="right", va="center", labelpad=14)
             axes.grid(visible=False)
         panels[-1, 0].set_xlabel("optimizer step")
         panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles = [Rectangle((0, 0), 1, 1, color=colour("pure")), Rectangle((0, 0), 1, 1, color=FAINT, alpha=0.7)]
-        handles += [Rectangle((0, 0), 1, 1, color=colour(LINK_COLOURS[link]), alpha=0.8) for link in sorted(broken)]
+        handles = [Rectangle((0, 0), 1, 1, color=colour("pure")), Rectangle((0, 0), 1, 1, color=FAINT)]
+        handles += [Rectangle((0, 0), 1, 1, color=colour(LINK_COLOURS[link])) for link in sorted(broken)]
         labels = ["every link held", "not modified", *(f"broke: {link}" for link in sorted(broken))]
         figure.legend(handles, labels, loc="outside upper center", ncols=3)
         text = svg(figure, "provenance")
