@@ -223,8 +223,8 @@ class Tuned:
     source: str
 
 
-_EIGHT = "docs/grit-vs-lora.md, section 7, `Chosen by tuning`: best of eight trials"
-_FIXED = "docs/grit-vs-lora.md, section 1: the same in every trial"
+_EIGHT = "docs/measurements/grit-vs-lora.md, section 7, `Chosen by tuning`: best of eight trials"
+_FIXED = "docs/measurements/grit-vs-lora.md, section 1: the same in every trial"
 _SCHEDULE = {
     "lr_scheduler_type": Tuned("linear", _FIXED),
     "weight_decay": Tuned(0.01, _FIXED),

@@ -34,7 +34,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_first_way_to_train_is_the_one_that_wins(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """Oracle: the rule and the settings of docs/grit-vs-lora.md, seen in the optimizer that took the steps."""
+    """Oracle: rule and settings of docs/measurements/grit-vs-lora.md, in the optimizer that took the steps."""
     from grit_impl.method.optimizer import GRITOptimizer
 
     steps: list[tuple[str, Any, float]] = []

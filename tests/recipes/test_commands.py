@@ -108,7 +108,9 @@ def test_the_default_preset_fits_the_arm(asked: Any) -> None:
 
 def test_a_preset_trains_with_what_it_was_tuned_with(asked: Any) -> None:
     """Oracle: the table that `grit sweep report` wrote, for every task of the base."""
-    text = Path("docs/grit-vs-lora.md").read_text().partition("### Base `tiny`")[2].partition("### Base `")[0]
+    text = (
+        Path("docs/measurements/grit-vs-lora.md").read_text().partition("### Base `tiny`")[2].partition("### Base `")[0]
+    )
     rows = re.findall(r"^\| \w+ \| eigenbasis \| \d of 8 \| (.*?) \|", text, re.MULTILINE)
     training, _ = asked("--arm", "pure")
     found = training.training

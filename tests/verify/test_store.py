@@ -76,10 +76,10 @@ def test_tables_hold_the_evidence(tmp_path, make_evidence):
         counts = {
             name: db.query(f"SELECT count(*) FROM {name}")[0][0] for name in ("runs", "series", "items", "artifacts")
         }
-        assert counts["runs"] == 5
-        assert counts["series"] == 5 * 40 * 6
-        assert counts["items"] == 2 * 4 * 400
-        assert counts["artifacts"] == 2 * (5 + 5 + 4)
+        assert counts["runs"] == 6
+        assert counts["series"] == 6 * 40 * 6
+        assert counts["items"] == 2 * 5 * 400
+        assert counts["artifacts"] == 2 * (6 + 6 + 5)
         (loss,) = db.query(
             "SELECT value FROM series JOIN runs ON id = run_id WHERE arm = 'pure' AND name = 'loss' AND step = 3"
         )
@@ -253,5 +253,5 @@ def test_evidence_without_evaluation(tmp_path, make_evidence):
     with Database(tmp_path / "results.db") as db:
         db.add(SESSION, judged(), evidence)
         db.add(SESSION, judged(), Evidence())
-        assert len(db.query("SELECT * FROM runs")) == 5
+        assert len(db.query("SELECT * FROM runs")) == 6
         assert db.query("SELECT * FROM evaluation_results") == []

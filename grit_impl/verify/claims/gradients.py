@@ -78,7 +78,7 @@ def late_caught(evidence: Evidence) -> Judgement:
 
 @claim("gradients.recommended-effective", needs=["verdict:recommended"], gates=False)
 def recommended_effective(evidence: Evidence) -> Judgement:
-    """The preset `recommended` changes what the optimizer steps with.
+    """The preset recommended changes what the optimizer steps with.
 
     Its rule computes the whole step, in AdamW's place. Not gated: the arm is there where the preset was tuned on the
     base.

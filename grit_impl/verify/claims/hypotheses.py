@@ -43,15 +43,16 @@ def pure_retains_more(evidence: Evidence) -> Judgement:
 
 @claim("hypotheses.recommended-beats-lora", needs=["evaluation:baseline", "evaluation:recommended"], gates=False)
 def recommended_beats_lora(evidence: Evidence) -> Judgement:
-    """The preset `recommended` answers more AQI items correctly than plain LoRA as this verification trains it.
+    """The preset recommended answers more AQI items correctly than plain LoRA as this verification trains it.
 
     The preset brings the learning rate and betas that it was tuned with on this base; plain LoRA has the base's own.
-    Against plain LoRA tuned by as many trials: docs/grit-vs-lora.md. One seed: the interval covers test items.
+    Against plain LoRA tuned by as many trials: docs/measurements/grit-vs-lora.md. One seed: the interval covers test
+    items.
     """
     if silent := unanswered(evidence, "aqi", "recommended", "baseline"):
         return _silent(silent)
     found = paired_difference(evidence, "recommended", "baseline", "aqi")
-    what = "AQI accuracy of the preset `recommended` over plain LoRA"
+    what = "AQI accuracy of the preset recommended over plain LoRA"
     judged = decide_at_least(found, evidence.options.min_delta_over_baseline or 0.0, what, strictly=True)
     return replace(judged, summary=f"{judged.summary}; {ONE_SEED}")
 

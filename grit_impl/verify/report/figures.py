@@ -35,9 +35,11 @@ ARM_COLOURS = {
     "hybrid": "#030305",
     "hybrid_late": "#030306",
     "other": "#030307",
+    "recommended": "#030308",
 }
 ARM_STYLES = {
     "pure": (0, (6, 1.5)),
+    "recommended": (0, (3, 1)),
     "rerun": (0, (1, 2)),
     "hybrid_late": (0, (4, 3)),
     "hybrid_starved": (0, (4, 2, 1, 2)),
@@ -108,6 +110,26 @@ def _smooth(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.convolve(padded, np.ones(window) / window, "valid")
 
 
+def accuracies(evidence: Evidence) -> str | None:
+    """Accuracy of every model with its interval, and a line where plain LoRA is."""
+    if evidence.evaluation is None:
+        return None
+    found = {name: m.aqi_accuracy for name, m in evidence.evaluation.metrics.items() if m.aqi_accuracy}
+    if not found:
+        return None
+    with _axes(0.7 + 0.28 * len(found)) as (figure, axes):
+        for place, (name, share) in enumerate(found.items()):
+            spread = [[share.estimate - share.low], [share.high - share.estimate]]
+            axes.errorbar([share.estimate], [place], xerr=spread, fmt="o", markersize=5, color=colour(name))
+        if "baseline" in found:
+            axes.axvline(found["baseline"].estimate, color=colour("baseline"), linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set(xlim=(0, 100), xlabel="AQI questions answered rightly, %, with 95% intervals")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        return svg(figure, "accuracy")
+
+
 def loss_curves(evidence: Evidence) -> str | None:
     """Loss of every step, faint, with its running mean."""
     if not evidence.records:
@@ -158,7 +180,7 @@ def aqi_by_category(evidence: Evidence) -> str | None:
         return None
     with _axes(0.9 + 0.62 * len(groups)) as (figure, axes):
         for place, model in enumerate(models):
-            offset = (place - (len(models) - 1) / 2) * 0.18
+            offset = (place - (len(models) - 1) / 2) * 0.7 / max(4, len(models))
             own = {r["group"]: r for r in rows if r["label"] == model}
             shown = [(i, own[g]) for i, g in enumerate(groups) if g in own]
             x = [r["accuracy"] for _, r in shown]
@@ -336,7 +358,8 @@ def figures(evidence: Evidence) -> list[dict[str, str]]:
             provenance,
             "Provenance of the gradients",
             "Each LoRA tensor (a row) in each step: whether a modified gradient went all the way to the weights, and "
-            "if not, which link of the chain broke first.",
+            "if not, which link of the chain broke first. The first steps are no fault: while B is zero no gradient "
+            "arrives at A, and a warm-up that begins at learning rate zero moves nothing.",
         ),
         (
             aqi_by_category,

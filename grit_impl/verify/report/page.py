@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from grit_impl.verify.claims import Evidence
-from grit_impl.verify.report import content
+from grit_impl.verify.report import answer, content
 from grit_impl.verify.store.database import JudgedClaim, Session
 
 _FAULTS = (
@@ -35,8 +35,12 @@ def _common(
 ) -> dict[str, Any]:
     columns, rows = content.metrics_table(evidence)
     winner = evidence.evaluation.winner()[1] if evidence.evaluation is not None else ""
+    arms = answer.arms(evidence, judged)
     return {
         "session": session,
+        "arms": arms,
+        "sentence": answer.sentence(arms),
+        "models": answer.models(evidence, judged),
         "headline": content.headline(judged),
         "counts": content.counts(judged),
         "judged": judged,
@@ -58,12 +62,12 @@ def render_html(
     session: Session, judged: Sequence[JudgedClaim], evidence: Evidence, folder: Path, changes: Any = None
 ) -> str:
     """The page."""
-    drawn = []
+    drawn, accuracy = [], None
     values = _common(session, judged, evidence, folder, changes)
     if evidence.records or evidence.evaluation is not None:
-        from grit_impl.verify.report.figures import figures
+        from grit_impl.verify.report.figures import accuracies, figures
 
-        drawn = figures(evidence)
+        drawn, accuracy = figures(evidence), accuracies(evidence)
     if values["faults"]:
         from grit_impl.verify.report.figures import confusion
 
@@ -81,7 +85,27 @@ def render_html(
         from grit_impl.verify.report.figures import growth
 
         plots = [growth(each, f"growth-{i}") for i, each in enumerate(growths)]
-    return _environment().get_template("index.html.j2").render(**values, figures=drawn, cost=cost, plots=plots)
+    values |= {"figures": drawn, "cost": cost, "plots": plots, "accuracy": accuracy}
+    values |= {"stored": answer.stored_answers(evidence)}
+    values |= {"answering": list(evidence.evaluation.models) if evidence.evaluation is not None else []}
+    return _environment().get_template("index.html.j2").render(**values, contents=_contents(values))
+
+
+def _contents(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The sections that the page has: anchor and title."""
+    sections = (
+        ("claims", "Claims", True),
+        ("changes", "Changes", values["changes"]),
+        ("models", "Models", values["rows"]),
+        ("groups", "By group", values["groups"]),
+        ("seeds", "Seeds", values["seed_rows"]),
+        ("figures", "Figures", values["figures"]),
+        ("answers", "Answers", values["stored"]),
+        ("cost", "Cost", values["cost"]),
+        ("runs", "Runs", values["records"]),
+        ("environment", "Environment", True),
+    )
+    return [(id, title) for id, title, there in sections if there]
 
 
 def render_markdown(
