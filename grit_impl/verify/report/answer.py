@@ -30,7 +30,7 @@ HELPED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Line:
     """A question of the first screen: its answer in a word, how that looks, and the sentence behind it."""
 
     question: str
@@ -41,26 +41,26 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class ArmFindings:
+class ArmLines:
     """What the first screen says of one way of training."""
 
     name: str
     title: str
-    answers: tuple[Finding, ...]
+    answers: tuple[Line, ...]
 
 
-def arms(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[ArmFindings]:
+def arms(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[ArmLines]:
     """The published rule and the preset `recommended`, as far as there is something to say; a trainer of one's own."""
     found = []
     for name in ("pure", "recommended", "trainer"):
         mattered, helped = _mattered(evidence, judged, name), _helped(evidence, judged, name)
         answers = tuple(each for each in (mattered, helped, _why(evidence, name, mattered)) if each)
         if mattered or helped:
-            found.append(ArmFindings(name, NAMES.get(name, "your trainer"), answers))
+            found.append(ArmLines(name, NAMES.get(name, "your trainer"), answers))
     return found
 
 
-def sentence(found: Sequence[ArmFindings]) -> str:
+def sentence(found: Sequence[ArmLines]) -> str:
     """What the arms' answers come to, a sentence each; empty if there are none."""
     subjects = {"pure": "The published rule", "recommended": "The preset recommended", "trainer": "Your trainer"}
     sentences = []
@@ -82,7 +82,7 @@ def _claim(judged: Sequence[JudgedClaim], id: str) -> JudgedClaim | None:
     return next((each for each in judged if each.claim.id == id), None)
 
 
-def _mattered(evidence: Evidence, judged: Sequence[JudgedClaim], arm: str) -> Finding | None:
+def _mattered(evidence: Evidence, judged: Sequence[JudgedClaim], arm: str) -> Line | None:
     """Whether the optimizer used the modified gradients: the ledger's verdict."""
     claim = f"gradients.{arm}-effective"
     if arm in evidence.verdicts:
@@ -93,7 +93,7 @@ def _mattered(evidence: Evidence, judged: Sequence[JudgedClaim], arm: str) -> Fi
     else:
         return None
     word, tone = _word(effective)
-    return Finding("mattered", word, tone, _without_word(text), claim if _claim(judged, claim) else "")
+    return Line("mattered", word, tone, _without_word(text), claim if _claim(judged, claim) else "")
 
 
 def _word(good: bool | None) -> tuple[str, Tone]:
@@ -117,7 +117,7 @@ def gain(judged: Sequence[JudgedClaim], arm: str) -> Metric | None:
     return metric if metric.low is not None and metric.high is not None else None
 
 
-def _helped(evidence: Evidence, judged: Sequence[JudgedClaim], arm: str) -> Finding | None:
+def _helped(evidence: Evidence, judged: Sequence[JudgedClaim], arm: str) -> Line | None:
     found = gain(judged, arm)
     if found is None or found.low is None or found.high is None:
         return None
@@ -130,13 +130,13 @@ def _helped(evidence: Evidence, judged: Sequence[JudgedClaim], arm: str) -> Find
         text = f"{size:.1f} points {more} than plain LoRA [{ends[0]:.1f}, {ends[1]:.1f}]"
     seeds = len(evidence.seeds)
     scope = f"over {seeds} seeds" if seeds else f"one seed, {found.n} questions: these models, not the method"
-    return Finding("helped", word, tone, f"{text}; {scope}", HELPED[arm])
+    return Line("helped", word, tone, f"{text}; {scope}", HELPED[arm])
 
 
-def _why(evidence: Evidence, arm: str, mattered: Finding | None) -> Finding | None:
+def _why(evidence: Evidence, arm: str, mattered: Line | None) -> Line | None:
     """What is known of the reason: the link that broke, or rule and learning rate."""
     if mattered is not None and mattered.word == "no":
-        return Finding("why", evidence.verdicts[arm].cause if arm in evidence.verdicts else "lost", "refuted", "")
+        return Line("why", evidence.verdicts[arm].cause if arm in evidence.verdicts else "lost", "refuted", "")
     record = evidence.records.get(arm)
     grit = (record.run.get("grit") or {}) if record else {}
     training = (record.run.get("config") or {}).get("training") if record else None
@@ -149,7 +149,7 @@ def _why(evidence: Evidence, arm: str, mattered: Finding | None) -> Finding | No
         text = f"Rule {rule}, {rate}, tuned on this base"
     else:
         text = f"Rule {rule}; {rate}, which nobody tuned for it: it is the base's own, in every arm of the plan"
-    return Finding("why", "", "inconclusive", text)
+    return Line("why", "", "inconclusive", text)
 
 
 def models(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[tuple[str, str, list[Cell]]]:
