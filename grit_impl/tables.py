@@ -23,6 +23,8 @@ from grit_impl.errors import GRITError
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """What may separate fields, the likeliest first."""
 _SHOWN = 60
+HUB_SECONDS = 10
+"""Until the hub is taken for unreachable."""
 _HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 T = TypeVar("T")
 Fields = Iterable[tuple[str, Any]] | Mapping[str, Any]
@@ -193,16 +195,27 @@ def read_with(reader: Callable[[Path, bytes], T], path: str | Path) -> T:
 
 
 def read_hub(name: str, config: str | None = None, *, split: str) -> Table:
-    """Read one split of a data set on the hub."""
+    """Read one split of a data set on the hub, or of its cache where the hub does not know it or does not answer."""
     source = f"{name}:{config}" if config else name
+    unreachable: Exception | None = None
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped]
+        import datasets  # type: ignore[import-untyped]
+        from huggingface_hub import HfApi
 
-        loaded = load_dataset(*filter(None, (name, config)), split=split)
+        online = datasets.config.HF_HUB_OFFLINE
+        try:
+            HfApi().dataset_info(name, timeout=HUB_SECONDS)
+        except Exception as error:  # the hub's client raises a dozen unrelated types
+            # Asked again and again, `datasets` would need half a minute to find out the same.
+            unreachable, datasets.config.HF_HUB_OFFLINE = error, True
+        try:
+            loaded = datasets.load_dataset(*filter(None, (name, config)), split=split)
+        finally:
+            datasets.config.HF_HUB_OFFLINE = online
         rows = [Row(row, source, number) for number, row in enumerate(loaded, 1)]
-    except Exception as error:  # the hub's client raises a dozen unrelated types
+    except Exception as error:
         raise GRITError(
-            f"cannot load data set {source} (split {split}) from the hub: {one_line(error)}; "
+            f"cannot load data set {source} (split {split}) from the hub: {one_line(unreachable or error)}; "
             "give a local file of the same columns instead"
         ) from error
     return Table(source, rows)

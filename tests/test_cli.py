@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,42 @@ def test_refusals_are_light(arguments, message, monkeypatch, tmp_path):
     assert "Traceback" not in done.stderr
     assert imported == "[]"
     assert seconds < MOST_CPU_SECONDS
+
+
+MODEL_OR_ROWS = {
+    "alignment-index": ("alignment-index", "no-such/model", "--prompts", "rows.jsonl"),
+    "export": ("export", "adapter"),
+    "train": ("train", "--base-model", "no-such/model", "--dataset", "rows.jsonl", "--out", "run"),
+    "train on rows": ("train", "--dataset", "no-such/rows", "--steps", "1", "--out", "run"),
+    "evaluate": ("evaluate", "--model", "base=x", "--aqi-dataset", "no-such/rows"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "hub"),
+    [*((name, "refuses") for name in MODEL_OR_ROWS), ("alignment-index", "is silent"), ("evaluate", "is silent")],
+)
+def test_a_hub_out_of_reach_is_said_at_once(command, hub, tmp_path, monkeypatch):
+    """Oracle: one line within seconds; six attempts take half a minute, a download waits for minutes."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "no-such/model"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with socket.socket() as server:  # bound, so that nobody else has the port
+        server.bind(("127.0.0.1", 0))
+        if hub == "is silent":
+            server.listen(64)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        done, _, cpu = grit(*MODEL_OR_ROWS[command])
+    waited = time.monotonic() - started
+    said = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert (done.returncode, len(said), said[0][:13]) == (
+        2,
+        1,
+        "error: cannot" if "rows" in said[0] else "error: base m",
+    )
+    # 10 s of waiting, and imports, which take their CPU time times whatever else this machine does.
+    assert waited < (30 if hub == "is silent" else 15) + 8 * cpu

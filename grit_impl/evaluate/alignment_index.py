@@ -29,7 +29,7 @@ from scipy.spatial.distance import cdist  # type: ignore[import-untyped]
 from grit_impl.errors import GRITError
 from grit_impl.statistics.intervals import Interval
 from grit_impl.statistics.paired import holm
-from grit_impl.tables import brief, read_table
+from grit_impl.tables import brief, one_line, read_table
 
 Floats = NDArray[np.float64]
 FEWEST = 5
@@ -244,6 +244,9 @@ def hidden_states(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size
 
     Returns:
         (layers + 1, N, hidden size).
+
+    Raises:
+        GRITError: the model or its tokenizer fails.
     """
     import torch
 
@@ -261,6 +264,8 @@ def hidden_states(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size
                 mask = batch["attention_mask"].to(torch.float64)[None, :, :, None]
                 stacked = torch.stack([state.to(torch.float64) for state in states])
                 found.append(((stacked * mask).sum(dim=2) / mask.sum(dim=2)).cpu().numpy())
+    except Exception as error:  # of the model's own code, from a folder that loads all the same
+        raise GRITError(f"the model cannot be run on these prompts: {one_line(error)}") from error
     finally:
         model.train(training)
     return np.concatenate(found, axis=1)

@@ -44,6 +44,9 @@ def alignment_index(
     with a 95% jackknife interval. With an adapter, p says whether an index differs from MODEL's: permutation of the
     models, corrected over the layers. Indices are comparable at the same prompts and in models of one family only.
     """
+    from grit_impl.recipes.bases import load_base, require_base
+
+    require_base(model)
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     from grit_impl.evaluate.alignment_index import alignment_index as measure
@@ -51,8 +54,6 @@ def alignment_index(
     from grit_impl.record import write_atomic
 
     texts, unsafe = load_prompts(prompts, per_class=per_class, prompt=prompt_field, label=label_field)
-    from grit_impl.recipes.bases import load_base
-
     loaded, tokenizer = load_base(model)
     states = {"model": hidden_states(loaded, tokenizer, texts)}
     if adapter is not None:

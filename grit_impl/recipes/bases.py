@@ -157,6 +157,17 @@ def find_base(spec: str | Path) -> Base:
     )
 
 
+def require_base(spec: str | Path) -> None:
+    """Refuse at once, importing nothing heavy, what `load_base` would refuse after minutes; fetch what must be fetched.
+
+    Raises:
+        GRITError: there is no such model, or it cannot be fetched.
+    """
+    found = find_base(spec)
+    if found.shape is None:
+        found.folder()
+
+
 def resolve_base(spec: str | Path) -> Path:
     """The folder of a base model, which is fetched or made if need be.
 
@@ -211,6 +222,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     source = TINY if found.shape else found.folder()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer("a")  # some damage shows only where it is used
     except Exception as error:  # as above
         raise GRITError(f"cannot load the tokenizer of base model {found.name!r}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:

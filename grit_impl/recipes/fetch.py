@@ -18,11 +18,11 @@ from pathlib import Path
 
 from grit_impl.errors import GRITError
 from grit_impl.record import sha256_file
+from grit_impl.tables import HUB_SECONDS, one_line
 
 # To be raised with every change in how a GGUF file becomes a folder: what is in the cache is then made anew.
 CONVERSION = 1
 PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
-HUB_SECONDS = 10
 PIP_SECONDS = 600
 
 
@@ -41,12 +41,19 @@ def from_hub(name: str, *, local: bool = False) -> Path:
     Raises:
         GRITError: it is not there, or not whole.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    unreachable: Exception | None = None
     try:
-        found = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=local, etag_timeout=HUB_SECONDS))
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not local:
+            HfApi().model_info(name, timeout=HUB_SECONDS)
+    except Exception as error:  # the hub's client raises many unrelated types
+        # Asked by a download, a hub that does not answer is waited for for minutes.
+        local, unreachable = True, error
+    try:
+        found = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=local))
+    except Exception as error:
+        reason = one_line(unreachable or error)
         raise GRITError(f"base model {name!r} is neither a folder nor on the hub ({reason})") from error
     if not (found / "config.json").is_file() or not any(found.glob("*.safetensors")):
         raise GRITError(f"base model {name!r} on the hub has no config.json or no *.safetensors ({found})")
