@@ -16,6 +16,7 @@ from typing import NamedTuple
 from grit_impl.evaluate.metrics import GATE_ALPHA, Comparison, paired
 from grit_impl.evaluate.options import Thresholds
 from grit_impl.evaluate.results import Evaluation
+from grit_impl.evaluate.speed import CLONE
 from grit_impl.statistics.decision import Judgement, Metric, decide_at_least
 from grit_impl.statistics.intervals import Interval, clopper_pearson
 from grit_impl.statistics.power import detectable_difference
@@ -83,7 +84,8 @@ def decide(
         strictly: The bound itself does not suffice.
 
     Returns:
-        The judgement; for accuracies its summary says which difference so many items find with 80% power.
+        The judgement; for accuracies its summary says which difference so many items find with 80% power; for speed,
+        what the server made of a copy of the base.
     """
     what = f"{name} of {label}"
     reference = evaluation.baseline if name == "delta_over_baseline" else evaluation.base
@@ -107,6 +109,8 @@ def decide(
         text = f"{what}: {len(missing)} items have no trustworthy answer, e.g. {missing[0]}"
         return Judgement("inconclusive", text, metrics, {"unanswered": missing})
     judged = decide_at_least(metrics[0], bound, what, strictly=strictly)
+    if name == "delta_speed":
+        return _beside_a_copy(evaluation, judged, label, bound, alpha)
     if comparison is None:
         return judged
     # Against zero McNemar's exact test is valid at any alpha; the score interval is only nearly so, far in the tail.
@@ -115,6 +119,43 @@ def decide(
     items = len(paired(evaluation.correct(label), evaluation.correct(reference))[0])
     found = 100 * detectable_difference(items, (comparison.gained + comparison.lost) / items, alpha)
     return replace(judged, summary=f"{judged.summary}; {found:.1f} points can be found")
+
+
+def _beside_a_copy(evaluation: Evaluation, judged: Judgement, label: str, bound: float, alpha: float) -> Judgement:
+    """A speed's verdict, if this server gives a copy of the base the base's speed.
+
+    The copy's interval is the floor of the model's: what the server may have done to the copy, it may have done to the
+    model, so the verdict must hold after that is taken from the estimate, too.
+    """
+    text = f"{judged.summary}; {_alike(evaluation, label)}"
+    copy = evaluation.delta_speed(CLONE, 1 - alpha)
+    if copy is None:
+        if judged.verdict != "refuted":
+            return replace(judged, summary=f"{text}; no copy of the base was measured")
+        why = "no copy of the base was measured, so this may be the server's doing"
+        return replace(judged, verdict="inconclusive", summary=f"{text}; {why}")
+    told = Metric(CLONE, copy.estimate, copy.low, copy.high, "%", copy.n, copy.method)
+    metrics = (*judged.metrics, told)
+    room = abs(bound)
+    if copy.low < -room or copy.high > room:
+        why = f"but a copy of the base differs from it by {told}: this server cannot tell {room:g}%"
+        return replace(judged, verdict="inconclusive", summary=f"{text}; {why}", metrics=metrics)
+    estimate = judged.metrics[0].estimate
+    holds = {"supported": estimate - max(copy.high, 0.0) >= bound, "refuted": estimate - min(copy.low, 0.0) < bound}
+    verdict = judged.verdict if holds.get(judged.verdict, True) else "inconclusive"
+    return replace(
+        judged, verdict=verdict, summary=f"{text}; a copy of the base differs from it by {told}", metrics=metrics
+    )
+
+
+def _alike(evaluation: Evaluation, label: str) -> str:
+    """Whether a difference in speed is to be expected."""
+    known = evaluation.meta.get("details", {})
+    ours, base = (known.get(each) or {} for each in (label, evaluation.base))
+    if not ours or not base:
+        return "the server does not say whether the models are of one kind"
+    kind, other = (", ".join(str(value) for value in each.values()) for each in (ours, base))
+    return f"same architecture, size and number type ({kind})" if ours == base else f"{kind}, the base is {other}"
 
 
 def _measure(

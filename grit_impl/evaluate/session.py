@@ -93,7 +93,7 @@ class EvaluationOptions:
     num_thread: int | None = None
     num_ctx: int | None = None
     speed_rounds: int = 30
-    speed_width: float = 10.0
+    speed_width: float = 4.0
     speed_seconds: float = 300.0
     speed_tokens: int = 64
     progress: bool = True
@@ -211,6 +211,7 @@ def evaluate(
             "inputs": dict(inputs or {}),
             "options": asdict(options),
             "speed": {"looks": options.schedule.looks, "ended": session.ended},
+            "details": {label: endpoint.details(name) for label, name in models.items()},
             "items": {name: {"source": suite.source, "n": len(suite.items)} for name, suite in suites.items()},
             "notes": [*notes, *(f"{name}: {note}" for name, suite in suites.items() for note in suite.notes)],
             "started": started,
@@ -274,7 +275,8 @@ class _Session:
         write_atomic(self.folder / "speed.jsonl", "".join(map(_line, self.speed)))
 
     def _speed_key(self, label: str) -> str:
-        return fingerprint([self.keys.get(label), self.options.speed_tokens, self.speed_prompt])[:16]
+        key = self.keys.get(self.options.base if label == speed.CLONE else label)
+        return fingerprint([key, self.options.speed_tokens, self.speed_prompt, speed.EPOCH])[:16]
 
     def _scored(self, task: tuple[str, str, str], item: Row, row: Row) -> Row:
         answer = row["answer"]
@@ -378,9 +380,10 @@ class _Session:
         """Speed samples that are missing; none from a server that has stopped answering."""
         if any(str(row["error"]).startswith("not asked") for row in self.failures.values()):
             return
-        schedule, models = self.options.schedule, len(self.models)
-        targets = [look * models for look in schedule.looks]
+        schedule = self.options.schedule
+        targets = [look * (len(self.models) + 1) for look in schedule.looks]
         with (
+            speed.copy_of(self.endpoint, self.models[self.options.base] if targets else "") as copy,
             _appending(self.folder / "speed.jsonl") as write,
             tqdm(
                 total=next((target for target in targets if target > len(self.speed)), 0),
@@ -399,7 +402,7 @@ class _Session:
 
             self.speed, self.ended = speed.measure(
                 self.endpoint,
-                self.models,
+                {**self.models, **copy},
                 self.speed_prompt,
                 base=self.options.base,
                 schedule=schedule,

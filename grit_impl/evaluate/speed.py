@@ -7,18 +7,24 @@
   not matter to the speed of a dense model. A sample that ends early all the same is drawn again with another seed.
 * Models take turns within a round, in rotating order, and are compared within the round: when the machine slows down,
   it slows down for all of them. The first requests to each model are warm-up and not kept.
+* What a server does with a model is not what the model is. A copy of the base under another name is measured as one
+  more model: a server on which the copy is slower than the base cannot tell how fast a model is (`gates`). Every ten
+  rounds all models are unloaded and loaded again, in the order of the round, so that no model keeps a good or bad
+  place. And where the server has no room for all of them, each is loaded for its turn alone: taking turns among more
+  models than fit, always the same ones would be measured right after a load, which costs a third of their speed.
 * How many rounds are needed depends on the machine, so they go on until the intervals are narrow, by a rule that is
   fixed beforehand and looks at their widths alone (`Schedule`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from grit_impl.evaluate.metrics import GATE_ALPHA, speed_difference
-from grit_impl.serve.client import Endpoint, Reply, Unanswered
+from grit_impl.serve.client import Endpoint, Reply, Unanswered, full_name
 
 Row = dict[str, Any]
 
@@ -26,8 +32,17 @@ BABBLE = {"temperature": 100.0, "top_k": 100, "top_p": 1.0, "min_p": 0.0, "repea
 WARM_UP = 2
 """Requests per model that are not kept: loading, caches, frequency scaling."""
 REDRAWS = 5
+TURN = 100_000_000
+"""Nanoseconds of generating that a turn lasts, about. What else runs on a machine only makes samples slower, and short
+ones by far, so the fastest of a turn counts; where one sample lasts as long, it is the only one."""
+MOST_SAMPLES = 8
 RELOADED = 50_000_000
 """Nanoseconds of load_duration from which on the model was loaded for this request, which then is warm-up again."""
+CLONE = "(copy of the base)"
+"""Label of the base under another name; no label of a user has parentheses."""
+CLONE_NAME = "grit-speed-copy-of-base"
+EPOCH = 10
+"""Rounds after which all models are loaded anew."""
 LOOKS = (1, 2, 4, 8)
 """Multiples of the first number of rounds after which measuring may end."""
 
@@ -43,11 +58,12 @@ class Schedule:
     Attributes:
         rounds: Until the first look; 0: no measurement.
         width: Of each model's interval of delta_speed, in percent of the base's speed.
-        seconds: Budget: the measured requests' time, after which no further look is waited for.
+        seconds: Budget: the time of measured requests with the loads and warm-ups before them, after which no further
+            look is waited for.
     """
 
     rounds: int = 30
-    width: float = 10.0
+    width: float = 4.0
     seconds: float = 300.0
 
     @property
@@ -67,6 +83,18 @@ class Schedule:
         if self.widest(rows, base, labels) <= self.width:
             return "narrow enough"
         return "out of time" if sum(row["seconds"] for row in rows) > self.seconds else ""
+
+
+@contextmanager
+def copy_of(endpoint: Endpoint, name: str) -> Iterator[dict[str, str]]:
+    """A copy of a model, by its label, for as long as it is needed; nothing where the server makes none."""
+    if not name or not endpoint.copy(name, CLONE_NAME):
+        yield {}
+        return
+    try:
+        yield {CLONE: CLONE_NAME}
+    finally:
+        endpoint.remove(CLONE_NAME)
 
 
 def measure(
@@ -97,24 +125,25 @@ def measure(
         keep: Called with each row as it is measured.
 
     Returns:
-        Rows with `round`, `label`, `tokens_per_second`, `eval_count`, `eval_duration` (ns), `seconds` (of the request)
-        and `order` (position in the round), up to the last look, and why it was the last. A sample that no attempt gave
-        is missing.
+        Rows with `round`, `label`, `tokens_per_second`, `eval_count`, `eval_duration` (ns), `seconds` (of all requests
+        that it took), `order` (position in the round) and `alone` (whether it was the only model loaded), up to the
+        last look, and why it was the last. A sample that no attempt gave is missing.
     """
     rows = {(row["round"], row["label"]): row for row in earlier}
     labels, looks = list(models), schedule.looks
-    warm: set[str] = set()
+    stage = _Stage(endpoint, models, prompt, tokens, options)
     for number in range(looks[-1] if looks else 0):
         # Every order is followed by its reverse, so that a steady drift favours nobody.
         first = number // 2 % len(labels)
         turn = labels[first:] + labels[:first]
-        for order, label in enumerate(turn if number % 2 == 0 else reversed(turn)):
+        turn = turn if number % 2 == 0 else turn[::-1]
+        if any((number, label) not in rows for label in labels):
+            stage.begin(number // EPOCH, turn, seed)
+        for order, label in enumerate(turn):
             if (number, label) in rows:
                 continue
-            for _ in range(0 if label in warm else WARM_UP):
-                _sample(endpoint, models[label], prompt, tokens, options, seed)
-            warm.add(label)
-            reply = _sample(endpoint, models[label], prompt, tokens, options, seed + 1000 * number)
+            stage.enter(label, seed)
+            reply = stage.turn(label, seed + 1000 * number)
             if reply is None:
                 continue
             row = {
@@ -124,7 +153,8 @@ def measure(
                 "tokens_per_second": reply.tokens_per_second,
                 "eval_count": reply.eval_count,
                 "eval_duration": reply.eval_duration,
-                "seconds": reply.seconds,
+                "seconds": stage.spent(),
+                "alone": stage.alone,
             }
             keep(row)
             rows[number, label] = row
@@ -137,20 +167,86 @@ def measure(
     return list(rows.values()), "all rounds"
 
 
+class _Stage:
+    """The models on the server: which are loaded and warm, and whether there is room for more than one."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        models: Mapping[str, str],
+        prompt: str,
+        tokens: int,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self.endpoint, self.models, self.prompt, self.tokens = endpoint, models, prompt, tokens
+        self.options = dict(options or {})
+        self.alone = False
+        self.warm: dict[str, None] = {}
+        self.epoch = -1
+        self.samples, self.shortest = 0, float(TURN)
+        self._seconds = 0.0
+
+    def begin(self, epoch: int, turn: Sequence[str], seed: int) -> None:
+        """Load all models anew if this epoch is a new one, and see whether they fit."""
+        if epoch == self.epoch or self.alone:
+            return
+        self.epoch = epoch
+        self._clear(self.models)
+        for label in turn:
+            self.enter(label, seed)
+        loaded = self.endpoint.loaded()
+        self.alone = loaded is not None and not {full_name(name) for name in self.models.values()} <= loaded
+
+    def enter(self, label: str, seed: int) -> None:
+        """Have a model loaded and warm; where there is no room, as the only one."""
+        if self.alone and list(self.warm) != [label]:
+            self._clear(self.warm)
+        if label not in self.warm:
+            for _ in range(WARM_UP):
+                self.sample(label, seed)
+            self.warm[label] = None
+
+    def turn(self, label: str, seed: int) -> Reply | None:
+        """The fastest of a turn's samples, equally many for every model; None where one of them fails."""
+        if not self.samples:
+            # By the fastest warm-up of all models: a disturbed one would say that one sample lasts long enough. After a
+            # load of its own, which takes longer than the samples, a model has twice as many.
+            self.samples = max(1, min(MOST_SAMPLES, round((1 + self.alone) * TURN / self.shortest)))
+        fastest = self.sample(label, seed)
+        for number in range(1, self.samples):
+            reply = self.sample(label, seed + 10 * number)
+            if reply is None or fastest is None:
+                return None
+            fastest = max(fastest, reply, key=lambda each: each.tokens_per_second)
+        return fastest
+
+    def sample(self, label: str, seed: int) -> Reply | None:
+        """An answer of exactly `tokens` tokens from a loaded model, or None."""
+        for draw in range(REDRAWS):
+            request = {**BABBLE, **self.options, "seed": seed + draw, "num_predict": self.tokens}
+            try:
+                reply = self.endpoint.generate(self.models[label], self.prompt, request)
+            except Unanswered:
+                return None
+            self._seconds += reply.seconds
+            if reply.eval_count == self.tokens and reply.eval_duration > 0 and reply.load_duration < RELOADED:
+                self.shortest = min(self.shortest, reply.eval_duration)
+                return reply
+            if label in self.warm and reply.load_duration >= RELOADED:
+                # It was thrown out meanwhile: there is less room than it seemed.
+                self.alone = True
+        return None
+
+    def spent(self) -> float:
+        """Seconds of requests since this was last asked."""
+        spent, self._seconds = self._seconds, 0.0
+        return spent
+
+    def _clear(self, labels: Iterable[str]) -> None:
+        for label in labels:
+            self.endpoint.unload(self.models[label])
+        self.warm = {}
+
+
 def _until(rows: Mapping[tuple[int, str], Row], last: int) -> list[Row]:
     return [row for (number, _), row in rows.items() if number <= last]
-
-
-def _sample(
-    endpoint: Endpoint, model: str, prompt: str, tokens: int, options: Mapping[str, Any] | None, seed: int
-) -> Reply | None:
-    """An answer of exactly `tokens` tokens from a loaded model, or None."""
-    for draw in range(REDRAWS):
-        request = {**BABBLE, **(options or {}), "seed": seed + draw, "num_predict": tokens}
-        try:
-            reply = endpoint.generate(model, prompt, request)
-        except Unanswered:
-            return None
-        if reply.eval_count == tokens and reply.eval_duration > 0 and reply.load_duration < RELOADED:
-            return reply
-    return None

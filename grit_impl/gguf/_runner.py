@@ -39,10 +39,10 @@ def main() -> None:
     params.verbosity = 1
     # A connection occupies a thread for as long as it is kept.
     params.n_threads_http = settings["parallel"] + 5
-    if settings["exact"]:
-        kind = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.cache_type_k = params.cache_type_v = kind
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type[f"GGML_TYPE_{settings['cache'].upper()}"]
+    if settings["flash"] is not None:
+        word = "ENABLED" if settings["flash"] else "DISABLED"
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{word}"]
     if settings["adapter"]:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = settings["adapter"], 1.0

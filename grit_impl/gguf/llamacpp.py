@@ -37,6 +37,8 @@ class LlamaCpp:
         threads: Threads for computing. One per model on small machines: with as many as cores, ggml's barriers
             make a busy machine 15 to 50 times slower.
         batch: Tokens of a prompt processed at once.
+        cache: Number type of the key-value cache: `f16`, `f32`, `q8_0`, `q4_0`.
+        flash: Flash attention; None is llama.cpp's own choice.
         exact: float32 key-value cache and no flash attention, for comparisons; slower.
         gpu_layers: Layers on the GPU; -1 is llama.cpp's own choice.
         load_seconds: How long loading may take.
@@ -54,6 +56,8 @@ class LlamaCpp:
         parallel: int = 1,
         threads: int = 1,
         batch: int = 512,
+        cache: str = "f16",
+        flash: bool | None = None,
         exact: bool = False,
         gpu_layers: int = -1,
         load_seconds: float = 300.0,
@@ -82,7 +86,8 @@ class LlamaCpp:
             "parallel": parallel,
             "threads": threads,
             "batch": batch,
-            "exact": exact,
+            "cache": "f32" if exact else cache,
+            "flash": False if exact else flash,
             "gpu_layers": gpu_layers,
             "key": key,
         }

@@ -194,6 +194,38 @@ class Endpoint:
                 raise GRITError(f"model {name!r} is not on {self.url} (it has: {have}): create it with `ollama create`")
         return {name: present[full_name(name)] for name in names}
 
+    def loaded(self) -> set[str] | None:
+        """Full names of the models that are in memory; None if the server does not say."""
+        with suppress(GRITError):
+            return {full_name(str(m.get("model") or m.get("name"))) for m in self._get("/api/ps", "models") or []}
+        return None
+
+    def details(self, name: str) -> dict[str, str]:
+        """What the server says of a model's `family`, `parameter_size` and `quantization_level`; empty if nothing."""
+        with suppress(GRITError):
+            found = self._ask("POST", "/api/show", {"model": name}).get("details")
+            names = ("family", "parameter_size", "quantization_level")
+            return {key: str(found[key]) for key in names if key in found} if isinstance(found, dict) else {}
+        return {}
+
+    def unload(self, name: str) -> None:
+        """Have a model removed from memory; a server that cannot keeps it."""
+        self._order("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
+
+    def copy(self, source: str, destination: str) -> bool:
+        """Give a model a second name; whether there is one now."""
+        return self._order("POST", "/api/copy", {"source": source, "destination": destination})
+
+    def remove(self, name: str) -> None:
+        """Take a name away."""
+        self._order("DELETE", "/api/delete", {"model": name})
+
+    def _order(self, method: str, path: str, body: dict[str, Any]) -> bool:
+        with suppress(Unanswered):
+            self._retry(lambda: self._send(method, path, body), [], min(self.attempts, PREFLIGHT))
+            return True
+        return False
+
     def find_thinking(self, names: Iterable[str]) -> list[str]:
         """Those of the named models that think before they answer, which `generate` then asks not to."""
         for name in names:
@@ -312,7 +344,7 @@ class Endpoint:
             text = " ".join(received[:200].decode("utf-8", "replace").split())
             if status in (401, 403):
                 text += "; OLLAMA_API_KEY, or user:password@ in the address, says who asks"
-            raise Fault(f"http-{status}", f"HTTP {status}: {text}", retry=status not in (400, 401, 403, 413))
+            raise Fault(f"http-{status}", f"HTTP {status}: {text}", retry=status not in (400, 401, 403, 405, 413))
         return received
 
     async def _receive(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:

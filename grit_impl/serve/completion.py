@@ -23,6 +23,9 @@ REPEATS = 100
 WHOLE = 512
 """Tokens up to which an answer that is not streamed comes as one reply. A chunk per token costs a fifth of the
 throughput of a small model; a model that repeats itself is noticed when it has ended instead of on the way."""
+REUSE = False
+"""Whether the beginning that a prompt shares with the last one in its slot is kept. Ollama does. It changes the shapes
+of the matrix products and with them the last bits: an answer then depends on what was asked before."""
 CONTROL = 3
 """Type of a token that marks, as GGUF has it."""
 FEW = 8
@@ -301,9 +304,7 @@ async def _body(engine: Engine, job: Job, prompt: str | list[int]) -> dict[str, 
             predict = min(predict, max(1, context - len(tokens)))
     body: dict[str, Any] = {
         "prompt": content,
-        # Reusing a neighbour's prompt changes the shapes of the matrix products and with them the last bits: an answer
-        # would depend on what was asked before.
-        "cache_prompt": False,
+        "cache_prompt": REUSE,
         "n_predict": predict,
         "n_keep": max(-1, min(options["num_keep"], context)),
         "stop": [text for text in options["stop"] if text],

@@ -17,6 +17,7 @@ from grit_impl.evaluate.gates import ACCURACIES, SESSION_ALPHA, decide, judge
 from grit_impl.evaluate.metrics import GATE_ALPHA
 from grit_impl.evaluate.options import Thresholds
 from grit_impl.evaluate.results import Evaluation
+from grit_impl.evaluate.speed import CLONE
 from grit_impl.statistics.paired import mcnemar_exact, paired_difference_interval
 from grit_impl.statistics.power import detectable_difference, mcnemar_power
 
@@ -76,8 +77,8 @@ def _session(rng: np.random.Generator, gain: float, ratio: float, kept: float) -
         chance = np.where(base, lost / 0.25, gained / 0.75)
         rows += _rows(label, "aqi", base ^ (rng.random(n) < chance))
         rows += _rows(label, "knowledge", np.where(knows, rng.random(facts) < kept, rng.random(facts) < 0.1))
-    for label in LABELS:
-        level = 1.0 if label == "base" else ratio
+    for label in (*LABELS, CLONE):
+        level = 1.0 if label in ("base", CLONE) else ratio
         noise = np.exp(drift + 0.03 * rng.standard_t(3, 30)) if label != "base" else np.exp(drift)
         speed += [{"round": k, "label": label, "tokens_per_second": 100 * level * noise[k]} for k in range(30)]
     return Evaluation({label: label for label in LABELS}, rows, speed)
@@ -127,7 +128,7 @@ def test_the_error_of_the_speed_gate_is_exact() -> None:
 
     def decide(above: int) -> str:
         rates = [92.0 + k / 100 for k in range(above)] + [88.0 - k / 100 for k in range(30 - above)]
-        speed = [{"round": k, "label": "base", "tokens_per_second": 100.0} for k in range(30)]
+        speed = [{"round": k, "label": each, "tokens_per_second": 100.0} for k in range(30) for each in ("base", CLONE)]
         speed += [{"round": k, "label": "pure", "tokens_per_second": rate} for k, rate in enumerate(rates)]
         return _one_gate("delta_speed", [], speed)
 

@@ -45,11 +45,11 @@ def test_a_machine_that_slows_down_changes_no_comparison(fake_ollama) -> None:
 
 
 def test_models_take_turns_and_warm_up(fake_ollama) -> None:
-    """Oracle: the order of requests at the server: 2 + 1 per model first, then alternating first places."""
+    """Oracle: the order of requests at the server: 2 per model first, then alternating first places."""
     server = fake_ollama(lambda model, prompt: "babble", DIGESTS)
     rows = _measure(server, rounds=8)
     order = [request["model"] for request in server.requests]
-    assert order[:6] == ["base"] * 3 + ["pure"] * 3
+    assert order[:6] == ["base", "base", "pure", "pure", "base", "pure"]
     first = [row["label"] for row in rows if row["order"] == 0]
     assert first == ["base", "pure", "pure", "base"] * 2, "each order, then its reverse"
     assert len(order) == 2 * 8 + 2 * speed.WARM_UP
@@ -123,9 +123,15 @@ class _Machine:
         self.rng, self.shift, self.noise = rng, shift, noise
 
     def generate(self, model: str, prompt: str, options, **_) -> Reply:
-        rate = 1000 * math.exp((self.shift + self.noise(self.rng)) if model == "pure" else 0.0)
+        rate = 100 * math.exp((self.shift + self.noise(self.rng)) if model == "pure" else 0.0)
         nanoseconds = int(1e9 * (options["num_predict"] - 1) / rate)
         return Reply("x", "length", 9, options["num_predict"], nanoseconds, 1, 0, nanoseconds / 1e9)
+
+    def unload(self, model: str) -> None:
+        """It costs nothing here."""
+
+    def loaded(self) -> None:
+        """Not said."""
 
 
 NOISES = {
@@ -186,8 +192,8 @@ def test_noise_is_measured_longer_and_a_quiet_machine_is_not() -> None:
 
 
 def test_measuring_ends_with_the_budget() -> None:
-    """Oracle: a model that needs 0.031 s for a sample: 30 rounds of two take 1.9 s, 60 rounds 3.7 s."""
-    for seconds, rounds in ((1.0, 30), (3.0, 60), (math.inf, 240)):
+    """Oracle: a model that needs 0.31 s for a sample: 30 rounds of two take 19 s, 60 rounds 37 s."""
+    for seconds, rounds in ((10.0, 30), (30.0, 60), (math.inf, 240)):
         machine = _Machine(np.random.default_rng(9), 0.0, NOISES["quiet"])
         schedule = Schedule(width=0.001, seconds=seconds)
         rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)

@@ -40,6 +40,9 @@ class FakeOllama:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.capabilities = ["completion"]
+        self.copies: dict[str, str] = {}
+        self.room = 8
+        self.loaded: list[str] = []
         self.delay = 0.0
         self.active = self.most_active = 0
         self.lock = threading.Lock()
@@ -63,11 +66,25 @@ class FakeOllama:
                 elif self.path == "/api/tags":
                     listed = [{"name": n, "model": n, "digest": d} for n, d in fake.models.items()]
                     self.send(200, json.dumps({"models": listed}).encode())
+                elif self.path == "/api/ps":
+                    self.send(200, json.dumps({"models": [{"name": name} for name in fake.loaded]}).encode())
                 else:
                     self.send(404, b"404 page not found")
 
+            def do_DELETE(self) -> None:
+                fake.copies.pop(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"])
+                self.send(200, b"")
+
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/api/copy":
+                    fake.copies[request["destination"]] = request["source"]
+                    self.send(200, b"")
+                    return
+                if request.get("keep_alive") == 0:
+                    fake.unload(request["model"])
+                    self.send(200, b'{"done": true, "done_reason": "unload"}')
+                    return
                 fake.headers.append(dict(self.headers))
                 if self.path == "/api/show":
                     self.send(200, json.dumps({"capabilities": fake.capabilities}).encode())
@@ -94,8 +111,16 @@ class FakeOllama:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
+    def unload(self, model: str) -> None:
+        """Take a model out of memory."""
+        name = model if ":" in model else f"{model}:latest"
+        self.loaded = [each for each in self.loaded if each != name]
+
     def reply(self, request: dict[str, Any]) -> bytes:
-        text = self.answer(request["model"], request["prompt"])
+        self.unload(request["model"])
+        self.loaded = [*self.loaded, request["model"] + ("" if ":" in request["model"] else ":latest")][-self.room :]
+        original = self.copies.get(request["model"], request["model"])
+        text = self.answer(original, request["prompt"])
         limit = int(request["options"]["num_predict"])
         # The speed test asks for babble of a fixed length.
         count = limit if request["options"]["temperature"] > 1 else min(limit, max(1, len(text.split())))
@@ -109,7 +134,7 @@ class FakeOllama:
             "prompt_eval_count": len(request["prompt"].split()) + 20,
             "prompt_eval_duration": 1_000_000,
             "eval_count": count,
-            "eval_duration": int(1e9 * max(count - 1, 0) / self.rate(model)),
+            "eval_duration": int(1e9 * max(count - 1, 0) / self.rate(original)),
         }
         whole = self.edit(request, whole)
         if not request["stream"]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from grit_impl.evaluate.results import Evaluation
+from grit_impl.evaluate.speed import CLONE
 from grit_impl.probe.findings import FILE as PROBE
 from grit_impl.probe.findings import ProbeReport, Requirement
 from grit_impl.record import RunRecord, sha256_file
@@ -156,7 +157,9 @@ def write_evaluation(right: dict[str, tuple[float, float]], items: int = ITEMS) 
                 answers.append(row)
     noise = random.Random(2)
     speed = [
-        {"round": k, "label": model, "tokens_per_second": 900 + noise.random()} for k in range(30) for model in right
+        {"round": k, "label": model, "tokens_per_second": 900 + noise.random()}
+        for k in range(30)
+        for model in [*right, CLONE]
     ]
     return Evaluation({model: model for model in right}, answers, speed)
 
