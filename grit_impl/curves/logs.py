@@ -118,7 +118,8 @@ def read_log(path: str | Path, *, until: int | None = None, name: str | None = N
     stem = source.stem if source.is_file() and kind in ("csv", "jsonl") else ""
     folder = source if source.is_dir() else source.parent
     name = name or found or stem or folder.resolve().name
-    return _build(rows, source, kind, name, until, table.meta, notes=table.notes, clock=table.clock)
+    axis = tables.axis(table) if kind == "csv" else ""
+    return _build(rows, source, kind, name, until, table.meta, notes=table.notes, clock=table.clock, axis=axis)
 
 
 def from_record(record: RunRecord, *, until: int | None = None, name: str | None = None) -> RunLog:
@@ -351,6 +352,7 @@ def _build(
     notes: Sequence[str] = (),
     clock: float | None = None,
     advise: bool = True,
+    axis: str = "",
 ) -> RunLog:
     def remedy(step: float) -> str:
         return _advice(rows, path, int(step)) if advise else ""
@@ -379,7 +381,7 @@ def _build(
         at = int(np.argmax(gaps != stride))
         raise GRITError(
             f"{path}: missing steps: {show(steps[at], 'g')} is followed by {show(steps[at + 1], 'g')}, every "
-            f"{show(stride, 'g')} otherwise{remedy(steps[at])}"
+            f"{show(stride, 'g')} otherwise{axis}{remedy(steps[at])}"
         )
     if gaps[-1] != stride:
         # The Trainer also logs the very last step, over fewer steps than the others.

@@ -20,6 +20,8 @@ from grit_impl.tables import Row, Table, brief, read_delimited, read_json, read_
 
 COMPANIONS = ("__MIN", "__MAX")
 """wandb's extremes of the values that one row of its export stands for."""
+WANDB = {"_step", "_runtime", "_timestamp"}
+"""Columns of wandb's own in a run's history."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _NOT_FINITE = {"nan", "-nan", "inf", "+inf", "-inf", "infinity", "+infinity", "-infinity"}
 _HOLES = {"", "na", "n/a", "null", "none"}
@@ -138,7 +140,7 @@ def one_run(table: Table, run: str | None = None, loss: str | None = None) -> tu
     extremes = [f"{c}{end}" for c in own if _is_loss(kept[c], loss) for end in COMPANIONS]
     if len(extremes) == 2 and any(_apart(row, *extremes) for row in table.rows):
         notes.append(f"{table.source}: some rows stand for several steps (__MIN and __MAX differ): export all points.")
-    return replace(table, rows=rows, header=(), notes=notes), run
+    return replace(table, rows=rows, header=(), notes=notes, meta={**table.meta, "run": run}), run
 
 
 def _is_loss(metric: str, wanted: str | None) -> bool:
@@ -207,3 +209,10 @@ def chosen(table: Table, loss: str | None = None) -> dict[str, str]:
     found = {"loss": name, "step": pick("step", count(placed))}
     found |= {series: pick(series, counts) for series in ("grad_norm", "learning_rate", "tokens")}
     return {series: column for series, column in found.items() if column is not None}
+
+
+def axis(table: Table) -> str:
+    """What to export instead, where steps are counted by wandb, which counts evaluations, too."""
+    step = pick("step", count(table))
+    by_wandb = step is not None and words(step) == ("step",) and ("run" in table.meta or WANDB & set(table.columns))
+    return f"; {step} is wandb's own count: export the chart with train/global_step as its x axis" if by_wandb else ""

@@ -470,3 +470,16 @@ def test_logs_that_only_look_like_one(tmp_path: Path) -> None:
     (tmp_path / "run.wandb").write_bytes(b":W&B")
     with pytest.raises(GRITError, match="export the run's loss chart as CSV"):
         read_log(tmp_path / "run.wandb")
+
+
+@pytest.mark.parametrize("header", ["Step,x - train/loss", "_step,_runtime,train/loss"])
+def test_wandbs_own_steps_have_gaps(tmp_path: Path, header: str) -> None:
+    """Oracle: an evaluation after every seventh entry takes a number of wandb's own; other logs get no such advice."""
+    steps = [i + i // 7 for i in range(40)]
+    columns = header.split(",")
+    rows = [[step, *[i] * (len(columns) - 2), v] for i, (step, v) in enumerate(zip(steps, LOSS, strict=True))]
+    with pytest.raises(GRITError, match=r"missing steps: 6 is followed by 8.*with train/global_step as its x axis"):
+        read_log(table(tmp_path / "export.csv", columns, rows))
+    with pytest.raises(GRITError, match="missing steps") as caught:
+        read_log(table(tmp_path / "own.csv", ["step", "loss"], [[row[0], row[-1]] for row in rows]))
+    assert "global_step" not in str(caught.value)
