@@ -216,6 +216,19 @@ def click_options(
     return decorate
 
 
+def within(low: float | None = None, high: float | None = None) -> Any:
+    """A type for click: a finite number between two. click's own takes NaN, which is neither below nor above."""
+    import click
+
+    class Within(click.FloatRange):
+        def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+            if not math.isfinite(found := super().convert(value, param, ctx)):
+                self.fail(f"{value!r} is no finite number", param, ctx)
+            return found
+
+    return Within(low, high)
+
+
 def _click_attributes(option: Field[Any], default: str | None) -> dict[str, Any]:
     text = str(option.metadata["help"])
     text = f"{text[0].upper()}{text[1:]}."

@@ -355,6 +355,7 @@ def test_any_input_is_taken_or_refused_in_one_line(
     )
     @example(make=verdict, seed=127)  # a stream that only zlib itself finds damaged
     @example(make=alignment, seed=42274)  # a tokenizer that loads and cannot be used
+    @example(make=evaluate, seed=73380)  # --timeout nan
     @given(make=st.sampled_from(COMMANDS), seed=st.integers(0, 2**32))
     def check(make: Callable[[Case], list[str]], seed: int) -> None:
         here = folder / "case"

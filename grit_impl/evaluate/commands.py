@@ -12,7 +12,7 @@ from grit_impl.errors import GRITError
 from grit_impl.evaluate.options import Asking, Questions, Thresholds
 from grit_impl.files import FIXTURES
 from grit_impl.record import write_atomic
-from grit_impl.settings import click_options, pick
+from grit_impl.settings import click_options, pick, within
 
 
 @click.command()
@@ -33,7 +33,7 @@ from grit_impl.settings import click_options, pick
 @click.option("--training-dataset", default=None, help="Data set the models were trained on, to refuse overlap.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Ask only the first so many questions.")
 @click.option("--in-flight", type=click.IntRange(1, 64), default=2, show_default=True, help="Requests at a time.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=120.0, show_default=True, help="Seconds per request.")
+@click.option("--timeout", type=within(0.1), default=120.0, show_default=True, help="Seconds per request.")
 @click.option("--speed-rounds", type=click.IntRange(0), default=30, show_default=True, help="Speed samples per model.")
 @click.option("--junit", type=click.Path(path_type=Path), default=None, help="Write the thresholds as JUnit XML.")
 @click_options(Asking)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grit_impl.errors import GRITError
+from grit_impl.settings import within
 
 if TYPE_CHECKING:
     from grit_impl.export.check import Verification
@@ -59,10 +60,12 @@ class Source:
 @click.option(
     "--verify/--no-verify", default=False, show_default=True, help="Compare with Hugging Face, token by token."
 )
-@click.option("--max-kl", type=float, default=None, help="Most that rounding may cost, nats per token.  [default: any]")
+@click.option(
+    "--max-kl", type=within(), default=None, help="Most that rounding may cost, nats per token.  [default: any]"
+)
 @click.option(
     "--min-agreement",
-    type=click.FloatRange(0, 1),
+    type=within(0, 1),
     default=None,
     help="Least share of positions where rounding keeps the most likely token.  [default: any]",
 )
@@ -72,10 +75,8 @@ class Source:
 @click.option(
     "--sixteen-bit-base", is_flag=True, help="Merge a QLoRA adapter into the 16-bit weights, not the dequantised."
 )
-@click.option("--temperature", type=float, default=1.5, show_default=True, help="Sampling temperature for chat.")
-@click.option(
-    "--min-p", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Sampling threshold for chat."
-)
+@click.option("--temperature", type=within(), default=1.5, show_default=True, help="Sampling temperature for chat.")
+@click.option("--min-p", type=within(0, 1), default=0.1, show_default=True, help="Sampling threshold for chat.")
 @click.option("--num-ctx", type=click.IntRange(4), default=2048, show_default=True, help="Context window in tokens.")
 @click.option("--name", default=None, help="Model name for --to ollama.  [default: grit-ARM]")
 @_URL

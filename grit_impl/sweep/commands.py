@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grit_impl.errors import GRITError
+from grit_impl.settings import within
 from grit_impl.sweep.plan import Plan, load_plan
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def sweep() -> None:
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where runs train."
 )
-@click.option("--budget", type=click.FloatRange(min=1), help="Seconds until the sweep ends itself.  [default: none]")
+@click.option("--budget", type=within(1), help="Seconds until the sweep ends itself.  [default: none]")
 @click.option("--base", help="Another base model than the plan's: a folder.")
 @click.option(
     "--tuned-by",
