@@ -26,6 +26,7 @@ _SHOWN = 60
 HUB_SECONDS = 10
 """Until the hub is taken for unreachable."""
 _HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+POINTER = b"version https://git-lfs.github.com/spec/"
 T = TypeVar("T")
 Fields = Iterable[tuple[str, Any]] | Mapping[str, Any]
 
@@ -180,6 +181,7 @@ def read_with(reader: Callable[[Path, bytes], T], path: str | Path) -> T:
         GRITError: whatever goes wrong, with the file.
     """
     try:
+        refuse_pointers(Path(path))
         return reader(Path(path), Path(path).read_bytes())
     except GRITError:
         raise
@@ -192,6 +194,17 @@ def read_with(reader: Callable[[Path, bytes], T], path: str | Path) -> T:
         raise GRITError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
     except Exception as error:  # pyarrow has a family of its own, some of it not ValueErrors
         raise GRITError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def refuse_pointers(*paths: Path) -> None:
+    """Refuse what `git clone` leaves instead of large files where Git LFS is not installed.
+
+    Raises:
+        GRITError: one of these files is such a pointer.
+    """
+    for path in paths:
+        if path.is_file() and 0 < path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
+            raise GRITError(f"{path} is a pointer of Git LFS, not the file: `git lfs pull` in its folder fetches it")
 
 
 def read_hub(name: str, config: str | None = None, *, split: str) -> Table:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.errors import GRITError
 from grit_impl.export.checkpoint import EMBEDDING, HEAD, Checkpoint, read_json
 from grit_impl.record import sha256_file
+from grit_impl.tables import refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ class Adapter:
     def __init__(self, folder: Path | str, base: Checkpoint) -> None:
         self.folder, self.base = Path(folder), base
         self.config = read_json(self.folder / "adapter_config.json")
+        refuse_pointers(*self.folder.iterdir())
         self._check_config()
         self.start = str(self.config.get("init_lora_weights", True)).lower()
         weights = self._load()

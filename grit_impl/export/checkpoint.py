@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.gguf.architecture import architecture
-from grit_impl.tables import one_line
+from grit_impl.tables import one_line, refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,9 @@ def safetensors_entries(path: Path) -> dict[str, StoredTensor]:
     Raises:
         GRITError: the file is missing, truncated or not a safetensors file.
     """
+    from safetensors import SafetensorError, safe_open
+
+    refuse_pointers(path)
     try:
         with open(path, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
@@ -93,6 +96,14 @@ def safetensors_entries(path: Path) -> dict[str, StoredTensor]:
         raise GRITError(f"{path} is not a readable safetensors file ({error})") from error
     if any(entry.end > size for entry in entries.values()):
         raise GRITError(f"{path} is truncated: its table names bytes beyond its end; copy or download it again")
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # bytes of no tensor, of two, or more than a shape has
+        raise GRITError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
     return entries
 
 
@@ -111,6 +122,7 @@ class Checkpoint:
         self._tied: bool | None = None
         if not self.folder.is_dir():
             raise GRITError(f"base model {self.folder} is not a folder: give a folder saved by save_pretrained")
+        refuse_pointers(*self.folder.iterdir())
         self.config = read_json(self.folder / "config.json")
         self.architecture = architecture(self.config, self.folder)
         if (self.folder / "adapter_config.json").exists():

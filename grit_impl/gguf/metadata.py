@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from grit_impl.errors import GRITError
+from grit_impl.tables import refuse_pointers
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -46,6 +47,7 @@ def read_metadata(path: Path, *, arrays: bool = False) -> dict[str, Any]:
 
 def read_header(path: Path, *, arrays: bool = False) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     """The metadata of a GGUF file, and the table of its tensors. Arguments and errors as `read_metadata`."""
+    refuse_pointers(path)
     try:
         with open(path, "rb") as handle:
             if handle.read(4) != b"GGUF":

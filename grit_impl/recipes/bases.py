@@ -16,6 +16,7 @@ from grit_impl.errors import GRITError
 from grit_impl.files import FIXTURES
 from grit_impl.recipes import fetch
 from grit_impl.recipes.shapes import SHAPES, random_llama
+from grit_impl.tables import refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +145,7 @@ def find_base(spec: str | Path) -> Base:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise GRITError(f"base model {name}: {path} has no config.json: give a model folder")
+        refuse_pointers(*path.iterdir())
         if path.resolve() == TINY.resolve():
             return replace(BASES["tiny"], name=name, folder=lambda: path, gpu=True)
         return Base(name, lambda: path)

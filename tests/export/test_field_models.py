@@ -42,6 +42,10 @@ def test_a_pointer_of_git_lfs_instead_of_weights(lab: SimpleNamespace, tmp_path:
     said = refused(base, None, tmp_path)
     assert "model.safetensors" in said
     assert "LFS" in said
+    (tmp_path / "model.gguf").write_bytes(POINTER)
+    with pytest.raises(GRITError, match=r"model\.gguf is a pointer of Git LFS"):
+        read_metadata(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").unlink()
     adapter = shutil.copytree(lab.untied_lora, tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").write_bytes(POINTER)
     said = refused(lab.untied, adapter, tmp_path)
@@ -154,7 +158,8 @@ def test_a_token_more_than_there_are_rows(lab: SimpleNamespace, tmp_path: Path) 
     tokenizer.add_special_tokens({"pad_token": "<pad-of-mine>"})
     tokenizer.save_pretrained(folder)
     said = refused(lab.untied, folder, tmp_path)
-    assert str(len(tokenizer)) in said
+    assert "token id 512" in said
+    assert "512 rows" in said
 
 
 def test_added_tokens_of_a_domain(tmp_path: Path) -> None:
