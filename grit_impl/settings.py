@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields
 from typing import Any, TypeVar
-from urllib.parse import urlparse
 
 from grit_impl.errors import GRITError
 
@@ -114,18 +113,6 @@ def seed(text: str) -> int:
     if not 0 <= (value := int(text)) < 2**32:
         raise ValueError(text)
     return value
-
-
-def url(text: str) -> str:
-    """an http address such as http://localhost:11434"""
-    if not text:
-        return ""
-    address = text if "://" in text else f"http://{text}"
-    parts = urlparse(address)
-    _ = parts.port
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(text)
-    return address.rstrip("/")
 
 
 def setting(default: Any, help: str, kind: Kind = str, *names: str) -> Any:

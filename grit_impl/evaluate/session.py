@@ -194,7 +194,7 @@ def evaluate(
         notes = [f"{name} can think before it answers: {manner}" for name in endpoint.find_thinking(models.values())]
         for note in notes:
             logger.warning("%s", note)
-        asked = [options.greedy(), options.fields(), options.knowledge_by]
+        asked = [version, options.greedy(), options.fields(), options.knowledge_by]
         keys = {label: fingerprint([name, digests[name], *asked])[:16] for label, name in models.items()}
         session = _Session(endpoint, dict(models), suites, keys, folder, options)
         if preview is not None and (first := session.first()):

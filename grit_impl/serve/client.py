@@ -12,6 +12,7 @@ API: https://github.com/ollama/ollama/blob/main/docs/api.md. The `ollama` packag
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
@@ -29,6 +30,8 @@ from grit_impl.serve.connection import client_options, find_server, reason
 MAX_BODY = 8 * 2**20
 """Bytes: no evaluation answer is longer, an endless stream of garbage is."""
 T = TypeVar("T")
+REPEATS = 30
+"""Repetitions of a token after which Ollama ends an answer."""
 PREFLIGHT = 4
 """Attempts at a server that may not be there at all: the user waits for the message."""
 
@@ -375,6 +378,10 @@ def _one_json(body: bytes) -> dict[str, Any]:
 def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Reply` from one JSON object or from a stream of them, or a `Fault`."""
     parts = [_one_json(line) for line in body.splitlines() if line.strip()]
+    text = "".join(part["response"] for part in parts if isinstance(part.get("response"), str))
+    if parts and parts[-1].get("done") is False and _repeats(text):
+        # Ollama ends such an answer in silence, every time.
+        raise Fault("repeats", f"the model says {text.split()[-1:]} until the server's token repeat limit", retry=False)
     if not parts or parts[-1].get("done") is not True or any(p.get("done") is not False for p in parts[:-1]):
         raise Fault("incomplete", "the answer is not finished")
     for part in parts:
@@ -391,7 +398,6 @@ def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]
     ended = last.get("done_reason", "stop")
     if ended not in ("stop", "length"):
         raise Fault("incomplete", f"the server did not generate (done_reason {ended!r})")
-    text = "".join(part.get("response", "") for part in parts)
     thinking = "".join(part["thinking"] for part in parts if isinstance(part.get("thinking"), str))
     limit = int(options.get("num_predict", -1))
     if (text and counters["eval_count"] < 1) or (0 <= limit < counters["eval_count"]):
@@ -419,6 +425,12 @@ def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]
         "done_reason": ended,
         **counters,
     }
+
+
+def _repeats(text: str) -> bool:
+    """Whether a text ends with the same token so often that Ollama stops it (`llm/llama_server.go`)."""
+    said = "".join(text.split())
+    return bool(re.search(rf"(.{{1,64}}?)\1{{{REPEATS - 1}}}$", said)) or len(text) - len(text.rstrip()) >= REPEATS
 
 
 def _logprob(entry: Any) -> tuple[str, float]:

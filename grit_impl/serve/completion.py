@@ -19,7 +19,7 @@ from grit_impl.serve.wire import MESSAGE, APIError, now, parse_keep_alive, parse
 
 # A generation without num_predict ends after this many context windows (`openEndedGenerationContextMultiplier`).
 OPEN_ENDED = 10
-REPEATS = 100
+REPEATS = 30
 WHOLE = 512
 """Tokens up to which an answer that is not streamed comes as one reply. A chunk per token costs a fifth of the
 throughput of a small model; a model that repeats itself is noticed when it has ended instead of on the way."""
@@ -30,7 +30,10 @@ CONTROL = 3
 """Type of a token that marks, as GGUF has it."""
 FEW = 8
 """Distinct tokens, at most, in a run of one text with and without spaces around it."""
-TOO_LONG = "the prompt is longer than the context length currently available to the model"
+TOO_LONG = (
+    "the prompt is longer than the context length currently available to the model; shorten the prompt, adjust the "
+    "context length in settings, or use a model with a longer context length"
+)
 JSON_GRAMMAR = r"""
 root   ::= object
 value  ::= object | array | string | number | ("true" | "false" | "null") ws
@@ -133,8 +136,11 @@ async def answer(engines: Engines, job: Job) -> AsyncIterator[dict[str, Any]]:
             text = str(chunk.get("content", ""))
             said.append(text)
             pieces = [text] if body["stream"] else await _suspects(engine, chunk.get("tokens") or [])
-            if any(repeats.over(piece) for piece in pieces):
-                raise APIError(500, "prediction aborted, token repeat limit reached")
+            if (over := next((n for n, piece in enumerate(pieces) if repeats.over(piece)), None)) is not None:
+                # Ollama ends such an answer in silence: its last chunk is not done.
+                if not body["stream"] or not any(said[:-1]):
+                    yield job.envelope("" if body["stream"] else "".join(pieces[:over]), done=False)
+                return
             logprobs = _logprobs(chunk.get("completion_probabilities"), job.request.get("top_logprobs", 0))
             extra = {"logprobs": logprobs} if logprobs else {}
             if not chunk.get("stop"):
@@ -188,7 +194,7 @@ async def _echo(engine: Engine, job: Job, prompt: str | list[int]) -> dict[str, 
     bos = isinstance(prompt, str) and job.model.leading_bos
     tokens = await engine.tokenize(prompt, special=True) if isinstance(prompt, str) else prompt
     if len(tokens) >= engine.settings.context:
-        raise APIError(400, f"{TOO_LONG}: {len(tokens)} tokens, the context has {engine.settings.context}")
+        raise APIError(400, TOO_LONG)
     text = prompt if isinstance(prompt, str) else await engine.detokenize(tokens)
     extra: dict[str, Any] = {}
     if job.request.get("logprobs"):
@@ -283,22 +289,24 @@ async def _chat_prompt(engine: Engine, job: Job, template: Template | None, mess
 
 
 async def _body(engine: Engine, job: Job, prompt: str | list[int]) -> dict[str, Any]:
-    """llama.cpp's request. Raises `APIError` 400 for a prompt that is too long and may not be cut."""
+    """llama.cpp's request. Raises `APIError` 400 for a prompt that is too long and may not be shifted."""
     options, context = job.options, engine.settings.context
     if job.model.leading_bos and isinstance(prompt, str):
         # llama.cpp adds BOS itself; two of them change the answer.
         bos = _vocabulary(job.model)[0]
         prompt = prompt.removeprefix(bos) if bos else prompt
     limit = OPEN_ENDED * context
-    predict = limit if options["num_predict"] < 0 else min(options["num_predict"], limit)
+    # Ollama leaves a limit of 0 out of its request, which is none to llama.cpp.
+    predict = limit if options["num_predict"] <= 0 else min(options["num_predict"], limit)
     content = prompt
     shift = job.request.get("shift", True)
     # A token has at least one byte, so most prompts need no counting.
     if len(prompt.encode() if isinstance(prompt, str) else prompt) + 2 + (0 if shift else predict) >= context:
         tokens = await engine.tokenize(prompt, special=True) if isinstance(prompt, str) else prompt
-        if len(tokens) >= context:
-            if not job.truncate:
-                raise APIError(400, f"{TOO_LONG}: {len(tokens)} tokens, the context has {context}")
+        # One that may not be cut is llama.cpp's to refuse, in its own words.
+        if len(tokens) >= context and job.truncate:
+            if not shift:
+                raise APIError(400, TOO_LONG)
             content = _cut(tokens, context, options["num_keep"], job.model.leading_bos)
         if not shift:
             predict = min(predict, max(1, context - len(tokens)))

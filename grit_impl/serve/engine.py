@@ -98,7 +98,9 @@ class Engine:
         except httpx.HTTPError as error:
             raise APIError(500, STOPPED) from error
         if response.status_code != 200:
-            raise APIError(response.status_code, _message(response.content))
+            # Ollama passes llama.cpp's refusal of a completion on as it is.
+            plain = path == "/completion"
+            raise APIError(response.status_code, response.text.strip() if plain else _message(response.content))
         value: dict[str, Any] = response.json()
         return value
 
@@ -142,7 +144,7 @@ class Engine:
                 return
             async with self.slots, self.client.stream("POST", "/completion", json=body) as response:
                 if response.status_code != 200:
-                    raise APIError(response.status_code, _message(await response.aread()))
+                    raise APIError(response.status_code, (await response.aread()).decode(errors="replace").strip())
                 async for line in response.aiter_lines():
                     if line.startswith("data: "):
                         queue.put_nowait(json.loads(line[6:]))

@@ -59,6 +59,8 @@ class Service:
             ("/api/delete", ["DELETE"], self.delete),
             ("/api/generate", ["POST"], self.generate),
             ("/api/chat", ["POST"], self.chat),
+            ("/api/embed", ["POST"], self.embed),
+            ("/api/embeddings", ["POST"], self.embed),
         ]
         table = [Route(path, _guarded(handler), methods=methods) for path, methods, handler in routes]
         table.append(Route("/api/blobs/{digest}", _guarded(self.blobs), methods=["HEAD", "POST"]))
@@ -164,6 +166,34 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
         return await self._complete("chat", decode(await _body(request), wire.CHAT, "ChatRequest"), request)
+
+    async def embed(self, request: Request) -> Response:
+        """Vectors of texts, which models that write have none of: llama.cpp says so, in Ollama's place."""
+        old = request.url.path == "/api/embeddings"
+        body = decode(await _body(request), wire.EMBED, "EmbeddingRequest" if old else "EmbedRequest")
+        name, given = body.get("model", ""), body.get("prompt" if old else "input") or []
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise APIError(400, "invalid input type")
+        if old and not name:
+            raise APIError(400, "model is required")
+        model = self.models.find(name)
+        if model is None:
+            # The older endpoint has a text of its own.
+            raise APIError(
+                404, f'model "{name}" not found, try pulling it first' if old else f"model '{name}' not found"
+            )
+        options = wire.parse_options(model.parameters, body.get("options") or {})
+        alive = wire.parse_keep_alive(body.get("keep_alive"))
+        async with self.engines.use(
+            model.name.key, model.gguf, model.adapter, model.trained_context, options, alive
+        ) as engine:
+            try:
+                for text in texts:
+                    await engine.call("/v1/embeddings", {"input": text})
+            except APIError as error:
+                raise APIError(500 if old else error.status, error.message) from None
+        return JSONResponse({"embedding": []} if old else {"model": name, "embeddings": []})
 
     async def _complete(self, kind: str, body: dict[str, Any], request: Request) -> Response:
         job = prepare(self.models, kind, body)

@@ -43,6 +43,10 @@ CREATE = {
     "adapters": _OBJECT, "template": _STRING, "license": _ANY, "system": _STRING, "parameters": _OBJECT,
     "messages": _ARRAY, "renderer": _STRING, "parser": _STRING, "info": _OBJECT,
 }  # fmt: skip
+EMBED = {
+    "model": _STRING, "input": _ANY, "prompt": _STRING, "truncate": _BOOL, "keep_alive": _ANY, "options": _OBJECT,
+    "dimensions": _INT,
+}  # fmt: skip
 OPENAI = {
     "model": _STRING, "stream": _BOOL, "stream_options": _OBJECT, "max_tokens": _INT, "seed": _INT, "stop": _ANY,
     "temperature": _FLOAT, "top_p": _FLOAT, "frequency_penalty": _FLOAT, "presence_penalty": _FLOAT, "n": _INT,

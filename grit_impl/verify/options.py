@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from grit_impl import settings
+from grit_impl.errors import GRITError
 from grit_impl.evaluate.options import Questions, Thresholds
 from grit_impl.machine import has_gpu
 from grit_impl.recipes.arms import default_training
 from grit_impl.recipes.bases import find_base
-from grit_impl.settings import count, count_or_nothing, points, positive, seed, setting, url, whole
+from grit_impl.settings import count, count_or_nothing, points, positive, seed, setting, whole
 
 PLAN_ARMS = ("baseline", "hybrid", "pure")
 """The arms that are exported and evaluated, next to the base model itself."""
@@ -24,6 +25,18 @@ RECOMMENDED = "recommended"
 """The arm beside them: the rule, learning rate and betas that the evidence is for, where the base is one of those."""
 MODELS = (*PLAN_MODELS, RECOMMENDED)
 REPORTS = Path("reports")
+
+
+def url(text: str) -> str:
+    """an http address such as http://localhost:11434"""
+    from grit_impl.serve.connection import find_server
+
+    try:
+        server = find_server(text) if text else None
+    except GRITError:
+        raise ValueError(text) from None
+    # Without user and password it could not be asked.
+    return text if server is None or server.auth else server.url
 
 
 @dataclass(frozen=True)

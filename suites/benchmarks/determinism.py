@@ -133,6 +133,9 @@ def main(files: list[str]) -> None:
                 told(f"{kind} cache, again", f"{kind} cache", url)
         with server(modelfile, 1, 1, False, {"flash": False}) as url:
             told("no flash attention", "default", url)
+        with server(modelfile, 1, 1, False, {"flash": False, "cache": "f32"}) as url:
+            # With flash attention llama.cpp makes float16 of a float32 cache before it uses it.
+            told("no flash attention, f32 cache", "no flash attention", url)
         with server(modelfile, 1, 1, True, {}) as url:
             told("prompts reused", "default", url)
             told("prompts reused, again", "prompts reused", url)

@@ -198,5 +198,24 @@ def test_a_stored_evaluation_is_tied_to_the_exports(live, monkeypatch) -> None:
     other = live(reuse_runs=True)
     other.gather(NEEDS)
     assert other.evaluation is None
-    assert "of these exports and questions" in str(other.lacks("evaluation:pure"))
+    assert "of these exports and questions, by this server" in str(other.lacks("evaluation:pure"))
+    monkeypatch.setattr(LiveEvidence, "_exported", original)
+    elsewhere = live(reuse_runs=True, ollama_url="127.0.0.1:1")
+    elsewhere.gather(NEEDS)
+    assert "by this server" in str(elsewhere.lacks("evaluation:pure"))
+    assert len(live.server.requests) == asked
+
+
+def test_an_address_without_a_scheme_is_as_good(live, monkeypatch) -> None:
+    """Oracle: the evaluation that the same address with its scheme makes, and finds again."""
+    address = live.server.url.removeprefix("http://")
+    monkeypatch.setenv("OLLAMA_HOST", address)
+    evidence = live(ollama_url="")
+    evidence.gather(NEEDS)
+    assert evidence.evaluation.meta["url"] == evidence.evaluation.meta["inputs"]["url"] == live.server.url
+    assert evidence.evaluation.meta["inputs"]["server"] == "Ollama 0.33.0"
+    asked = len(live.server.requests)
+    again = live(reuse_runs=True, ollama_url=f"http://{address}/")
+    again.gather(NEEDS)
+    assert again.evaluation is not None
     assert len(live.server.requests) == asked

@@ -1,30 +1,22 @@
-"""The embedded server against Ollama's documented and observed behaviour, and driven by Ollama's own clients.
-
-The same cases run against a real Ollama with `--ollama-url` (or OLLAMA_HOST); differences are listed in
-`reports/conformance.md`. Oracles: answers read off an Ollama 0.33 server, Ollama's API documentation, the PyPI clients.
-"""
+"""The embedded server driven by Ollama's own clients; what Ollama answers, row by row, is in `conformance.py`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import ollama
 import pytest
 import tiny
+from conformance import GREEDY, RENDERED, C, P, send
 
 from grit_impl.errors import GRITError
 from grit_impl.export import export_adapter, export_merged, write_modelfile
 from grit_impl.export.deploy import delete, deploy
-from grit_impl.recipes.datasets import ALPACA_TEMPLATE
 from grit_impl.serve.server import EmbeddedOllama
-
-GREEDY = {"temperature": 0, "seed": 1, "num_predict": 8, "num_ctx": 512}
 
 
 @pytest.fixture(scope="module")
@@ -47,152 +39,6 @@ def server(lab: SimpleNamespace) -> Iterator[EmbeddedOllama]:
     """The embedded server with one model under the name `grit-test`."""
     with EmbeddedOllama({"grit-test": lab.modelfile}) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def real(request: pytest.FixtureRequest, lab: SimpleNamespace) -> Iterator[str | None]:
-    """A real Ollama with the same model, if there is one."""
-    url = request.config.getoption("--ollama-url", default=None) or os.environ.get("OLLAMA_HOST")
-    if not url:
-        yield None
-        return
-    from grit_impl.serve.client import server_url
-
-    address = server_url(url)
-    deploy(address, "grit-test", lab.modelfile)
-    yield address
-    delete(address, "grit-test")
-
-
-def error(text: str) -> Callable[[httpx.Response], bool]:
-    """The answer is exactly this error."""
-    return lambda r: r.json() == {"error": text}
-
-
-def has(**fields: Any) -> Callable[[httpx.Response], bool]:
-    """The answer holds these fields."""
-    return lambda r: all(r.json().get(key) == value for key, value in fields.items())
-
-
-M = {"model": "grit-test"}
-P = {**M, "prompt": "the air", "stream": False, "options": GREEDY}
-C = {**M, "messages": [{"role": "user", "content": "the air"}], "stream": False, "options": GREEDY}
-TOO_LONG = {**P, "prompt": "the air quality index " * 400}
-RENDERED = ALPACA_TEMPLATE.replace("{instruction}", "the air")
-# id: method, path, body, status, check
-CASES: dict[str, tuple[str, str, Any, int, Callable[[httpx.Response], bool]]] = {
-    "root": ("GET", "/", None, 200, lambda r: r.text == "Ollama is running"),
-    "version": ("GET", "/api/version", None, 200, lambda r: set(r.json()) == {"version"}),
-    "unknown path": ("GET", "/api/nothing", None, 404, lambda r: r.text.startswith("404")),
-    "wrong method": ("GET", "/api/generate", None, 405, lambda r: r.text.startswith("405")),
-    "tags": ("GET", "/api/tags", None, 200, lambda r: "grit-test:latest" in [m["name"] for m in r.json()["models"]]),
-    "show": ("POST", "/api/show", M, 200, lambda r: r.json()["model_info"]["general.architecture"] == "llama"),
-    "show unknown": ("POST", "/api/show", {"model": "x"}, 404, error("model 'x:latest' not found")),
-    "show nothing": ("POST", "/api/show", {}, 400, error("model is required")),
-    "generate": ("POST", "/api/generate", P, 200, has(done=True, done_reason="length", eval_count=8)),
-    "generate unknown": ("POST", "/api/generate", {"model": "x"}, 404, error("model 'x' not found")),
-    "generate nothing": ("POST", "/api/generate", {}, 404, error("model '' not found")),
-    "load": ("POST", "/api/generate", M, 200, has(done=True, done_reason="load", response="")),
-    "unload": ("POST", "/api/generate", {**M, "keep_alive": 0}, 200, has(done=True, done_reason="unload")),
-    "chat": ("POST", "/api/chat", C, 200, has(done=True, done_reason="length", eval_count=8)),
-    "chat nothing": ("POST", "/api/chat", {}, 400, error("model is required")),
-    "chat load": ("POST", "/api/chat", M, 200, has(done_reason="load", message={"role": "assistant", "content": ""})),
-    "no body": ("POST", "/api/generate", b"", 400, error("missing request body")),
-    "not JSON": ("POST", "/api/generate", b"{", 400, error("unexpected EOF")),
-    "wrong type": (
-        "POST", "/api/generate", {**P, "stream": "x"}, 400,
-        error("json: cannot unmarshal string into Go struct field GenerateRequest.stream of type bool"),
-    ),
-    "wrong option": (
-        "POST", "/api/generate", {**P, "options": {"temperature": "x"}}, 500,
-        error('option "temperature" must be of type float32'),
-    ),
-    "unknown option": ("POST", "/api/generate", {**P, "options": {**GREEDY, "foo": 1}}, 200, has(done=True)),
-    "float for int": (
-        "POST", "/api/generate", {**P, "options": {**GREEDY, "num_predict": 3.7}}, 200, has(eval_count=3),
-    ),
-    "bad keep_alive": (
-        "POST", "/api/generate", {**P, "keep_alive": "abc"}, 400, error('time: invalid duration "abc"'),
-    ),
-    "raw with template": (
-        "POST", "/api/generate", {**P, "raw": True, "template": "x"}, 400,
-        error("raw mode does not support template, system, or context"),
-    ),
-    "top_logprobs": (
-        "POST", "/api/generate", {**P, "top_logprobs": 21}, 400, error("top_logprobs must be between 0 and 20"),
-    ),
-    "think": ("POST", "/api/generate", {**P, "think": True}, 400, error('"grit-test" does not support thinking')),
-    "render generate": (
-        "POST", "/api/generate", {**P, "_debug_render_only": True}, 200,
-        lambda r: r.json()["_debug_info"]["rendered_template"] == RENDERED,
-    ),
-    "render chat": (
-        "POST", "/api/chat", {**C, "_debug_render_only": True}, 200,
-        lambda r: r.json()["_debug_info"]["rendered_template"] == RENDERED,
-    ),
-    "cut silently": ("POST", "/api/generate", TOO_LONG, 200, has(prompt_eval_count=259)),
-    "not cut": ("POST", "/api/generate", {**TOO_LONG, "truncate": False}, 400, lambda r: "error" in r.json()),
-    "one token costs nothing": (
-        "POST", "/api/generate", {**P, "options": {**GREEDY, "num_predict": 1}}, 200, has(eval_count=1),
-    ),
-    "logprobs": (
-        "POST", "/api/generate", {**P, "logprobs": True, "top_logprobs": 3}, 200,
-        lambda r: all(len(entry["top_logprobs"]) == 3 for entry in r.json()["logprobs"]),
-    ),
-    "copy unknown": (
-        "POST", "/api/copy", {"source": "x", "destination": "y"}, 404, error('model "x" not found'),
-    ),
-    "delete unknown": ("DELETE", "/api/delete", {"model": "x"}, 404, error("model 'x' not found")),
-    "create nothing": (
-        "POST", "/api/create", {"model": "y"}, 400, error("neither 'from' or 'files' was specified"),
-    ),
-    "create without name": ("POST", "/api/create", {"from": "grit-test"}, 400, error("invalid model name")),
-    "create missing blob": (
-        "POST", "/api/create", {"model": "y", "files": {"m.gguf": f"sha256:{'0' * 64}"}}, 200,
-        lambda r: "error" in json.loads(r.text.splitlines()[-1]),
-    ),
-    "create absolute path": (
-        "POST", "/api/create", {"model": "y", "files": {"/m.gguf": f"sha256:{'0' * 64}"}}, 400,
-        error("file path must be relative"),
-    ),
-    "blob missing": ("HEAD", f"/api/blobs/sha256:{'0' * 64}", None, 404, lambda r: True),
-    "blob bad digest": ("HEAD", "/api/blobs/sha256:xyz", None, 400, lambda r: True),
-    "blob wrong content": (
-        "POST", f"/api/blobs/sha256:{'0' * 64}", b"abc", 400,
-        lambda r: r.json()["error"].startswith("digest mismatch"),
-    ),
-}  # fmt: skip
-
-
-def send(url: str, method: str, path: str, body: Any) -> httpx.Response:
-    """One request; bytes as they are, anything else as JSON."""
-    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    return httpx.request(method, url + path, content=content, timeout=60, trust_env=False)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_answers_as_ollama(server: EmbeddedOllama, case: str) -> None:
-    """Oracle: what Ollama answers, status and body (recorded from a 0.33 server)."""
-    method, path, body, status, check = CASES[case]
-    reply = send(server.url, method, path, body)
-    assert reply.status_code == status, reply.text
-    assert check(reply), reply.text
-
-
-def test_table_of_differences(server: EmbeddedOllama, real: str | None, pytestconfig: pytest.Config) -> None:
-    """Oracle: a real Ollama, case by case. The table goes to reports/conformance.md."""
-    if real is None:
-        pytest.skip("needs a real Ollama: pytest --ollama-url http://127.0.0.1:11434; found none")
-    rows = []
-    for case, (method, path, body, _, check) in CASES.items():
-        ours, theirs = (send(url, method, path, body) for url in (server.url, real))
-        if ours.status_code != theirs.status_code or not check(theirs):
-            cells = [case, *(f"{reply.status_code} {reply.text[:80]!r}" for reply in (ours, theirs))]
-            rows.append(f"| {' | '.join(cells)} |")
-    table = "\n".join(["| case | embedded | Ollama |", "|---|---|---|", *rows])
-    out = pytestconfig.rootpath / "reports" / "conformance.md"
-    out.write_text(table + "\n")
-    assert len(rows) <= 0.1 * len(CASES), f"{len(rows)} differences, see {out}"
 
 
 def test_stream_and_whole_answer_agree(server: EmbeddedOllama) -> None:

@@ -131,11 +131,13 @@ class ProductEvidence(Evidence):
             only: Takes some of the questions; speed is not measured then.
         """
         from grit_impl.evaluate.session import EvaluationOptions, evaluate
+        from grit_impl.serve.client import server_url
 
         aqi, knowledge = map(only, questions(self.options)) if only else questions(self.options)
         models = {
             "models": {name: export["sha256"] for name, export in exports.items()},
             "items": [fingerprint(aqi.items), fingerprint(knowledge.items)],
+            "url": server_url(self.ollama_url) if self.ollama_url else "",
         }
         if self.options.reuse_runs:
             return stored_evaluation(self.reports / "evaluation", self.options.aqi_metric, models)
@@ -143,7 +145,7 @@ class ProductEvidence(Evidence):
             **models,
             "source": source_fingerprint("evaluate"),
             "versions": versions(),
-            "url": self.ollama_url,
+            "server": self._server_version(),
         }
         out = self.reports / ("preflight" if only else "evaluation") / fingerprint({**inputs, "speed": speed})[:12]
         with self._server(exports) as (url, names):
@@ -192,6 +194,16 @@ class ProductEvidence(Evidence):
     def ollama_url(self) -> str:
         """The Ollama that was asked for; empty for the embedded server."""
         return self.options.ollama_url or os.environ.get("OLLAMA_HOST", "")
+
+    def _server_version(self) -> str:
+        """What will answer: another version may answer otherwise."""
+        from grit_impl.serve.client import Endpoint
+        from grit_impl.serve.server import VERSION
+
+        if not self.ollama_url:
+            return f"embedded {VERSION}"
+        with Endpoint(self.ollama_url) as endpoint:
+            return f"Ollama {endpoint.version()}"
 
     @contextlib.contextmanager
     def _server(self, exports: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, str]]]:

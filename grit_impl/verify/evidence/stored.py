@@ -46,7 +46,7 @@ def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path 
 
 
 def stored_evaluation(folder: Path, metric: str, inputs: Mapping[str, Any]) -> Evaluation | str:
-    """The latest finished evaluation in a folder of just these files and questions, or why there is none."""
+    """The latest finished evaluation in a folder of just these files, questions and server, or why there is none."""
     from grit_impl.evaluate.results import Evaluation
 
     done = sorted(folder.glob("*/evaluation.json"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -55,5 +55,5 @@ def stored_evaluation(folder: Path, metric: str, inputs: Mapping[str, Any]) -> E
         if all(found.meta.get("inputs", {}).get(name) == value for name, value in inputs.items()):
             return found
     if done:
-        return f"none of the {len(done)} evaluations in {folder} is of these exports and questions"
+        return f"none of the {len(done)} evaluations in {folder} is of these exports and questions, by this server"
     return "no finished evaluation, and --reuse-runs makes none"
