@@ -175,9 +175,11 @@ def test_many_adapters(bases: dict[str, Path], base: str, options: dict[str, Any
     adapters_agree(bases, base, options, dtype, pickled)
 
 
-SAVES = st.lists(st.tuples(st.sampled_from(["10GB", "40KB", "20KB", "8KB"]), st.integers(0, 3)), min_size=1, max_size=3)
+# One file mostly, and undamaged mostly: only there heads are stored apart.
+SIZES = st.sampled_from(["10GB", "10GB", "10GB", "40KB", "20KB", "8KB"])
+SAVES = st.lists(st.tuples(SIZES, st.integers(0, 3)), min_size=1, max_size=3)
 HEADS = st.sampled_from(["as saved", "the same", "another", "under the head's name"])
-DAMAGE = st.sampled_from(["none", "none", "a shard kept", "a shard lost", "a tensor lost", "an index kept"])
+DAMAGE = st.sampled_from(["none", "none", "none", "none", "none", "a shard kept", "a shard lost", "a tensor lost", "an index kept"])
 
 
 def layouts_agree(bases: dict[str, Path], base: str, dtype: str, saves: list[Any], heads: str, damage: str) -> None:
@@ -219,7 +221,8 @@ def layouts_agree(bases: dict[str, Path], base: str, dtype: str, saves: list[Any
             checkpoint = Checkpoint(folder)
             checkpoint.check()
             with checkpoint.reader() as reader:
-                ours = {name: reader(name) for name in [*checkpoint.names(), HEAD]}
+                ours = {name: reader(name) for name in checkpoint.names()}
+                ours[HEAD] = ours[EMBEDDING] if checkpoint.tied else ours[HEAD]  # as it will be in the file
         except GRITError as error:
             old = not five and heads in ("another", "under the head's name")
             refused(str(error), allowed=damage != "none" or old or len({size for size, _ in saves}) > 1)
