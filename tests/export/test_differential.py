@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
 from test_adapter import peft_merges
 
@@ -179,7 +179,9 @@ def test_many_adapters(bases: dict[str, Path], base: str, options: dict[str, Any
 SIZES = st.sampled_from(["10GB", "10GB", "10GB", "40KB", "20KB", "8KB"])
 SAVES = st.lists(st.tuples(SIZES, st.integers(0, 3)), min_size=1, max_size=3)
 HEADS = st.sampled_from(["as saved", "the same", "another", "under the head's name"])
-DAMAGE = st.sampled_from(["none", "none", "none", "none", "none", "a shard kept", "a shard lost", "a tensor lost", "an index kept"])
+DAMAGE = st.sampled_from(
+    ["none", "none", "none", "none", "none", "a shard kept", "a shard lost", "a tensor lost", "an index kept"]
+)
 
 
 def layouts_agree(bases: dict[str, Path], base: str, dtype: str, saves: list[Any], heads: str, damage: str) -> None:
@@ -244,6 +246,8 @@ LAYOUTS = (
 
 
 @FEW
+@example("Llama-tied", "float32", [("10GB", 0)], "another", "none")
+@example("Qwen2-tied", "bfloat16", [("10GB", 1)], "another", "none")
 @given(*LAYOUTS)
 def test_layouts(bases: dict[str, Path], base: str, dtype: str, saves: list[Any], heads: str, damage: str) -> None:
     """Oracle: the parameters of the model that transformers loads from the folder."""
