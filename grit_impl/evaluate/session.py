@@ -29,6 +29,7 @@ from grit_impl.evaluate.results import ANSWERED, SCORE_FIELD, Evaluation, read_l
 from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi, truths_of
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
+from grit_impl.serve.openai_client import open_endpoint
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -181,7 +182,7 @@ def evaluate(
         suites["knowledge"] = loaded
     folder = Path(out)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    with Endpoint(
+    with open_endpoint(
         url,
         timeout=options.timeout,
         attempts=options.attempts,
@@ -378,7 +379,8 @@ class _Session:
 
     def measure(self) -> None:
         """Speed samples that are missing; none from a server that has stopped answering."""
-        if any(str(row["error"]).startswith("not asked") for row in self.failures.values()):
+        silent = any(str(row["error"]).startswith("not asked") for row in self.failures.values())
+        if silent or not self.endpoint.counts_time:
             return
         schedule = self.options.schedule
         targets = [look * (len(self.models) + 1) for look in schedule.looks]

@@ -37,7 +37,8 @@ TURN = 100_000_000
 ones by far, so the fastest of a turn counts; where one sample lasts as long, it is the only one."""
 MOST_SAMPLES = 8
 RELOADED = 50_000_000
-"""Nanoseconds of load_duration from which on the model was loaded for this request, which then is warm-up again."""
+"""Nanoseconds of load_duration from which on the model was loaded for this request, which then is warm-up again; half
+of what a load took, if that is longer: a busy machine needs as long to look the model up."""
 CLONE = "(copy of the base)"
 """Label of the base under another name; no label of a user has parentheses."""
 CLONE_NAME = "grit-speed-copy-of-base"
@@ -184,6 +185,7 @@ class _Stage:
         self.warm: dict[str, None] = {}
         self.epoch = -1
         self.samples, self.shortest = 0, float(TURN)
+        self.loading, self.reloads = RELOADED, 0
         self._seconds = 0.0
 
     def begin(self, epoch: int, turn: Sequence[str], seed: int) -> None:
@@ -207,16 +209,16 @@ class _Stage:
             self.warm[label] = None
 
     def turn(self, label: str, seed: int) -> Reply | None:
-        """The fastest of a turn's samples, equally many for every model; None where one of them fails."""
+        """The fastest of a turn's samples, equally many for every model; None where the first fails."""
         if not self.samples:
             # By the fastest warm-up of all models: a disturbed one would say that one sample lasts long enough. After a
             # load of its own, which takes longer than the samples, a model has twice as many.
             self.samples = max(1, min(MOST_SAMPLES, round((1 + self.alone) * TURN / self.shortest)))
         fastest = self.sample(label, seed)
         for number in range(1, self.samples):
-            reply = self.sample(label, seed + 10 * number)
+            reply = self.sample(label, seed + 10 * number) if fastest else None
             if reply is None or fastest is None:
-                return None
+                break
             fastest = max(fastest, reply, key=lambda each: each.tokens_per_second)
         return fastest
 
@@ -229,12 +231,16 @@ class _Stage:
             except Unanswered:
                 return None
             self._seconds += reply.seconds
-            if reply.eval_count == self.tokens and reply.eval_duration > 0 and reply.load_duration < RELOADED:
+            reloaded = reply.load_duration >= self.loading
+            if reply.eval_count == self.tokens and reply.eval_duration > 0 and not reloaded:
                 self.shortest = min(self.shortest, reply.eval_duration)
                 return reply
-            if label in self.warm and reply.load_duration >= RELOADED:
-                # It was thrown out meanwhile: there is less room than it seemed.
-                self.alone = True
+            if reloaded and label not in self.warm:
+                self.loading = max(RELOADED, reply.load_duration // 2)
+            elif reloaded:
+                # It was thrown out meanwhile, perhaps by another user. Twice, and there is less room than it seemed.
+                self.reloads += 1
+                self.alone = self.alone or self.reloads > 1
         return None
 
     def spent(self) -> float:

@@ -152,6 +152,9 @@ class Endpoint:
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         )
 
+    counts_time = True
+    """Whether the server says how long it took to generate, without which there is no speed."""
+
     def __enter__(self) -> Endpoint:
         return self
 
@@ -244,7 +247,7 @@ class Endpoint:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, key: str | None = None) -> dict[str, Any]:
         def ask() -> dict[str, Any]:
-            value = _one_json(self._send(method, path, body))
+            value = one_json(self._send(method, path, body))
             if key is not None and key not in value:
                 raise Fault("not-json", f"{path} has no {key!r}")
             return value
@@ -299,7 +302,7 @@ class Endpoint:
         def ask() -> Reply:
             nonlocal empty_before
             start = time.perf_counter()
-            reply = _read_reply(self._send("POST", "/api/generate", body), model, prompt, options)
+            reply = self._exchange(body)
             if not reply["text"]:
                 # A model may end its answer at once. A broken server may lose the text. Only the first is repeatable
                 # with counters that say "nothing was generated".
@@ -311,6 +314,11 @@ class Endpoint:
             return Reply(**reply, seconds=time.perf_counter() - start, faults=faults)
 
         return self._retry(ask, faults, self.attempts)
+
+    def _exchange(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One attempt at a question: the fields of its `Reply`, or a `Fault`."""
+        received = self._send("POST", "/api/generate", body)
+        return _read_reply(received, body["model"], body["prompt"], body["options"])
 
     def _retry(self, ask: Callable[[], T], faults: list[str], attempts: int) -> T:
         try:
@@ -363,7 +371,8 @@ class Endpoint:
                 return response.status_code, bytes(received)
 
 
-def _one_json(body: bytes) -> dict[str, Any]:
+def one_json(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body, or a `Fault`."""
     try:
         value = json.loads(body)
     except ValueError:
@@ -377,7 +386,7 @@ def _one_json(body: bytes) -> dict[str, Any]:
 
 def _read_reply(body: bytes, model: str, prompt: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Reply` from one JSON object or from a stream of them, or a `Fault`."""
-    parts = [_one_json(line) for line in body.splitlines() if line.strip()]
+    parts = [one_json(line) for line in body.splitlines() if line.strip()]
     text = "".join(part["response"] for part in parts if isinstance(part.get("response"), str))
     if parts and parts[-1].get("done") is False and _repeats(text):
         # Ollama ends such an answer in silence, every time.

@@ -211,6 +211,50 @@ def test_errors_have_openais_form(server: EmbeddedOllama, path: str, body: Any, 
     assert set(told) == {"message", "type", "param", "code"}
 
 
+def test_an_evaluation_over_openais_api(server: EmbeddedOllama, tmp_path: Path) -> None:
+    """Oracle: the same evaluation over Ollama's API: equal answers and counts; only speed is not measured."""
+    from grit_impl.evaluate.items import load_aqi, load_knowledge
+    from grit_impl.evaluate.session import EvaluationOptions, evaluate
+
+    aqi = load_aqi(FIXTURES / "aqi_test.jsonl", limit=8)
+    facts = load_knowledge(FIXTURES / "knowledge_test.jsonl", limit=8)
+    options = EvaluationOptions(progress=False, speed_rounds=1, system="Be short.")
+    found = [
+        evaluate(server.url + tail, {"base": "tiny"}, aqi, facts, tmp_path / str(n), options)
+        for n, tail in enumerate(("", "/v1"))
+    ]
+    for suite in ("aqi", "knowledge"):
+        fields = ("answer", "done_reason", "prompt_eval_count", "eval_count")
+        told = [
+            {item: [row[field] for field in fields] for item, row in each.rows("base", suite).items()} for each in found
+        ]
+        assert told[0] == told[1]
+        assert len(told[0]) == 8
+    assert found[1].complete
+    assert [bool(each.speed) for each in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        ({"choices": []}, "not-json"),
+        ({"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}, "incomplete"),
+        ({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}, "trunc"),
+        ({"error": {"message": "no"}}, "streamed-error"),
+        ({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}, "empty"),
+    ],
+)
+def test_what_is_no_answer_over_openais_api(monkeypatch: pytest.MonkeyPatch, reply: Any, kind: str) -> None:
+    """Oracle: the planted reply; it becomes a fault, never an answer."""
+    from grit_impl.serve.client import Unanswered
+    from grit_impl.serve.openai_client import OpenAIEndpoint
+
+    monkeypatch.setattr(OpenAIEndpoint, "_send", lambda *_: json.dumps(reply).encode())
+    with OpenAIEndpoint("http://127.0.0.1:1/v1", attempts=1) as endpoint, pytest.raises(Unanswered) as caught:
+        endpoint.generate("m", "two words", {"num_predict": 5})
+    assert caught.value.faults[0].startswith(kind)
+
+
 @pytest.mark.nightly
 def test_lm_evaluation_harness(server: EmbeddedOllama, tmp_path: Path) -> None:
     """Oracle: transformers' log-likelihoods of the same tokens, and the `openai` client's greedy answers."""
