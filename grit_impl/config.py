@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from grit_impl.errors import GRITError
+from grit_impl.notebook import card
 
 UPDATE_RULES: dict[str, Any] = {}
 """Classes by name, once their modules are imported; `grit_impl.method.rules.base.rule` registers them."""
@@ -156,6 +157,14 @@ class GRITConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the rule, and each option with what it does; those that were changed first."""
+        defaults, about = type(self)(), self.help()
+        changed = [name for name, value in self.to_dict().items() if value != getattr(defaults, name)]
+        names = [*changed, *(name for name in about if name not in changed)]
+        rows = [(name, getattr(self, name), "" if name in changed else "default", about[name]) for name in names]
+        return card(f"GRIT: {self.update_rule}", "", ("option", "value", "", "what it is"), rows, good=True)
 
     @classmethod
     def help(cls) -> dict[str, str]:

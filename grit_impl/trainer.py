@@ -20,6 +20,7 @@ from grit_impl.method.manager import GRITManager
 from grit_impl.method.optimizer import GRITOptimizer
 from grit_impl.method.reprojection import save_adapter
 from grit_impl.method.rules.base import WholeStep
+from grit_impl.method.scalars import PREFIX, Scalars
 
 STATE_FILE = "grit_state.pt"
 SHRUNK_FOLDER = ("grit", "adapter")
@@ -27,11 +28,18 @@ SHRUNK_FOLDER = ("grit", "adapter")
 MEASURE_ONLY = float("inf")
 
 
+def _logged(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the step that is being made will be logged."""
+    step = state.global_step + 1
+    return step % max(1, int(state.logging_steps)) == 0 or (step == 1 and args.logging_first_step)
+
+
 def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of any Trainer whose optimizer is a GRITOptimizer.
 
     The new class takes `grit_config` besides its base's arguments, and has the manager as `grit_manager`. Clipping
-    moves from the loop into the optimizer, after preconditioning; the logged gradient norm is the raw one.
+    moves from the loop into the optimizer, after preconditioning; the logged gradient norm is the raw one. What is
+    logged with the loss has GRIT's numbers too (`grit/*`, see `method.scalars`), for whatever `report_to` names.
     """
 
     class WithGRIT(trainer_class):  # type: ignore[valid-type,misc]
@@ -41,6 +49,7 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
             self._grit_clip = float(self.args.max_grad_norm or 0.0)
             self.args.max_grad_norm = MEASURE_ONLY
             self.grit_manager = GRITManager(self.model, grit_config)
+            self._grit_scalars = Scalars(self.grit_manager)
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             self.grit_manager.attach()
@@ -53,8 +62,18 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
             inner = super().create_optimizer(*args, **kwargs) or self.optimizer
             if not isinstance(inner, GRITOptimizer):
                 inner = GRITOptimizer(inner, self.grit_manager, self._grit_clip)
+                # Before GRIT turns the gradients, and before the optimizer inside steps with what it made of them.
+                inner.register_step_pre_hook(self._before_grit)
+                inner.inner.register_step_pre_hook(lambda *_: self._grit_scalars.after())
             self.optimizer: torch.optim.Optimizer = inner
             return inner
+
+        def _before_grit(self, *_: Any) -> None:
+            if _logged(self.args, self.state):
+                self._grit_scalars.before()
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log({**logs, **self._grit_scalars.read()} if "loss" in logs else logs, *args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             # On every process, before one of them writes: what has not been added up yet.
@@ -99,11 +118,13 @@ class GRITCallback(TrainerCallback):
     def __init__(self, config: GRITConfig | None = None) -> None:
         self.config = config or GRITConfig()
         self.manager: GRITManager | None = None
+        self._scalars: Scalars | None = None
         self._given_clip: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Build the manager, restore it on a resumed run, and take over clipping."""
         self.manager = self.manager_class(kw["model"], self.config).attach()
+        self._scalars = Scalars(self.manager)
         if isinstance(self.manager.rule, WholeStep):
             self._bind(self.manager.rule, args, kw["optimizer"])
         if state.global_step:
@@ -133,8 +154,31 @@ class GRITCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Precondition and clip."""
-        if self.manager is not None:
-            self.manager.before_step(list(kw["model"].parameters()), self._given_clip)
+        if self.manager is None:
+            return
+        scalars = self._scalars if _logged(args, state) else None
+        if scalars is not None:
+            scalars.before()
+        self.manager.before_step(list(kw["model"].parameters()), self._given_clip)
+        if scalars is not None:
+            scalars.after()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
+        """Add GRIT's numbers to the history; loggers have been told before, unless `log_through` was called."""
+        if self._scalars is not None and logs and "loss" in logs and f"{PREFIX}coverage" not in logs:
+            logs.update(found := self._scalars.read())
+            if state.log_history:
+                state.log_history[-1].update(found)
+
+    def log_through(self, trainer: Trainer) -> None:
+        """Log GRIT's numbers (`grit/*`) with this trainer's loss, for whatever its `report_to` names."""
+        log = trainer.log
+
+        def with_scalars(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            found = self._scalars.read() if self._scalars is not None and "loss" in logs else {}
+            log({**logs, **found}, *args, **kwargs)
+
+        trainer.log = with_scalars  # type: ignore[method-assign]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Reproject when due."""

@@ -16,6 +16,7 @@ from grit_impl.ledger.chain import CHECKS, Breach, Check
 from grit_impl.ledger.chain.table import LinkRow, chain_of, not_checked
 from grit_impl.ledger.chain.words import degrees, most, number, of_all, steps_of
 from grit_impl.ledger.findings import Facts, facts
+from grit_impl.notebook import card
 
 PARTLY_SEEN = "partly-seen"
 UNDECIDED = ("no-steps", "update-unexplained", "no-modifier", "undecided", PARTLY_SEEN)
@@ -60,6 +61,17 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.summary}"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the verdict, and the chain of custody link by link."""
+        rows = [(row.link, f"{row.held} of {row.seen}", row.first or "", row.who) for row in self.chain]
+        return card(
+            self.cause,
+            self.summary,
+            ("link", "held in tensor-steps", "broke first at step", "for"),
+            rows,
+            self.effective,
+        )
 
 
 def judge_ledger(ledger: Any, checks: Sequence[Check] = CHECKS) -> Verdict:

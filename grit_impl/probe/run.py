@@ -142,7 +142,7 @@ def _spec(training: TrainingSettings, folder: Path) -> RunSpec:
         from grit_impl.recipes.random_base import save_random
 
         base = str(save_random(base, folder / "base"))
-    small = replace(training, steps=STEPS, rank=RANK, alpha=RANK, save_every=0)
+    small = replace(training, steps=STEPS, rank=RANK, alpha=RANK, save_every=0, report_to="")
     return RunSpec(arm="baseline", base_model=base, training=small)
 
 

@@ -170,6 +170,9 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         grit_report=None,
     )
     log = StepLog(record)
+    if settings.report_to:
+        # Beside the checkpoints, which are removed when the run is complete.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(path / "logs"))
     checkpoints = path / "checkpoints"
     trainer, grit = build_trainer(arm, spec, model, tokenizer, data, checkpoints, log)
     done = int(last.name.rpartition("-")[2]) if last else 0
@@ -294,7 +297,7 @@ def _arguments(settings: TrainingSettings, seed: int, folder: Path, cpu: bool) -
         "save_strategy": "steps" if settings.save_every else "no",
         "save_steps": settings.save_every or 500,
         "save_total_limit": 1,
-        "report_to": [],
+        "report_to": settings.report_to.split(",") if settings.report_to else [],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
@@ -340,6 +343,7 @@ def build_trainer(
         return trainer, lambda: None
     callback = arm.callback(config)
     trainer.add_callback(callback)
+    callback.log_through(trainer)
     return trainer, lambda: callback.manager
 
 

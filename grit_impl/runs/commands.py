@@ -13,7 +13,7 @@ from grit_impl.errors import GRITError
 from grit_impl.recipes.arms import ARMS, RunSpec, TrainingSettings, default_training, find_arm, grit_options
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.datasets import require_dataset
-from grit_impl.runs.files import read_options
+from grit_impl.runs.files import read_options, require_loggers
 from grit_impl.settings import click_options
 
 SAVE_EVERY = 50
@@ -101,6 +101,7 @@ def train(**options: Any) -> None:
     config = GRITConfig.preset(preset, **dict(_override(text) for text in options["overrides"]))
     require_dataset(options["dataset"])
     find_base(options["base_model"])
+    require_loggers(options["report_to"] or "")
     from grit_impl.machine import has_gpu
 
     asked = {each.name: options[each.name] for each in fields(TrainingSettings)}
@@ -140,11 +141,11 @@ def train(**options: Any) -> None:
     elif why := refusal(out, request):
         raise GRITError(why)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task(f"training {arm.name}", total=spec.training.steps)
+    with Progress(*columns, TextColumn("{task.fields[loss]}")) as bar:
+        task = bar.add_task(f"training {arm.name}", total=spec.training.steps, loss="")
 
         def progress(label: str, done: int, total: int) -> None:
-            bar.update(task, completed=done)
+            bar.update(task, completed=done, loss=_last_loss(out))
 
         result = run_arms(
             [spec], out.parent, jobs=1, progress=progress, name=lambda _: out.name, ledger=options["ledger"]
@@ -157,6 +158,17 @@ def train(**options: Any) -> None:
     click.echo(
         f"{record.path}: {len(record.steps)} steps, last loss {last['loss']:.4f}, {record.run['train_seconds']:.0f} s"
     )
+
+
+def _last_loss(folder: Path) -> str:
+    """The loss of the last step that a run has written, for people; empty before the first one."""
+    import json
+
+    try:
+        line = (folder / "steps.jsonl").read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
+        return f"loss {float(json.loads(line)['loss']):.4f}"
+    except (OSError, ValueError, KeyError, TypeError):  # half a line is being written
+        return ""
 
 
 def _explain() -> None:

@@ -1,8 +1,9 @@
-"""Options of a command from a YAML file, as trl and axolotl take them."""
+"""Options of a command from a YAML file, as trl and axolotl take them; and loggers that are not installed."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,24 @@ def read_options(path: Path, parameters: Sequence[click.Parameter]) -> dict[str,
             text = ",".join(map(str, value)) if isinstance(value, list) else value
             found[names[name]] = text if isinstance(text, bool) else str(text)
     return found
+
+
+LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"} | {
+    "comet_ml": "comet_ml",
+    "clearml": "clearml",
+    "swanlab": "swanlab",
+}
+"""What `--report-to` takes, and the package that each needs."""
+
+
+def require_loggers(names: str) -> None:
+    """Refuse a logger that transformers does not know, or whose package is missing, before anything is trained.
+
+    Raises:
+        GRITError: which one, and what to install.
+    """
+    for name in filter(None, names.split(",")):
+        if name not in LOGGERS:
+            raise GRITError(f"--report-to {name}: choose {', '.join(LOGGERS)}")
+        if importlib.util.find_spec(LOGGERS[name]) is None:
+            raise GRITError(f"--report-to {name} needs the package {LOGGERS[name]}: pip install {LOGGERS[name]}")

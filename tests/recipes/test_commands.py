@@ -226,3 +226,25 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 8, 0.25, True)
     assert set(config.target_modules) == {"q_proj", "v_proj"}
+
+
+def test_the_bar_shows_the_last_loss(tmp_path: Path) -> None:
+    """Oracle: the last whole line; nothing before there is one, or while one is being written."""
+    from grit_impl.runs.commands import _last_loss
+
+    assert _last_loss(tmp_path) == ""
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.25}\n')
+    assert _last_loss(tmp_path) == "loss 1.2500"
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert _last_loss(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tensorbord", "choose tensorboard, wandb"), ("clearml", "needs the package clearml: pip install clearml")],
+)
+def test_a_logger_that_is_not_there_is_told_before_training(asked: Any, name: str, message: str) -> None:
+    """Oracle: one line; transformers would say so after the model was loaded, in a traceback."""
+    with pytest.raises(GRITError, match=re.escape(message)):
+        asked("--report-to", name)
+    assert asked("--report-to", "tensorboard")[0].training.report_to == "tensorboard"
