@@ -46,7 +46,7 @@ $(VENV)/bin/python:
 # torch first: a package that asks for "any torch" would otherwise pull in a CUDA build on a machine without a GPU.
 $(VENV)/.verify: pyproject.toml requirements/cpu.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[all]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.verify

@@ -31,6 +31,23 @@ COMMANDS = {
     "baseline": ("grit_impl.verify.commands", "baseline", "Promote results to the baseline of later reports."),
 }
 
+# What a command needs beside the core, as pyproject.toml names it; the others need nothing more.
+EXTRAS = {
+    "verify": "all",
+    "train": "train",
+    "export": "export",
+    "serve": "serve",
+    "deploy": "export",
+    "evaluate": "evaluate",
+    "alignment-index": "evaluate",
+    "compare": "logs",
+    "probe": "train",
+    "faults": "train",
+    "sweep": "train,report",
+    "report": "all",
+    "baseline": "all",
+}
+
 
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -47,7 +64,11 @@ class _Lazy(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+            formatter.write_dl([(name, _with_extra(name, line)) for name, (_, _, line) in COMMANDS.items()])
+
+
+def _with_extra(name: str, line: str) -> str:
+    return f"{line}  [{EXTRAS[name]}]" if name in EXTRAS else line
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,7 +76,9 @@ class _Lazy(click.Group):
 def cli() -> None:
     """GRIT: Fisher-preconditioned LoRA, and evidence for every claim about it.
 
-    Start with `grit verify` (or `make verify`): it needs no GPU, no model hub and no Ollama.
+    In a checkout, start with `make verify`: it needs no GPU, no model hub and no Ollama. Elsewhere with `grit train`,
+    and `grit verdict` on what it leaves. In brackets: what a command needs beside the core, pip install
+    'grit-verify[NAME]'.
     """
 
 
@@ -65,6 +88,14 @@ def main() -> None:
         status = cli.main(standalone_mode=False)
     except GRITError as error:
         click.echo(f"error: {_one_line(str(error))}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        command, package = next(iter(sys.argv[1:]), ""), (error.name or "").partition(".")[0]
+        if command not in EXTRAS or package in ("", "grit_impl"):
+            raise
+        click.echo(
+            f"error: grit {command} needs the package {package}: pip install 'grit-verify[{EXTRAS[command]}]'", err=True
+        )
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has enough
         sys.exit(1)

@@ -75,3 +75,13 @@ def require_loggers(names: str) -> None:
             raise GRITError(f"--report-to {name}: choose {', '.join(LOGGERS)}")
         if importlib.util.find_spec(LOGGERS[name]) is None:
             raise GRITError(f"--report-to {name} needs the package {LOGGERS[name]}: pip install {LOGGERS[name]}")
+
+
+def require_package(name: str, extra: str) -> None:
+    """Refuse to begin what a process of its own would fail at.
+
+    Raises:
+        ModuleNotFoundError: the package is missing; the command line says which extra brings it.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}: pip install 'grit-verify[{extra}]'", name=name)
