@@ -27,10 +27,10 @@ BROUGHT = {"safetensors", "tokenizers", "huggingface_hub", "yaml", "tqdm", "jinj
 IMPORT_NAMES = {"text2num": "text_to_num"}
 # What nobody's command needs: asked for only where it is there, or for what is rare enough to name it itself.
 ASKED_FOR = {"unsloth", "bitsandbytes", "google"}
-# In the closure, but not where the command goes: export reads no rows, logs are no data
+# In the closure, but not where the command goes: export and serve read no rows, logs are no data
 # sets of the hub, and only a GGUF base needs a reader of GGUF.
 NOT_REACHED = {"export": {"datasets", "pyarrow"}, "deploy": {"datasets", "pyarrow"}, "alignment-index": {"gguf"}}
-NOT_REACHED |= {"compare": {"datasets"}}
+NOT_REACHED |= {"compare": {"datasets"}, "serve": {"datasets", "pyarrow"}}
 
 
 def packages(extra: str | None) -> set[str]:
@@ -146,7 +146,8 @@ def test_the_plugin_is_no_burden_to_other_projects(bare, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "package"), [(("train",), "datasets"), (("train", "--arm", "hybrid"), "trl"), (("faults",), "datasets")]
+    ("arguments", "package"),
+    [(("train",), "datasets"), (("train", "--arm", "hybrid"), "trl"), (("faults",), "datasets")],
 )
 def test_a_command_says_which_extra_it_needs(bare, arguments: tuple[str, ...], package: str) -> None:
     """Oracle: one line, status 2."""
