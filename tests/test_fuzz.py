@@ -339,6 +339,7 @@ def test_any_input_is_taken_or_refused_in_one_line(
 
     monkeypatch.setattr(EmbeddedOllama, "wait", lambda self: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # `serve` takes SIGTERM
+    monkeypatch.setattr("tenacity.wait_random_exponential.__call__", lambda *_: 0.0)  # before a server is asked again
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
