@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.errors import GRITError
 from grit_impl.export.checkpoint import EMBEDDING, HEAD, Checkpoint
 from grit_impl.export.vocabulary import load_tokenizer, training_folder
+from grit_impl.tables import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ def _adapted(model: Any, adapter: Path) -> Any:
                 model.resize_token_embeddings(saved[0].shape[0], mean_resizing=False)
             return PeftModel.from_pretrained(model, adapter, config=PeftConfig.from_pretrained(str(adapter)))
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = one_line(error)
             raise GRITError(f"PEFT cannot load {adapter}: {reason}") from error
 
 

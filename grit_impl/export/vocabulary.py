@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.errors import GRITError
 from grit_impl.export.checkpoint import Checkpoint, read_json
 from grit_impl.gguf.splits import split_name
+from grit_impl.tables import one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -108,7 +109,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise many unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise GRITError(f"transformers cannot load the tokenizer in {folder}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise GRITError(f"cannot export the tokenizer in {folder}: transformers has no fast version of it")

@@ -16,7 +16,7 @@ from grit_impl.errors import GRITError
 from grit_impl.files import FIXTURES
 from grit_impl.recipes import fetch
 from grit_impl.recipes.shapes import SHAPES, random_llama
-from grit_impl.tables import refuse_pointers
+from grit_impl.tables import one_line, refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +226,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer("a")  # some damage shows only where it is used
     except Exception as error:  # as above
-        raise GRITError(f"cannot load the tokenizer of base model {found.name!r}: {_first_line(error)}") from error
+        raise GRITError(f"cannot load the tokenizer of base model {found.name!r}: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -250,10 +250,6 @@ def _require_bitsandbytes() -> None:
         raise GRITError("four-bit loading needs bitsandbytes: pip install bitsandbytes, or load without it") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _pretrained(found: Base, dtype: torch.dtype, device: torch.device, four_bit: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -271,7 +267,7 @@ def _pretrained(found: Base, dtype: torch.dtype, device: torch.device, four_bit:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:  # transformers and safetensors raise many unrelated types
-        raise GRITError(f"cannot load base model {found.name!r}: {_first_line(error)}") from error
+        raise GRITError(f"cannot load base model {found.name!r}: {one_line(error)}") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
