@@ -27,7 +27,7 @@ verify: $(VENV)/.verify
 test: $(VENV)/.tox
 	$(BIN)/tox run -e $(ENV)
 
-bench: $(VENV)/.verify
+bench: $(VENV)/.dev
 	$(BIN)/python -m pytest suites/benchmarks -q --write-performance --benchmark-disable-gc \
 		--benchmark-columns=median,iqr,rounds $(ARGS)
 
