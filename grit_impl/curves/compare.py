@@ -27,10 +27,6 @@ CAVEAT = (
     "Decorrelation describes, it never convicts: a step's loss is mostly its batch. With GRIT fully applied and the "
     "weights 66% apart, the curves still correlated at 0.998; with another data order, the same optimizer gave 0.49."
 )
-FEW_RERUNS = (
-    "Fewer than three noisy reruns underestimate bursts of noise: in calibration, 1.7% of real reruns were called "
-    "different on one rerun and 0.7% on two, all with an optimizer that amplifies noise."
-)
 ONE_SEED = (
     "one seed supports no claim about optimizers: run each arm with at least 7 seeds (for p < .05 by sign flips), "
     "10 to find an effect as large as its seed-to-seed spread"

@@ -1,4 +1,4 @@
-"""A comparison for people: terminal, Markdown, HTML fragment, SVG plots."""
+"""A comparison for people: terminal, HTML fragment, SVG plots."""
 
 from __future__ import annotations
 
@@ -113,28 +113,6 @@ def to_terminal(result: CurveComparison, console: Console) -> None:
     nulls = null_lines() if "correlation" in result.numbers else []
     if nulls:
         console.print("* Cleaned r at lag 0 of pairs whose relation is known: " + "; ".join(nulls) + ".", markup=False)
-
-
-def to_markdown(result: CurveComparison) -> str:
-    """The same as Markdown."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
-
-    lines = [f"### {cell(result.b)} against {cell(result.a)}", "", "| | answer | why |", "|---|---|---|"]
-    for question, title in QUESTIONS.items():
-        lines.append(f"| {title} | {cell(result.verdicts[question])} | {cell(result.reasons[question])} |")
-    rows = number_rows(result)
-    if rows:
-        lines += ["", "| number | value |", "|---|---|", *(f"| {cell(label)} | {cell(v)} |" for label, v in rows)]
-    lines += ["", *(f"* {note}" for note in result.notes)]
-    nulls = null_lines() if "correlation" in result.numbers else []
-    if nulls:
-        lines += [
-            "* Cleaned r at lag 0 of pairs whose relation is known (median and range):",
-            *(f"  * {n}" for n in nulls),
-        ]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def to_html(result: CurveComparison, *, plots: bool = True) -> str:

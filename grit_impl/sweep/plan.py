@@ -20,7 +20,6 @@ from grit_impl.recipes.tasks import find_task
 from grit_impl.record import fingerprint
 
 PLANS = Path(__file__).parent / "plans"
-PHASES = ("tuning", "evaluation", "ablation")
 BASE_ARM = "base"
 """The arm that trains nothing: what the base model can do already."""
 METHODS = ("adamw", "loraplus", "riemannian", "rslora", "grit", "none")

@@ -168,7 +168,7 @@ def test_decorrelation_describes_and_never_convicts(logs: ModuleType) -> None:
     assert result.numbers["correlation"]["raw"] > 0.99
     assert result.verdict == "different"
     assert CAVEAT in result.notes
-    assert "never convicts" in compare_report.to_markdown(result)
+    assert "never convicts" in compare_report.page([result])
     assert any(line.startswith("other order") for line in compare_report.null_lines())
 
 
@@ -278,7 +278,7 @@ def test_reports_and_plots(logs: ModuleType, pair: tuple[Values, Values, Values]
     assert "<script" not in page
     assert "&lt;grit&gt; &amp; co" in page
     assert "<grit>" not in page
-    assert "| Same training, or different? | different |" in compare_report.to_markdown(result)
+    assert "<tr><th>Same training, or different?</th><td><b>different</b></td>" in page
 
 
 def test_refused_comparison_still_reports(logs: ModuleType) -> None:
