@@ -353,14 +353,17 @@ def _split(path: Path, text: str, delimiter: str, log: bool) -> tuple[list[str],
                 header = fields
                 if twice := [name for name in header if header.count(name) > 1 and (name or not log)]:
                     raise GRITError(f"cannot read {path}: two columns are named {twice[0]!r}")
+                # The csv module reads a quote that was left over as a letter, of a name that is no column's.
+                if stray := [n for n in header if '"' in n and '"{}"'.format(n.replace('"', '""')) not in text]:
+                    raise GRITError(f"cannot read {path}: a quote is left over in the header, in {brief(stray[0])}")
                 continue
             if len(fields) != len(header):
                 raise GRITError(
                     f"{place} has {len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}): "
                     f'put fields that hold "{delimiter}" in double quotes'
                 )
-            for name, text in zip(header, fields, strict=True):
-                if text[:1] == " " and text.lstrip(" ")[:1] == '"':
+            for name, cell in zip(header, fields, strict=True):
+                if cell[:1] == " " and cell.lstrip(" ")[:1] == '"':
                     raise GRITError(f"{place}, column {name!r}: a space stands before the quote; remove it")
             rows.append(Row(zip(header, fields, strict=True), path, len(rows) + 1, reader.line_num))
     except csv.Error as error:

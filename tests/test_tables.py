@@ -130,6 +130,8 @@ def test_folders_are_no_columns(tmp_path: Path) -> None:
         ("latin.csv", "a,b\nü,2\n".encode("latin-1"), r"it is not UTF-8 \(byte 0xfc"),
         ("cut.parquet", b"PAR1", "cannot read"),
         ("no.parquet", b"", "cannot read"),
+        ("left.csv", 'text",label\nx,1\n', "a quote is left over in the header"),
+        ("left.tsv", 'a\t b" \nx\t1\n', "a quote is left over in the header"),
         ("pointer.csv", b"version https://git-lfs.github.com/spec/v1\noid x\nsize 9\n", "is a pointer of Git LFS"),
         ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid x\nsize 9\n", "is a pointer of Git LFS"),
         ("sheet.xlsx", b"PK", "must end in .jsonl"),
