@@ -29,6 +29,7 @@ from grit_impl.evaluate.results import ANSWERED, SCORE_FIELD, Evaluation, read_l
 from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi, truths_of
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
+from grit_impl.serve.connection import quirks
 from grit_impl.serve.openai_client import open_endpoint
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ def evaluate(
         version = endpoint.version()
         digests = endpoint.require(list(models.values()))
         manner = "asked to" if options.think else "asked not to"
-        notes = [f"{name} can think before it answers: {manner}" for name in endpoint.find_thinking(models.values())]
+        notes = quirks(version)
+        notes += [f"{name} can think before it answers: {manner}" for name in endpoint.find_thinking(models.values())]
         for note in notes:
             logger.warning("%s", note)
         asked = [version, options.greedy(), options.fields(), options.knowledge_by]

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
 import httpx
+from packaging.version import InvalidVersion, Version
 
 from grit_impl.errors import GRITError
 
@@ -111,6 +112,22 @@ def client_options(server: Server) -> dict[str, Any]:
         "proxy": _proxy(server),
         "trust_env": False,  # httpx's own reading of the environment fails at socks:// and at NO_PROXY=fd00::/8
     }
+
+
+def quirks(version: str) -> list[str]:
+    """What a server of this version does otherwise than those that the evaluation was tried with, for a person to read.
+
+    Sources: Ollama's releases v0.30.0 (every GGUF runs in llama.cpp's server) and v0.12.11 (log-probabilities).
+    """
+    try:
+        found = Version(version)
+    except InvalidVersion:
+        return []
+    known = {
+        "0.12.11": "gives no log-probabilities, which --knowledge-by likelihood needs",
+        "0.30.0": "computes with an engine of its own, whose answers are not llama.cpp's",
+    }
+    return [f"Ollama {version} {words}" for first, words in known.items() if found < Version(first)]
 
 
 def reason(error: BaseException) -> str:

@@ -75,6 +75,23 @@ def test_metrics_of_a_known_server(server, files, tmp_path: Path) -> None:
     assert evaluation.winner()[0] == "pure"
 
 
+def test_the_servers_version_counts(server, files, tmp_path: Path) -> None:
+    """Oracle: the version that the server says: what it does otherwise is noted, and another one is asked again."""
+    quick = replace(QUICK, speed_rounds=0)
+    assert evaluate(server.url, MODELS, *files, tmp_path / "out", quick).meta["notes"] == []
+    asked = len(server.requests)
+    evaluate(server.url, MODELS, *files, tmp_path / "out", quick)
+    assert len(server.requests) == asked
+    server.version = "0.12.0"
+    old = evaluate(server.url, MODELS, *files, tmp_path / "out", quick)
+    assert len(server.requests) == 2 * asked
+    assert old.meta["server_version"] == "0.12.0"
+    assert [note.split(" ", 2)[2][:20] for note in old.meta["notes"]] == [
+        "gives no log-probabi",
+        "computes with an eng",
+    ]
+
+
 def test_a_stored_evaluation_says_the_same(server, files, tmp_path: Path) -> None:
     """Oracle: the evaluation in memory; and the stored answers can be judged by another metric."""
     evaluation = evaluate(server.url, MODELS, *files, tmp_path / "out", QUICK)

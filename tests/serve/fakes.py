@@ -41,7 +41,7 @@ class FakeOllama:
         self.headers: list[dict[str, str]] = []
         self.capabilities = ["completion"]
         self.copies: dict[str, str] = {}
-        self.room = 8
+        self.room, self.version = 8, "0.33.0"
         self.loaded: list[str] = []
         self.delay = 0.0
         self.active = self.most_active = 0
@@ -62,7 +62,7 @@ class FakeOllama:
 
             def do_GET(self) -> None:
                 if self.path == "/api/version":
-                    self.send(200, b'{"version": "0.33.0"}')
+                    self.send(200, json.dumps({"version": fake.version}).encode())
                 elif self.path == "/api/tags":
                     listed = [{"name": n, "model": n, "digest": d} for n, d in fake.models.items()]
                     self.send(200, json.dumps({"models": listed}).encode())
