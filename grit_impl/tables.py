@@ -281,7 +281,7 @@ def read_json_lines(path: Path, data: bytes) -> Table:
 def read_json(path: Path, data: bytes, *, inside: str | None = None) -> Table:
     """A list of objects; `inside` is its name where it stands in an object."""
     text = data.decode("utf-8-sig")
-    if inside is None and text.lstrip()[:1] == "{" and "\n" in text.strip():
+    if text.lstrip()[:1] == "{" and "\n" in text.strip():
         # Many files of JSON lines are named .json; a single object over several lines is none.
         first = text.lstrip().split("\n", 1)[0]
         try:

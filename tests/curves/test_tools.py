@@ -472,6 +472,12 @@ def test_logs_that_only_look_like_one(tmp_path: Path) -> None:
         read_log(tmp_path / "run.wandb")
 
 
+def test_json_lines_under_another_name(tmp_path: Path) -> None:
+    """Oracle: the losses; the same reader reads such rows for training."""
+    rows = [{"step": i, "loss": v} for i, v in enumerate(LOSS, 1)]
+    np.testing.assert_array_equal(read_log(jsonl(tmp_path / "x.jsonl", rows).rename(tmp_path / "x.json")).loss, LOSS)
+
+
 @pytest.mark.parametrize("header", ["Step,x - train/loss", "_step,_runtime,train/loss"])
 def test_wandbs_own_steps_have_gaps(tmp_path: Path, header: str) -> None:
     """Oracle: an evaluation after every seventh entry takes a number of wandb's own; other logs get no such advice."""
