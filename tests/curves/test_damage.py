@@ -72,8 +72,10 @@ def damaged(data: bytes, damages: list[Damage]) -> bytes:
 def _curve(frame: pd.DataFrame) -> Curve:
     """The columns step and loss, whatever the case of their names; without a step, rows are counted."""
     frame = frame.rename(columns=lambda name: re.sub(r"^\W+|\W+$", "", str(name).lower().rpartition("/")[2]))
-    # A second `loss` that pandas has renamed is no column of that name.
-    loss = pd.to_numeric(frame["loss"].replace("", np.nan))
+    # A second `loss` that pandas has renamed is no column of that name. Of two that only a mark tells apart, each has
+    # the values of some rows.
+    frame = frame.replace("", np.nan).T.groupby(level=0).first().T
+    loss = pd.to_numeric(frame["loss"])
     kept = frame[loss.notna()]
     steps = pd.to_numeric(kept["step"]) if "step" in frame else pd.Series(range(1, len(kept) + 1))
     return list(zip(steps.astype(float), loss[loss.notna()].astype(float), strict=True))
