@@ -125,10 +125,13 @@ class Table:
 
 def brief(value: Any) -> str:
     """A value for a message: its kind, and what it is on one short line."""
-    shown = " ".join(repr(value).split())
-    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
     kinds = {str: "text", dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
-    return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({shown})"
+    return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({_short(repr(value))})"
+
+
+def _short(text: str) -> str:
+    shown = " ".join(text.split())
+    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
 
 
 def read_table(source: str | Path, split: str = "train") -> Table:
@@ -359,8 +362,8 @@ def _split(path: Path, text: str, delimiter: str, log: bool) -> tuple[list[str],
                 continue
             if len(fields) != len(header):
                 raise GRITError(
-                    f"{place} has {len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}): "
-                    f'put fields that hold "{delimiter}" in double quotes'
+                    f"{place} has {len(fields)} fields where the header has {len(header)} "
+                    f'({_short(delimiter.join(header))}): put fields that hold "{delimiter}" in double quotes'
                 )
             for name, cell in zip(header, fields, strict=True):
                 if cell[:1] == " " and cell.lstrip(" ")[:1] == '"':

@@ -130,6 +130,7 @@ def test_folders_are_no_columns(tmp_path: Path) -> None:
         ("latin.csv", "a,b\nü,2\n".encode("latin-1"), r"it is not UTF-8 \(byte 0xfc"),
         ("cut.parquet", b"PAR1", "cannot read"),
         ("no.parquet", b"", "cannot read"),
+        ("lines.csv", '"a\nb",c\n1\n', r"has 1 fields where the header has 2 \(a b,c\)"),
         ("left.csv", 'text",label\nx,1\n', "a quote is left over in the header"),
         ("left.tsv", 'a\t b" \nx\t1\n', "a quote is left over in the header"),
         ("pointer.csv", b"version https://git-lfs.github.com/spec/v1\noid x\nsize 9\n", "is a pointer of Git LFS"),
