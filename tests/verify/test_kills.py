@@ -29,7 +29,7 @@ from grit_impl.record import RunRecord, sha256_file
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-ARMS = ("baseline", "rerun", "pure", "hybrid", "hybrid_late")
+ARMS = ("baseline", "rerun", "pure", "hybrid", "hybrid_late", "recommended")
 # Kills, and the seconds after the phase began within which each falls.
 TRAINING, EVALUATING, WRITING = (20, 2.0, 14.0), (15, 4.0, 24.0), (15, 0.0, 2.5)
 PATIENCE = 300.0
