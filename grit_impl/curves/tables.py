@@ -83,7 +83,7 @@ def read_mlflow(files: Mapping[str, Path], path: Path, run: Path) -> Table:
         for line, text in enumerate(read_with(_text, file).split("\n"), 1):
             if not text.strip():
                 continue
-            cells = text.strip().split(" ")
+            cells = text.strip(" \t\r").split(" ")  # not what else Unicode takes for space
             try:
                 broken = len(cells) not in (2, 3) or any(cell != cell.strip() for cell in cells)
                 if broken or number(cells[0]) is None or number(cells[1]) is None:

@@ -204,6 +204,7 @@ def test_damaged_logs(tmp_path: Path, logs: ModuleType, kind: str) -> None:
             assert math.isclose(found[float(step)], loss, rel_tol=1e-15)
 
     fuzz(check)
+    check([("insert", 1.0, 0.0, b"\xe2\x80\xa8")])
     # Event files carry checksums: hardly any damage gets through.
     assert understood >= (1 if kind == "tensorboard" else EXAMPLES // 10)
 
