@@ -70,7 +70,7 @@ def require_loggers(names: str) -> None:
     Raises:
         GRITError: which one, and what to install.
     """
-    for name in filter(None, names.split(",")):
+    for name in names.split(",") if names not in ("", "none") else ():
         if name not in LOGGERS:
             raise GRITError(f"--report-to {name}: choose {', '.join(LOGGERS)}")
         if importlib.util.find_spec(LOGGERS[name]) is None:

@@ -247,4 +247,5 @@ def test_a_logger_that_is_not_there_is_told_before_training(asked: Any, name: st
     """Oracle: one line; transformers would say so after the model was loaded, in a traceback."""
     with pytest.raises(GRITError, match=re.escape(message)):
         asked("--report-to", name)
+    assert asked("--report-to", "none")[0].training.report_to == "none"
     assert asked("--report-to", "tensorboard")[0].training.report_to == "tensorboard"
