@@ -80,12 +80,14 @@ def read_mlflow(files: Mapping[str, Path], path: Path, run: Path) -> Table:
     table = Table(str(path), [])
     wanted = {name: file for name, file in files.items() if is_series(name)} or dict(files)
     for name, file in wanted.items():
+        width = 0  # versions before steps wrote two cells, but no version writes both
         for line, text in enumerate(read_with(_text, file).split("\n"), 1):
             if not text.strip():
                 continue
             cells = text.strip(" \t\r").split(" ")  # not what else Unicode takes for space
             try:
-                broken = len(cells) not in (2, 3) or any(cell != cell.strip() for cell in cells)
+                width = width or len(cells)
+                broken = width not in (2, 3) or len(cells) != width or any(cell != cell.strip() for cell in cells)
                 if broken or number(cells[0]) is None or number(cells[1]) is None:
                     raise GRITError("expected `timestamp value step`")
                 step = number(cells[2]) if len(cells) == 3 else 0.0
