@@ -28,13 +28,13 @@ def serve(
     """Serve GGUF files, Modelfiles or run folders through Ollama's API until ctrl-C."""
     import signal
 
+    chosen = dict(_named(text) for text in models)  # before the import, which takes a second
     from grit_impl.serve.server import EmbeddedOllama
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    chosen = dict(_named(text) for text in models)
     server = EmbeddedOllama(
         chosen, host=host, port=port, threads=threads, parallel=parallel, context=context, most=keep_models
     )
