@@ -134,7 +134,7 @@ def _beside_a_copy(evaluation: Evaluation, judged: Judgement, label: str, bound:
             return replace(judged, summary=f"{text}; no copy of the base was measured")
         why = "no copy of the base was measured, so this may be the server's doing"
         return replace(judged, verdict="inconclusive", summary=f"{text}; {why}")
-    told = Metric(CLONE, copy.estimate, copy.low, copy.high, "%", copy.n, copy.method)
+    told = Metric("delta_speed", copy.estimate, copy.low, copy.high, "%", copy.n, copy.method, CLONE)
     metrics = (*judged.metrics, told)
     room = abs(bound)
     if copy.low < -room or copy.high > room:
