@@ -52,17 +52,16 @@ class Witness:
         self._handles = [m.register_forward_hook(self._hook(name)) for name, (m, _, _) in wanted.items()]
 
     def _hook(self, name: str) -> Any:
+        from grit_impl.ledger.watches.tensors import ModuleHook
+
         add = self._protect(self._add, "witness")
 
         def forward(module: Any, inputs: Any, output: Any) -> None:
-            import torch
-
-            if not torch.compiler.is_compiling() and getattr(output, "requires_grad", False):
+            if getattr(output, "requires_grad", False):
                 add((name, "a"), output)
                 output.register_hook(lambda grad: add((name, "g"), grad))
 
-        forward.of_the_ledger = True  # type: ignore[attr-defined]
-        return forward
+        return ModuleHook(forward)
 
     def _add(self, key: tuple[str, str], rows: Tensor) -> None:
         flat = rows.detach().reshape(-1, rows.shape[-1]).float()
@@ -121,6 +120,8 @@ class Explainer:
         """
         if operator.residual > 0.1:
             return "no matrix of the rank's size"
+        if not operator.determined:
+            return "a matrix that gradients of so low a rank do not determine"
         if operator.identity_distance < 1e-2:
             return "a number"
         if operator.diagonal_distance < 1e-2:

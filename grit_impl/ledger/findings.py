@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ class Facts:
             ledger saw. Steps are numbered like the run's.
         problem: What went wrong in the ledger, or None.
         weights: Name -> hash of the tensor when the ledger was closed.
+        kept: Name -> what was left of the way of the steps then, and its cosine with what was taken back.
+        vectors: Names of tensors that no matrix can turn (DoRA's magnitudes, biases).
+        tied: Name -> how many names the tensor has, where it has several.
     """
 
     run: dict[str, Any]
@@ -43,9 +47,13 @@ class Facts:
     unseen: int = 0
     problem: str | None = None
     weights: dict[str, str] | None = None
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        t = self.tensors
+        t, known = self.tensors, self.run["tensors"]
+        known = known if isinstance(known, list) else []
+        self.vectors = {x["name"] for x in known if math.prod(x["shape"]) == max(x["shape"], default=1)}
+        self.tied = {x["name"]: int(x["names"]) for x in known if x.get("names")}
         self.live, self.bent = t[t.live], t[t.bent]
         self.touched = t[t.live & (t.mods > 0)]
 
@@ -56,8 +64,19 @@ class Facts:
 
     @property
     def modifier_known(self) -> bool:
-        """Whether a preconditioner is attached: it reports on itself, or its hooks sit on LoRA's modules."""
-        return self.report is not None or any(s.get("hooked_modules") for s in self.steps)
+        """Whether a preconditioner is there: it reports on itself, its statistics are kept, or it writes what it read.
+
+        Hooks alone do not tell: reading is not modifying.
+        """
+        same = sum(any(e["changed"] == 0 and e["phase"] == "before" for e in s.get("events", ())) for s in self.steps)
+        written = bool(self.most("hooked_modules")) and 2 * same > len(self.steps)
+        return self.report is not None or written or self.most("matrices") >= max(2, self.tensors.layer.nunique() / 2)
+
+    @property
+    def idle(self) -> set[str]:
+        """Tensors that only an optimizer holds which never stepped."""
+        held = set(self.tensors[~self.tensors.unheld].name)
+        return {name for s in self.steps for name in s.get("idle") or ()} - held
 
     @property
     def start(self) -> float:
@@ -105,7 +124,9 @@ def facts(source: Any) -> Facts:
     hashes = next((r["weights"] for r in reversed(rows) if r.get("weights")), None)
     weights = {t["name"]: h for t, h in zip(rows[0]["tensors"], hashes, strict=True)} if hashes else None
     report = reports[-1] if reports else None
-    return Facts(rows[0], steps, _derive(tensors, steps), report, unseen, problem, weights)
+    end: list[list[Any]] = next((r["kept"] for r in reversed(rows) if r["kind"] == "end" and r.get("kept")), [])
+    kept = {t["name"]: (float(a), float(b)) for t, (a, b) in zip(rows[0]["tensors"], end, strict=True)} if end else {}
+    return Facts(rows[0], steps, _derive(tensors, steps), report, unseen, problem, weights, kept)
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_impl.ledger.timeline import CLIP, CLIP_VALUE, SCALER, ZERO_GRAD
+from grit_impl.ledger.watches import access
 
 GRADIENT_EVENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_step_begin")
 LIBRARIES = ("transformers.", "trl.", "accelerate.")
@@ -214,7 +215,7 @@ class Interception:
         @functools.wraps(method)
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._ledger.event_begins(event, name)
-            with _GradientReads() as reads:
+            with _MissingReads() as reads:
                 result = method(*args, **kwargs)
             self._ledger.event_ends(reads.missing)
             return result
@@ -242,21 +243,17 @@ def foreign_listeners(handler: Any, event: str) -> list[Any]:
     ]
 
 
-class _GradientReads:
+class _MissingReads:
     """Counts reads of missing gradients: a modifier that comes after zero_grad finds nothing, and says nothing."""
 
     missing = 0
 
-    def __enter__(self) -> _GradientReads:
-        plain: Any = Tensor.grad
+    def _count(self, parameter: nn.Parameter, grad: Tensor | None, assigned: bool) -> None:
+        self.missing += grad is None and parameter.requires_grad and not assigned
 
-        def read(parameter: nn.Parameter) -> Tensor | None:
-            grad: Tensor | None = plain.__get__(parameter)
-            self.missing += grad is None and parameter.requires_grad
-            return grad
-
-        nn.Parameter.grad = property(read, plain.__set__, plain.__delete__)  # type: ignore[assignment]
+    def __enter__(self) -> _MissingReads:
+        access.listen(self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
-        del nn.Parameter.grad
+        access.ignore(self._count)

@@ -89,6 +89,7 @@ class Looks:
             missing = np.array([g is None for g in grads])
             look = self._take(grads, before)
             probe = Probe(who or self.context[-1], moment, look.table, missing, self._structures(grads), look=look)
+            probe.written = before is not None and not same
             now.stamps, now.check = stamps(grads), self._checksum(grads)
         now.probes.append(probe)
         return probe
@@ -143,7 +144,7 @@ class Looks:
     def compare(self, grads: Gradients) -> bool:
         """Whether the gradients have the versions that they had at the last look; keeps what will prove it."""
         now = self.now
-        if not same_stamps(now.stamps, stamps(grads)):
+        if not now.stamps or not same_stamps(now.stamps, stamps(grads)):
             return False
         now.checks.append((now.check, self._checksum(grads)))
         return True

@@ -18,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -32,15 +33,15 @@ from torch.optim.optimizer import (
 from grit_impl.errors import GRITError
 from grit_impl.ledger import timeline
 from grit_impl.ledger.applied import Explainer, Witness
-from grit_impl.ledger.interception import Interception
-from grit_impl.ledger.observer import FACTOR_STEPS, Observer
+from grit_impl.ledger.interception import Guarded, Interception
+from grit_impl.ledger.observer import Observer
 from grit_impl.ledger.rows import RowWriter, factor_row, run_row
 from grit_impl.ledger.step import Step
-from grit_impl.ledger.watches import spread
+from grit_impl.ledger.stepping import EARLY, FACTOR_STEPS, FOLLOWED
+from grit_impl.ledger.structure import Memory
+from grit_impl.ledger.watches import access, sharded, spread
 
 SAMPLE = 16
-EARLY, FOLLOWED = 8, 4
-"""Steps in which the whole sample is shadowed, and how many tensors of it from then on."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,8 +68,8 @@ def gradient_ledger(
             is kept up to there, and steps are numbered from there on; call `flush` whenever a checkpoint is written.
 
     Raises:
-        GRITError: the model has no trainable parameter, its parameters are sharded, `every` is below 1, or the file
-            cannot be opened. Nothing is raised from then on.
+        GRITError: the model's parameters are sharded, `every` is below 1, or the file cannot be opened. Nothing is
+            raised from then on; a model that cannot be watched gets an undecided verdict.
     """
     ledger = GradientLedger(model, path, every, sample=sample, factors=factors, resume_from=resume_from)
     with ledger:
@@ -90,44 +91,67 @@ class GradientLedger(Observer):
     ) -> None:
         if every < 1:
             raise GRITError(f"gradient_ledger: every = {every}; it must be at least 1")
-        super().__init__(model, sample)
+        if kind := sharded(model):
+            raise GRITError(f"gradient_ledger: the parameters are sharded ({kind}); no process sees a whole gradient")
         self.every, self._factors = every, factors
         self._writer = RowWriter(path)
         self._resumed_from = resume_from
-        self._start()
-
-    def _start(self) -> None:
-        self.steps, self.problem, self._replaced = self._resumed_from, None, 0
-        self._last_raw: dict[int, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._unwatchable: str | None = None
         self._pending: list[Any] = []
-        self._frames, self._masters, self._instance_hooks = [], {}, {}
-        self._left, self._in_backward, self._in_closure = None, False, False
-        self._begin()
+        self._guard = Guarded(self)
+        self.names, self._parameters, self._sample, self.steps = [], [], [], resume_from
+        try:
+            super().__init__(model, sample)
+        except Exception as error:
+            self.names, self._parameters, self._sample = [], [], []
+            self._unwatchable = f"the model cannot be watched: {type(error).__name__}: {error}".replace("\n", " ")
+        self.problem = self._unwatchable
 
     def __enter__(self) -> GradientLedger:
-        self._start()
-        if not self._writer.open(self._resumed_from):
+        kept = self._writer.open(self._resumed_from)
+        self.problem = self._unwatchable
+        if self.problem is None:
+            self._guard._install()
+        if not kept:
             self._writer.write([self._run_row()])
-        self._handles = [
-            register_optimizer_step_pre_hook(self._guard._optimizer_entry),
-            register_optimizer_step_post_hook(self._guard._optimizer_exit),
-        ]
-        # In front of everybody else's: what they do to gradients is seen apart.
-        _global_optimizer_pre_hooks.move_to_end(self._handles[0].id, last=False)  # type: ignore[attr-defined]
-        self._witness, self._explainer = Witness(self._pairs(), self._guard.wrap), Explainer()
-        self._interception = Interception(self._guard)
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._interception.remove()
-        self._hooks.remove()
-        self._witness.remove()
-        for handle in (*self._handles, *self._instance_hooks.values()):
+    def _install(self) -> None:
+        """Everything that the ledger puts into the process, each with the way back."""
+        self._reset()
+        self.steps = self._resumed_from
+        self._pending = []
+        self._last = Memory()
+        self._begin()
+        self._undo += [self._layers.remove, self._hooks.remove, self._leave_optimizers]
+        # In front of everybody else's: what they do to gradients is seen apart.
+        before = register_optimizer_step_pre_hook(self._guard._optimizer_entry)
+        self._undo.append(before.remove)
+        _global_optimizer_pre_hooks.move_to_end(before.id, last=False)  # type: ignore[attr-defined]
+        after = register_optimizer_step_post_hook(self._guard._optimizer_exit)
+        self._undo.append(after.remove)
+        _global_optimizer_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        self._witness, self._explainer = Witness(self._pairs(), self._guard.wrap), Explainer()
+        self._undo.append(self._witness.remove)
+        self._layers.open(self._guard.wrap)
+        self._undo.append(Interception(self._guard).remove)
+
+    def _leave_optimizers(self) -> None:
+        for handle in (*self._instance_hooks.values(), *self._exit_hooks.values()):
             handle.remove()
         for base, step, hooked in self._hooked_bases:
             if vars(base).get("step") is hooked:
                 base.step = step
         self._hooked_bases = []
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._unwatchable is None:
+            access.ignore(self._listener)
+        for undo in reversed(self._undo):
+            with contextlib.suppress(Exception):
+                undo()
+        self._undo = []
         if kind is not None:
             self._writer.discard()
             return
@@ -141,14 +165,20 @@ class GradientLedger(Observer):
         self._drain(0)
         if report := factor_row(self.model, self._factors, self.steps):
             self._writer.write([report])
-        self._writer.write([{"kind": "end", "step": self.steps, "weights": self._weights()}])
+        self._writer.write([{"kind": "end", "step": self.steps, **self._weights()}])
         self._writer.close()
 
-    def _weights(self) -> list[str]:
-        """Hashes of the parameters, in the order of `names`."""
+    def _weights(self) -> dict[str, Any]:
+        """Hashes of the parameters, in the order of `names`, and what was done to them after the last step."""
         self._read_parameters()
-        table = self._looks.fingerprint(self._parameters).table
-        return [] if table is None else timeline.hexes(table.cpu().numpy())
+        look = self._looks.fingerprint(self._parameters)
+        if look.table is None:
+            return {}
+        found: dict[str, Any] = {"weights": timeline.hexes(look.table.cpu().numpy())}
+        kept = None if self._masters else self._kept.look(look, self._left)
+        if kept is not None and not kept.isnan().all():
+            found["kept"] = [[timeline.short(v) for v in row] for row in kept.tolist()]
+        return found
 
     def _guard_the_file(self) -> None:
         """After a failure: what was seen before, and what went wrong."""
@@ -201,6 +231,7 @@ class GradientLedger(Observer):
         full = self._looks.seen < 2 or self.steps % self.every == 0
         self._trained = self._trained | np.array([p.requires_grad for p in self._parameters])
         self._looks.begin(self._trained, full=full)
+        self._reads = 0
         self._hooks.reset()
 
     def _close_step(self) -> None:
@@ -220,7 +251,13 @@ class GradientLedger(Observer):
             "lr": [min(now.rates), max(now.rates)] if now.rates else None,
             "max_norm": now.max_norm,
             "skipped": now.skipped or None,
-            "orphans": self._orphans.written or None,
+            "orphans": self._memory.orphans or None,
+            "left_behind": self._memory.kept or None,
+            "dead_hooks": self._memory.dead_hooks or None,
+            "matrices": self._memory.matrices or None,
+            "idle": [self.names[i] for i in self._memory.idle if now.entry[i] < 0] or None,
+            "repeated": [self.names[i] for i in sorted(self._hooks.repeated)] or None,
+            "read": now.read or None,
             "replaced": self._replaced or None,
             "late_reads": now.late_reads or None,
             "shadow_problem": self._shadows.problem,
@@ -231,8 +268,8 @@ class GradientLedger(Observer):
             **self._hooks.facts(),
         }
         now.facts = {k: v for k, v in facts.items() if v is not None}
-        now.previous = self._last_raw
-        self._last_raw = {**self._last_raw, **now.raw_samples()}
+        now.previous = self._last.by_age()
+        self._last.add(now.raw_samples())
         now.witness = self._witness.take()
         now.fetch(cuda=self._parameters[0].is_cuda)
         self._pending.append(now)

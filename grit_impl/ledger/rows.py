@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,6 +66,10 @@ TENSOR: dict[str, tuple[str, str]] = {
     "reaction": (NUMBER, "sample, first steps: what the negated gradient changes of the replay, relative"),
     "noise": (NUMBER, "sample, first steps: what repeating it changes of the replay, relative"),
     "arrived": (NUMBER, "sample, 16-bit parameters: share of the intended change that rounding left"),
+    "along": (NUMBER, "sample: cosine of the change, momentum apart, and the gradient found, negated"),
+    "along_raw": (NUMBER, "sample: the same with the raw gradient"),
+    "kept": (NUMBER, "where somebody wrote to it since: the share of the way of the steps before that is still there"),
+    "back": (NUMBER, "the same: cosine of that way and of what was taken back"),
     "fit": (NUMBER, "structure: relative residual of the best r x r matrix that makes the written gradient"),
     "condition": (NUMBER, "structure: that matrix's condition number"),
     "identity": (NUMBER, "structure: its relative distance from a multiple of the identity"),
@@ -72,7 +77,8 @@ TENSOR: dict[str, tuple[str, str]] = {
     "positive": (NUMBER, "structure: smallest over largest eigenvalue of its symmetric part, its sign apart"),
     "matrix": (TEXT, "structure: what the matrix is, by the ledger's own statistics"),
     "twice": (NUMBER, "structure: how badly it explains the second change too, 0: exactly"),
-    "stale": (NUMBER, "structure: residual where the previous step's gradient stands for the raw one"),
+    "stale": (NUMBER, "structure: residual where one of the last two steps' gradients stands for the raw one"),
+    "mix": (NUMBER, "structure: residual of the best mix of this and earlier raw gradients, by one number each"),
 }
 """The keys of a row of kind `tensor`: their type, and what they say."""
 
@@ -246,8 +252,10 @@ def run_row(names: Sequence[str], parameters: Sequence[Any], sample: Container[i
         sample: Indices of those that are followed in full.
         every: Steps between two that are seen.
     """
+    aliases = Counter(map(id, parameters))
     tensors = [
         {"name": n, "shape": list(p.shape), "trainable": p.requires_grad, "sampled": i in sample}
+        | ({"names": aliases[id(p)]} if aliases[id(p)] > 1 else {})
         for i, (n, p) in enumerate(zip(names, parameters, strict=True))
     ]
     return {"kind": "run", "schema": SCHEMA, "every": every, "tensors": tensors}

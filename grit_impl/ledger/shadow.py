@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 GHOST = "_ledger_ghost"
 # |u|, |u_raw|, cos(u, u_raw), |u - u_replay| / |u|, cos(u, u_replay); where they were tried: |u_replay - u_other| / |u|
 # with other gradients, |u_replay - u_again| / |u| for optimizers that draw random numbers; <u, U> / |U|^2, where U is
-# the replay in float32 of a 16-bit parameter.
-COLUMNS = 8
+# the replay in float32 of a 16-bit parameter; cos(-u, g) and cos(-u, raw g), see `_along`.
+COLUMNS = 10
 TRIALS = 5
 
 
@@ -49,6 +49,7 @@ class Shadows:
         self.running = False
         self._trials = 0
         self._nested = False
+        self._last: dict[int, Tensor] = {}
         self._raw_state: dict[int, dict[str, Any]] = {}
         self._entry: dict[int, tuple[Tensor, Tensor | None, dict[str, Any], int]] = {}
         self._groups: list[dict[str, Any]] = []
@@ -65,7 +66,7 @@ class Shadows:
         for index, p in self.sample.items():
             if id(p) in groups and index in self.followed:
                 grad = None if p.grad is None else p.grad.detach().clone()
-                state = _copy_state(optimizer.state[p]) if p in optimizer.state else {}
+                state = {} if self.problem or p not in optimizer.state else _copy_state(optimizer.state[p])
                 self._entry[index] = (p.detach().clone(), grad, state, groups[id(p)])
 
     @torch.no_grad()
@@ -83,13 +84,31 @@ class Shadows:
         Returns:
             (len(sample), COLUMNS) on the parameters' device, or None; rows of parameters that it does not hold are NaN.
         """
-        if self.problem or not self._entry:
+        if not self._entry:
             return None
         self._nested = nested
         written = {i: e[1] for i, e in self._entry.items() if e[1] is not None}
         unmodified = {i: g for i, g in raw.items() if i in self._entry}
         if clip_value is not None:
             unmodified = {i: g.clamp(-clip_value, clip_value) for i, g in unmodified.items()}
+        runs = None if self.problem else self._all_runs(optimizer, written, unmodified)
+        device = next(iter(self._entry.values()))[0].device
+        out = torch.full((len(self.sample), COLUMNS), torch.nan, dtype=torch.float64, device=device)
+        for row, (index, p) in enumerate(self.sample.items()):
+            if index in written:
+                start = self._entry[index][0].float()
+                u = p.float() - start
+                values = self._compared(u, start, index, runs)
+                last = self._last.get(index)
+                values += [_along(u, g, last) for g in (written[index], unmodified.get(index))]
+                self._last[index] = u
+                out[row] = torch.stack(values).double()
+        return out
+
+    def _all_runs(
+        self, optimizer: Optimizer, written: dict[int, Tensor], unmodified: dict[int, Tensor]
+    ) -> tuple[dict[int, Tensor], ...] | None:
+        """Parameters after the replay, the raw shadow, a replay with other gradients, another, and one in float32."""
         self.running = True
         try:
             with _fenced(optimizer, self.sample):
@@ -111,22 +130,24 @@ class Shadows:
         finally:
             self.running = False
         self._raw_state.update(new)
-        device = next(iter(self._entry.values()))[0].device
-        out = torch.full((len(self.sample), COLUMNS), torch.nan, dtype=torch.float64, device=device)
-        nothing = torch.full((), torch.nan, device=device)
-        for row, (index, p) in enumerate(self.sample.items()):
-            if index in replay and index in shadow:
-                start = self._entry[index][0].float()
-                u, ur, us = (x.float() - start for x in (p, replay[index], shadow[index]))
-                n, ns, nr = u.norm(), us.norm(), ur.norm()
-                values = [n, ns, (u * us).sum() / (n * ns), (u - ur).norm() / n, (u * ur).sum() / (n * nr)]
-                for tried in (other, again):
-                    values.append((replay[index].float() - tried[index].float()).norm() / n if tried else nothing)
-                whole = coarse[index].float() - start if index in coarse else None
-                values.append(nothing if whole is None else (u * whole).sum() / whole.square().sum())
-                out[row] = torch.stack(values).double()
         self._trials += 1
-        return out
+        return replay, shadow, other, again, coarse
+
+    @staticmethod
+    def _compared(u: Tensor, start: Tensor, index: int, runs: tuple[dict[int, Tensor], ...] | None) -> list[Tensor]:
+        """The first eight columns for one update."""
+        n, nothing = u.norm(), torch.full((), torch.nan, device=u.device)
+        if runs is None or index not in runs[0] or index not in runs[1]:
+            return [n] + [nothing] * 7
+        replay, shadow, other, again, coarse = (run.get(index) for run in runs)
+        ur, us = ((x.float() if x is not None else start) - start for x in (replay, shadow))
+        ns, nr = us.norm(), ur.norm()
+        values = [n, ns, (u * us).sum() / (n * ns), (u - ur).norm() / n, (u * ur).sum() / (n * nr)]
+        for tried in (other, again):
+            values.append(nothing if tried is None else (ur + start - tried.float()).norm() / n)
+        whole = None if coarse is None else coarse.float() - start
+        values.append(nothing if whole is None else (u * whole).sum() / whole.square().sum())
+        return values
 
     def _replay(
         self, optimizer: Optimizer, grads: dict[int, Tensor], dtype: torch.dtype | None = None
@@ -157,6 +178,18 @@ class Shadows:
                 ghost.state[clone] = states[i]
         ghost.step()
         return ({i: c.detach() for i, c in clones.items()}, {i: ghost.state[c] for i, c in clones.items()})
+
+
+def _along(update: Tensor, gradient: Tensor | None, last: Tensor | None) -> Tensor:
+    """Cosine of an update and a gradient, negated, in what is at right angles to the last update: momentum apart."""
+    u, g = -update.flatten(), None if gradient is None else gradient.flatten().float()
+    if g is None or g.shape != u.shape:
+        return torch.full((), torch.nan, device=u.device)
+    if last is not None and last.numel() == u.numel():
+        unit = last.flatten() / last.norm().clamp(min=1e-30)
+        u, g = u - (u @ unit) * unit, g - (g @ unit) * unit
+    cosine: Tensor = (u @ g) / (u.norm() * g.norm())
+    return cosine
 
 
 def _copied(value: Any) -> Any:

@@ -35,6 +35,10 @@ class Step:
         before_pass: (weak reference, version) of every gradient before the backward pass under way.
         passes: Backward passes, also those that touched no watched gradient.
         manual: Gradients that `torch.autograd.grad` returned, added up: they are nobody's `.grad` yet.
+        hooked: j -> by position, the gradient after j hooks of others; 0: as autograd made it.
+        read: Foreign reads of gradients are looks, too.
+        kept: By tensor, see `watches/kept.py`.
+        before_closure: How many probes there were when the optimizer called its closure for the first time.
         inside: Position -> (unmodified gradient, gradient, parameter) where an optimizer stepped during backward.
         inside_after: Position -> the parameter after that.
         restart: A closure began: what it finds replaces what was seen before.
@@ -44,7 +48,7 @@ class Step:
         stepped_on: How often an optimizer stepped on each gradient.
         rate_zero: Whose group's learning rate was 0.
         why: Position of a tensor that takes no part in the forward pass -> why.
-        previous: The previous step's unmodified gradients of the tensors whose structure is looked at.
+        previous: Earlier unmodified gradients of the tensors whose structure is looked at, see `structure.Memory`.
         grams: Inner products of theirs (see structure.py), with the probes that they belong to.
     """
 
@@ -58,7 +62,7 @@ class Step:
     raw_sample: dict[int, Tensor] = field(default_factory=dict)
     raw_norm: Tensor | None = None
     raw_look: Any = None
-    unhooked: dict[int, Tensor] = field(default_factory=dict)
+    hooked: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     moved: list[tuple[Any, Any, Any]] = field(default_factory=list)
     shadows: list[Any] = field(default_factory=list)
     optimizers: list[str] = field(default_factory=list)
@@ -79,6 +83,9 @@ class Step:
     unscale: Tensor | None = None
     late_reads: dict[str, int] = field(default_factory=dict)
     number: int = 0
+    read: bool = False
+    kept: Tensor | None = None
+    before_closure: int = 0
     before_pass: list[Stamp | None] = field(default_factory=list)
     passes: int = 0
     manual: dict[int, Tensor] = field(default_factory=dict)
@@ -90,8 +97,13 @@ class Step:
     witness: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     fetched: Any = None
-    previous: dict[int, Tensor] = field(default_factory=dict)
+    previous: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     grams: dict[int, tuple[Any, dict[int, int]]] = field(default_factory=dict)
+
+    @property
+    def unhooked(self) -> dict[int, Tensor]:
+        """Gradients that hooks of others have seen, as autograd made them."""
+        return self.hooked.get(0, {})
 
     @property
     def over(self) -> bool:
@@ -104,7 +116,7 @@ class Step:
             probe.table, probe.look = _to_host(probe.table), None
         self._multiply()
         self.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in self.moved]
-        self.left = _to_host(self.left)
+        self.left, self.kept = _to_host(self.left), _to_host(self.kept)
         self.witness = {name: {k: _to_host(v) for k, v in sides.items()} for name, sides in self.witness.items()}
         self.shadows = [_to_host(r) for r in self.shadows]
         self.checks = [(_to_host(a), _to_host(b)) for a, b in self.checks]
@@ -124,7 +136,7 @@ class Step:
         for i, raw in self.raw_samples().items():
             # What has another shape by then (a rank that was cut) is no multiple of the raw gradient.
             found = {j: probe.samples[i] for j, probe in enumerate(self.probes) if i in probe.samples}
-            found |= {-1: self.previous[i]} if i in self.previous else {}
+            found |= self.previous.get(i, {})
             found = {j: gradient for j, gradient in found.items() if gradient.shape == raw.shape}
             self.grams[i] = (_to_host(gram(list(found.values()))), {j: place for place, j in enumerate(found)})
         for probe in self.probes:
@@ -154,8 +166,9 @@ class Step:
             if np.isfinite(values[0])
         }
         probes = self.probes if self.full and not self.lost else []
-        if self.leftover and probes:
-            self.facts["leftover"] = int((probes[0].norm > 0).sum())
+        if self.leftover and probes and self.raw and self.raw[0] > 0:
+            found, left = probes[self.raw[0] - 1], probes[self.raw[0]]
+            self.facts["leftover"] = int(((found.norm > 0) & (found.hash != left.hash)).sum())
         moved = (before, after) if self.moved else None
         grams = {i: Grams(blocks.numpy()) for i, (blocks, _) in self.grams.items()}
         return StepData(
@@ -169,6 +182,7 @@ class Step:
             self.why,
             moved,
             None if self.left is None else self.left.numpy(),
+            None if self.kept is None else self.kept.numpy(),
             shadow,
             self.facts,
             grams,
@@ -185,7 +199,7 @@ class Step:
                 probe = probe.like
             own[j] = numbers[id(probe)]
         return {
-            i: {-1: places[-1]} | known if -1 in places else known
+            i: {j: place for j, place in places.items() if j < 0} | known
             for i, (_, places) in self.grams.items()
             for known in [{j: places[k] for j, k in own.items() if k in places}]
         }

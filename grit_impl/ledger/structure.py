@@ -32,10 +32,12 @@ class RankOperator:
     Attributes:
         matrix: (r, r).
         residual: |P raw - written| / |written|; 0: written is exactly a left multiple of raw. Known to 1e-7.
+        determined: There is one such P; otherwise, raw being short of rank, this is the smallest of many.
     """
 
     matrix: Matrix
     residual: float
+    determined: bool = True
 
     @property
     def condition(self) -> float:
@@ -96,16 +98,29 @@ class Grams:
         return self.blocks[j, :, k, :]
 
     def fit(self, raw: int, written: int) -> RankOperator | None:
-        """Least squares for P; None where raw does not determine it (zero, non-finite, or short of rank)."""
+        """Least squares for P; None where raw is zero or something is not finite."""
         square, cross, energy = self._block(raw, raw), self._block(written, raw), self._energy(written)
         if not (np.isfinite(square).all() and np.isfinite(cross).all() and np.isfinite(energy)) or energy <= 0:
             return None
         values, vectors = np.linalg.eigh(square)
-        if values[-1] <= 0 or values[0] < SINGULAR * values[-1]:
+        if values[-1] <= 0:
             return None
-        matrix = (cross @ vectors / values) @ vectors.T
+        known = values >= SINGULAR * values[-1]
+        vectors = vectors[:, known]
+        matrix = (cross @ vectors / values[known]) @ vectors.T
         # |P X - W|^2 = |W|^2 - <P, W X'>, since P is the least-squares solution.
-        return RankOperator(matrix, float(np.sqrt(max(0.0, 1 - float((matrix * cross).sum()) / energy))))
+        residual = float(np.sqrt(max(0.0, 1 - float((matrix * cross).sum()) / energy)))
+        return RankOperator(matrix, residual, bool(known.all()))
+
+    def mix(self, target: int, sources: Sequence[int]) -> float:
+        """|target - sum of c_j X_j| / |target| for the best numbers c: 0, the target is a mix of the sources."""
+        inner = np.array([[float(np.trace(self._block(j, k))) for k in sources] for j in sources])
+        cross = np.array([float(np.trace(self._block(j, target))) for j in sources])
+        energy = self._energy(target)
+        if not (np.isfinite(inner).all() and np.isfinite(cross).all() and energy > 0):
+            return float("nan")
+        best = np.linalg.lstsq(inner, cross, rcond=SINGULAR)[0]
+        return float(np.sqrt(max(0.0, 1 - float(cross @ best) / energy)))
 
     def scaling_residual(self, before: int, after: int, operator: Matrix | None = None) -> float:
         """|after - c P before| / |after| with the best scalar c; P is the identity if not given."""
@@ -117,3 +132,26 @@ class Grams:
 
     def _energy(self, j: int) -> float:
         return float(np.trace(self._block(j, j)))
+
+
+class Memory:
+    """What somebody may have kept of a tensor's earlier gradients: the last two, and running averages."""
+
+    DECAYS = (0.5, 0.9, 0.98)
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[Tensor]] = {}
+
+    def add(self, gradients: dict[int, Tensor]) -> None:
+        """One step's unmodified ones, by position; a tensor of another shape begins anew."""
+        for i, g in gradients.items():
+            old = self._kept.get(i)
+            if old is None or old[0].shape != g.shape:
+                self._kept[i] = [g] * (2 + len(self.DECAYS))
+            else:
+                averages = zip(old[2:], self.DECAYS, strict=True)
+                self._kept[i] = [g, old[0], *(g.lerp(average, decay) for average, decay in averages)]
+
+    def by_age(self) -> dict[int, dict[int, Tensor]]:
+        """Position -> key -> gradient: -1 the last, -2 the one before, from -3 on the averages."""
+        return {i: {-1 - k: g for k, g in enumerate(kept)} for i, kept in self._kept.items()}

@@ -37,6 +37,7 @@ AUTOGRAD, CLIP, CLIP_VALUE, SCALER, ZERO_GRAD, TENSOR_HOOK = (
     "zero_grad",
     "tensor hook",
 )
+ACCUMULATED_HOOK = "post-accumulate hook"
 LOOP, LOOP_SCALING = "training loop", "uniform scaling in the training loop"
 NOT_MODIFIERS = {AUTOGRAD, CLIP, CLIP_VALUE, SCALER, ZERO_GRAD, LOOP_SCALING}
 Table = NDArray[np.float64]
@@ -52,6 +53,7 @@ class Probe:
         table: Fingerprints (N, 4), rows of missing gradients NaN; on the device until the step is closed.
         missing: (N,) the gradient was None.
         look: The gradients themselves; until the step is closed.
+        written: Somebody has written to a gradient since the previous probe, as versions say.
         samples: Gradients of the tensors whose structure is looked at; until the step is closed.
         like: The probe whose table this one shares, because no gradient's version had changed; None: it has its own.
     """
@@ -63,6 +65,7 @@ class Probe:
     samples: dict[int, Any] = field(default_factory=dict)
     like: Probe | None = None
     look: Any = None
+    written: bool = False
 
     @property
     def hash(self) -> NDArray[np.int64]:
@@ -129,10 +132,11 @@ class StepData:
         why: Position of a tensor that takes no part in the forward pass -> why.
         moved: Fingerprints of the parameters at the optimizer's entry and after it.
         left: Fingerprints of the parameters as the step before left them.
+        kept: What is left of the way of earlier steps, (N, 2), see watches/kept.py.
         shadow: Position of a sampled tensor -> what `Shadows.after` returns.
         grams: Position of a tensor whose structure is looked at -> inner products of its gradients.
-        places: The same -> where in them the gradient of probe j is (absent: it was None), and that of the previous
-            step, unmodified, under the key -1.
+        places: The same -> where in them the gradient of probe j is (absent: it was None), and earlier steps'
+            unmodified ones under negative keys, see `structure.Memory`.
         facts: What else goes into the step's row.
         witness: By layer, the ledger's own statistics (see applied.py).
     """
@@ -147,6 +151,7 @@ class StepData:
     why: dict[int, str]
     moved: tuple[Table, Table] | None
     left: Table | None
+    kept: Table | None
     shadow: dict[int, list[float]]
     facts: dict[str, Any]
     grams: dict[int, Grams] = field(default_factory=dict)
@@ -213,6 +218,9 @@ def _events(step: StepData, codes: list[NDArray[np.int64]]) -> list[dict[str, An
     events = []
     for j, code in enumerate(codes, 1):
         who, changed = step.probes[j].who, code != SAME
+        through = who in NOT_MODIFIERS or who in (TENSOR_HOOK, ACCUMULATED_HOOK)
+        if step.probes[j].written and not changed.any() and not through and j > step.raw[-1]:
+            events.append({"who": who, "phase": _phase(step, j), "changed": 0})
         if who == AUTOGRAD or not changed.any():
             continue
         event: dict[str, Any] = {"who": who, "phase": _phase(step, j), "changed": int(changed.sum())}
@@ -319,6 +327,8 @@ def _tensors(
             if step.stepped[i] > 1:
                 row["stepped"] = int(step.stepped[i])
             row["hash_before"], row["hash_after"] = _hex(moved[0][i]), _hex(moved[1][i])
+        if step.kept is not None and math.isfinite(step.kept[i, 0]):
+            row["kept"], row["back"] = short(step.kept[i, 0]), short(step.kept[i, 1])
         row |= _shadow(step.shadow.get(i, []))
         if turned and i in step.grams:
             row |= _structure(step.grams[i], step.places[i], raw, end, turned, name, explainer)
@@ -329,23 +339,26 @@ def _tensors(
 def _structure(
     grams: Grams, places: dict[int, int], raw: int, end: int, turned: list[int], name: str, explainer: Explainer
 ) -> dict[str, Any]:
-    before, first, last, previous = (places.get(j) for j in (raw, turned[0], end, -1))
+    before, first, last = (places.get(j) for j in (raw, turned[0], end))
     if before is None:
         return {}
     row: dict[str, Any] = {}
     operator = None if first is None else grams.fit(before, first)
     if first is not None and operator is not None:
-        row = {"fit": operator.residual, "condition": operator.condition, "identity": operator.identity_distance}
-        row |= {"diagonal": operator.diagonal_distance, "positive": operator.positive}
+        row = {"fit": operator.residual}
+        if operator.determined:
+            row |= {"condition": operator.condition, "identity": operator.identity_distance}
+            row |= {"diagonal": operator.diagonal_distance, "positive": operator.positive}
         second = places.get(turned[1]) if len(turned) > 1 else None
         if second is not None:
             # Against the residual of a mere scaling: near 0, the second change is the first one again.
             scaled = grams.scaling_residual(first, second)
             row["twice"] = grams.scaling_residual(first, second, operator.matrix) / max(scaled, 1e-12)
-    stale = None if last is None or previous is None else grams.fit(previous, last)
-    if stale is not None:
-        row["stale"] = stale.residual
-    row = {k: short(v) for k, v in row.items()}
+    if last is not None and (earlier := sorted(place for j, place in places.items() if j < 0)):
+        fits = [grams.fit(places[j], last) for j in (-1, -2)]
+        row["stale"] = min((fit.residual for fit in fits if fit is not None), default=math.nan)
+        row["mix"] = grams.mix(last, [before, *earlier])
+    row = {k: short(v) for k, v in row.items() if math.isfinite(v)}
     if operator is not None:
         layer, _, rest = name.partition(".lora_")
         row["matrix"] = explainer.explain(name, layer, "A" if "A" in rest.split(".")[0] else "B", operator)
@@ -355,9 +368,10 @@ def _structure(
 def _shadow(values: list[float]) -> dict[str, Any]:
     if not values or not np.isfinite(values[0]):
         return {}
-    u, raw, cosine, replay, agreement, reaction, noise, arrived = values
+    u, raw, cosine, replay, agreement, reaction, noise, arrived, along, along_raw = values
     row = {"update_exact": u, "update_raw": raw, "update_turn": 1 - cosine, "replay": replay, "reaction": reaction}
     row |= {"replay_turn": 1 - agreement, "noise": noise, "arrived": arrived}
+    row |= {"along": along, "along_raw": along_raw}
     return {k: short(v) for k, v in row.items() if np.isfinite(v)}
 
 

@@ -260,10 +260,15 @@ def _silent_hooks(bench: Bench) -> Moments:
     """Hooks on peft's LoRA layers take statistics, and what should use them is never called."""
     from peft.tuners.lora import Linear
 
-    sums: list[Tensor] = []
+    sums: dict[Any, Tensor] = {}
+
+    def take(module: Any, inputs: Any, output: Tensor) -> None:
+        a = module.lora_A["default"].weight.detach() @ inputs[0].detach().flatten(0, -2).T
+        sums[module] = sums.get(module, 0) + a @ a.T
+
     for module in bench.model.modules():
         if isinstance(module, Linear):
-            module.register_forward_hook(lambda module, inputs, output: sums.append(output.detach().sum()))
+            module.register_forward_hook(take)
     return Moments()
 
 
@@ -350,6 +355,15 @@ def _restarted(bench: Bench) -> Moments:
     return moments
 
 
+@fault("tied-a-turned-per-name", "applied-twice", trainers=("loop",), optimizers=TORCH)
+def _tied(bench: Bench) -> Moments:
+    """One A serves two layers, and is preconditioned under each of its names."""
+    first, second = (layer.self_attn.q_proj.lora_A for layer in bench.model.get_base_model().model.layers[:2])
+    second["default"].weight = first["default"].weight
+    named = bench.model.named_parameters(remove_duplicate=False)
+    return Moments(before_step=Whitening({n: p for n, p in named if "lora_" in n}).apply)
+
+
 # --- throughout ---------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +371,19 @@ def _restarted(bench: Bench) -> Moments:
 def _first_only(bench: Bench) -> Moments:
     """Only the first step is preconditioned."""
     return Moments(before_step=_at(1, Whitening(bench.lora).apply))
+
+
+@fault("every-second-step", "only-some-steps", setting={"steps": 10})
+def _every_second(bench: Bench) -> Moments:
+    """Every second step's gradients are left as they are."""
+    white, count = Whitening(bench.lora), [0]
+
+    def apply() -> None:
+        count[0] += 1
+        if count[0] % 2:
+            white.apply()
+
+    return Moments(before_step=apply)
 
 
 @fault("one-tensor-left-out", "only-some-layers")

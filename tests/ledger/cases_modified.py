@@ -222,7 +222,49 @@ CASES: dict[str, Case] = {
         {"replay": 0.07, "update_turn": 1e-3, "reaction": math.nan},
     ),
     "replay-limit": ("not-consumed", bent(replay=0.05, update_turn=0.0), None, {}),
-    "replay-unknown": ("not-consumed", bent(replay=None), None, {}),
+    "replay-unknown": (
+        "not-consumed",
+        bent(replay=None),
+        "the updates were not replayed, and nothing shows that they follow the modified gradients",
+        {"replay": math.nan, "update_turn": math.nan, "reaction": math.nan},
+    ),
+    "replay-unknown-follows": ("not-consumed", bent(replay=None, along=0.9, along_raw=0.7), None, {}),
+    "replay-unknown-raw": (
+        "not-consumed",
+        bent(replay=None, along=0.7, along_raw=0.9),
+        "the optimizer moved the parameters as the raw gradients would have",
+        {"replay": math.nan, "update_turn": math.nan, "reaction": math.nan, "lead": -0.2},
+    ),
+    "average-left-in-place": (
+        "not-kept",
+        bent(kept=0.2, back=0.9),
+        "before 10 steps of 10 somebody wrote to the weights of all 4 tensors, and left 20% of the way that the steps "
+        "had gone",
+        {"replaced_weights": 40},
+    ),
+    "slow-and-fast-weights": ("not-kept", bent(kept=0.5, back=1.0), None, {}),
+    "constraint": ("not-kept", bent(kept=0.5, back=0.3), None, {}),
+    "moved-further": (
+        "not-kept",
+        bent(kept=0.9, back=0.04),
+        "between the steps somebody moved the weights of all 4 tensors further than the optimizer had, in all 10 steps",
+        {"moved_further": 40},
+    ),
+    "every-second-step": (
+        "only-some-steps",
+        ledger(lambda s, n: BENT if s % 2 else {}),
+        "from step 1 on the gradients of all 4 tensors were left as they were in 5 of 10 steps",
+        {"idle_steps": 5},
+    ),
+    "three-steps-of-four": ("only-some-steps", ledger(lambda s, n: BENT if s % 4 else {}), None, {}),
+    "averages-of-raw-ones": (
+        "overwritten",
+        bent(turns=2, fit=0.0, identity=0.5, mix=0.01),
+        "GRIT turned the gradients, and then averages of raw ones were written over them, in 40 of 40 cases looked "
+        "into",
+        {"mixed": 40},
+    ),
+    "turned-once-more": ("overwritten", bent(turns=2, fit=0.0, identity=0.5, mix=0.3), None, {}),
     "turned-in-vain": (
         "cancelled-by-optimizer",
         some(2, {**BENT, "update_turn": 5e-4, "update_exact": 0.102}),
@@ -389,9 +431,11 @@ CASES: dict[str, Case] = {
         "a preconditioner is attached, but changes no gradient before the optimizer: not called, or written to a copy",
         {"statuses": {"ready": 4}},
     ),
-    "hooks-alone": (
+    "hooks-alone": ("nothing-written", ledger(step=lambda s: {"hooked_modules": int(s == 3)}), None, {}),
+    "statistics-of-one-layer": ("nothing-written", ledger(step=lambda s: {"matrices": 1}), None, {}),
+    "statistics-of-both": (
         "nothing-written",
-        ledger(step=lambda s: {"hooked_modules": int(s == 3)}),
+        ledger(step=lambda s: {"matrices": 2 if s > 3 else 0}),
         "a preconditioner is attached, but changes no gradient before the optimizer: not called, or written to a copy",
         {"statuses": {}},
     ),

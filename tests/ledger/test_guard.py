@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grit_impl.errors import GRITError
 from grit_impl.ledger.interception import Listener
@@ -15,14 +17,19 @@ from grit_impl.ledger.recorder import GradientLedger, gradient_ledger
 from grit_impl.ledger.rows import RowWriter, read_rows
 from grit_impl.ledger.shadow import Shadows
 from grit_impl.ledger.verdict import judge_ledger
-from grit_impl.ledger.watches import HookWatch, LayerWatch, OrphanWatch
+from grit_impl.ledger.watches import HookWatch, LayerWatch, MemoryWatch
+from grit_impl.ledger.watches.kept import KeptWatch
 from grit_impl.zoo.bench import Bench, Moments, Whitening
+from grit_impl.zoo.faults_of_links import _at
 
 REPORTS = [name for name in vars(Listener) if not name.startswith("_")]
 HOOKS = [
     "_optimizer_entry",
     "_optimizer_ready",
     "_optimizer_exit",
+    "_leave",
+    "_accessed",
+    "_install",
     "_closure_begins",
     "_closure_ended",
     "_flush",
@@ -32,8 +39,10 @@ INSIDE = [
     (Looks, "look"),
     (Looks, "raw"),
     (LayerWatch, "absent"),
+    (LayerWatch, "_ask"),
+    (KeptWatch, "look"),
     (HookWatch, "look"),
-    (OrphanWatch, "look"),
+    (MemoryWatch, "look"),
     (Shadows, "before"),
     (Shadows, "after"),
     (RowWriter, "write"),
@@ -53,6 +62,7 @@ def train(ledger: GradientLedger | None = None, trainer: str = "loop") -> tuple[
     bench.options["scaler"] = trainer == "loop"
     white, other = Whitening(bench.lora), next(iter(bench.lora.values()))
     closures = torch.optim.SGD([other], lr=1e-3)
+    closures.register_step_post_hook(lambda *_: None)
 
     def after_step() -> None:
         with torch.enable_grad():
@@ -176,3 +186,80 @@ def test_a_replay_touches_nothing() -> None:
         return [p.detach().clone() for p in bench.lora.values()]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(observed=True), weights(observed=False), strict=True))
+
+
+class Unshaped(nn.Module):
+    """A model that has not seen its data yet: its tensors have no shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(2)
+
+
+MODELS = {
+    "nothing to train": lambda: nn.Linear(3, 3).requires_grad_(False),
+    "no parameters": nn.Identity,
+    "no shapes": Unshaped,
+    "no memory": lambda: nn.Linear(3, 3, device="meta"),
+}
+SAID = {"nothing to train": ("no-gradient", "no-steps")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model_can_be_observed(name: str) -> None:
+    """Oracle: nothing is raised, the training beside it moves its weight, and the verdict says what was not seen."""
+    model, other = MODELS[name](), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    start = other.weight.detach().clone()
+    with gradient_ledger(model) as ledger:
+        for _ in range(4):
+            other(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not torch.equal(other.weight, start)
+    assert judge_ledger(ledger).cause in SAID.get(name, ("undecided", "no-steps", "no-gradient"))
+    assert "grad" not in vars(nn.Parameter)
+
+
+def test_sharded_in_the_course_of_a_training() -> None:
+    """Oracle: the training goes on, and the verdict says why nothing can be said."""
+    bench = Bench("loop", "sgd", seed=3, steps=4)
+    layer = next(m for n, m in bench.model.named_modules() if n.endswith("lora_A.default"))
+
+    def shard() -> None:
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        layer.weight.ds_id = 3
+
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments(ready=shard))
+    verdict = judge_ledger(ledger)
+    assert verdict.cause == "undecided"
+    assert "the parameters were sharded (DeepSpeed ZeRO-3)" in verdict.summary
+
+
+def test_reads_are_seen_for_a_while_and_leave_nothing() -> None:
+    """Oracle: `.grad` is torch's own in steps that are not looked into, and after a failure."""
+    bench, seen = Bench("loop", "sgd", seed=3, steps=12), []
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments(before_step=lambda: seen.append("grad" in vars(nn.Parameter))))
+    assert seen == [True] * 8 + [False, False, True, False]
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments(before_clip=lambda: ledger.fail("here", ValueError("planted"))))
+        assert "grad" not in vars(nn.Parameter)
+    assert judge_ledger(ledger).cause == "undecided"
+
+
+def test_a_model_can_be_copied_and_pickled_meanwhile() -> None:
+    """Oracle: as without a ledger; the copy computes the same, and nothing of the ledger is in it."""
+    bench = Bench("loop", "sgd", seed=3, steps=4)
+    rows, copies = torch.zeros(1, 4, dtype=torch.long), []
+
+    def copied() -> None:
+        copies.extend([copy.deepcopy(bench.model), pickle.loads(pickle.dumps(bench.model))])
+
+    with gradient_ledger(bench.model) as ledger:
+        bench.train(Moments(step_end=_at(4, copied)))
+    assert ledger.problem is None
+    expected = bench.model(input_ids=rows).logits
+    for other in copies:
+        assert torch.equal(other(input_ids=rows).logits, expected)

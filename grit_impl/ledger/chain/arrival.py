@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from grit_impl.ledger.chain.links import Breach, check, rows_of
-from grit_impl.ledger.chain.words import most, number, of_all, since
+from grit_impl.ledger.chain.words import median, most, number, of_all, since
 from grit_impl.ledger.findings import Facts, lasting
 from grit_impl.ledger.timeline import TURN
+
+ONE_NUMBER = 3e-4
+"""Numbers that agree to this are one, that of no statistics at all: rows have five digits."""
 
 
 @check("used", "wrong-parameters", "gradients were written to tensors that no optimizer of this model uses")
 def _wrong_parameters(f: Facts) -> Breach | None:
-    t = f.tensors[~f.tensors.skipped]
+    t = f.tensors[~f.tensors.skipped & ~f.tensors.name.isin(f.idle)]
     unheld = t[t.unheld & (t.turns > 0)]
     dead = set(t.groupby("name").raw.max().pipe(lambda s: s[~(s > 0)]).index)
     inactive = t[t.name.isin(dead) & (t.turns > 0)]
@@ -28,6 +31,10 @@ def _wrong_parameters(f: Facts) -> Breach | None:
     if not len(f.bent) and len(inactive):
         names = inactive.name.unique()
         return Breach(f"somebody wrote to {number(len(names), 'tensor')} that are not trained", names, numbers)
+    left = int(f.most("left_behind"))
+    if not len(f.touched) and not f.tensors.late.notna().any() and left >= max(2, f.tensors.name.nunique() / 2):
+        text = f"somebody looked for the gradients of {number(left, 'parameter')} that are no longer in the model"
+        return Breach(text, None, {**numbers, "left_behind": left})
     if not len(f.bent) and orphans:
         text = f"gradients of {number(orphans, 'tensor')} that are no longer in the model were written"
         return Breach(text, None, numbers)
@@ -51,6 +58,8 @@ def _no_steps(f: Facts) -> Breach | None:
     skipped = f.total("skipped")
     if f.tensors.nonfinite.any() or (len(f.steps) != skipped and any(s.get("held") for s in f.steps)):
         return None
+    if len(f.tensors) and (f.tensors.why == "frozen").all():
+        return None  # nobody could have held them
     text = f"{number(len(f.steps), 'step')} seen, {skipped} skipped by GradScaler, none by a torch optimizer that holds"
     return Breach(f"{text} a watched parameter", None, {"skipped": skipped})
 
@@ -76,7 +85,7 @@ def _non_finite(f: Facts) -> Breach | None:
 
 @check("arrived", "no-gradient", "backward left no gradient: absent or all zero, though the tensor is being trained")
 def _no_gradient(f: Facts) -> Breach | None:
-    rows = f.tensors[~f.tensors.unheld & ~f.tensors.skipped]
+    rows = f.tensors[(~f.tensors.unheld | (f.tensors.why == "frozen")) & ~f.tensors.skipped]
     if f.steps and not len(rows):
         return Breach("no backward pass left a gradient in any watched tensor", None, {"without": 0})
     flags = (rows.absent & (rows.why.isna() | (rows.why == "frozen"))) | (rows.raw == 0)
@@ -107,6 +116,15 @@ def _starved(f: Facts) -> Breach | None:
         return Breach(text, None, numbers)
     if without * 2 > sum(f.statuses.values()):
         return Breach(f"the preconditioner reports {number(without, 'layer')} without samples", None, numbers)
+    gains = f.touched.gain[~f.touched.lost]
+    if f.modifier_known and not hooked and len(gains) > 1 and gains.max() <= gains.min() * (1 + ONE_NUMBER):
+        text = (
+            f"each gradient was multiplied by one number, {median(gains):.3g}, as by matrices that no statistics have "
+        )
+        return Breach(f"{text}reached, and no module of LoRA's has hooks that could take any", None, numbers)
+    if dead := int(f.most("dead_hooks")):
+        text = f"hooks sit on {number(dead, 'module')} that are in no model any more, as of an adapter that was deleted"
+        return Breach(text, None, {**numbers, "dead_hooks": dead})
     return None
 
 

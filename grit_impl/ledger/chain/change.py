@@ -9,7 +9,10 @@ from grit_impl.ledger.applied import OTHER
 from grit_impl.ledger.chain.links import LIMIT_PASSED, REPLAYED, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
 from grit_impl.ledger.findings import AWAY, Facts, lasting
-from grit_impl.ledger.timeline import TURN
+from grit_impl.ledger.timeline import LOOP_SCALING, TURN
+
+BLOWN_UP = 1e4
+"""So many times its size a gradient is nothing that clipping or an optimizer's epsilon were made for."""
 
 
 @check("turned", "against-the-gradient", "the modified gradient points away from the raw one")
@@ -72,13 +75,35 @@ def _twice(f: Facts) -> Breach | None:
         names = stepped.name.unique()
         text = f"optimizers stepped more than once on the same gradients of {of_all(names, f)}, {since(stepped, f)}"
         return Breach(text, names, {"stepped_again": len(stepped)})
+    if breach := _once_for_each(f):
+        return breach
+    # Between two callbacks in each step, within one only in those in which foreign reads were looks.
+    read = f.bent.step.isin({s["step"] for s in f.steps if s.get("read")})
     double = f.bent[f.bent.turns >= 2]
     again = double[double.twice < 0.2]
     known = double[double.twice.notna()]
-    if not len(again) or len(double) < 0.2 * len(f.bent) or len(again) < 0.5 * len(known):
+    few = len(double) < 0.2 * len(f.bent) and not (f.bent[read].turns >= 2).mean() >= 0.5
+    if not len(again) or few or len(again) < 0.5 * len(known):
         return None
     text = f"the same matrix was applied again to {len(double)} of {len(f.bent)} modified gradients"
     return Breach(text, double.name.unique(), {"twice": len(double), "twice_residual": median(again.twice)})
+
+
+def _once_for_each(f: Facts) -> Breach | None:
+    """One tensor under several names, turned under each; one hook registered several times."""
+    tied = f.bent[f.bent.name.isin(f.tied)]
+    double = tied[tied.turns >= 2]
+    if len(double) >= max(2, 0.2 * len(tied)):
+        names = double.name.unique()
+        text = f"{of_all(names, f)} are one tensor under {f.tied[names[0]]} names, and it was turned for each of them"
+        return Breach(text, names, {"tied": len(names)})
+    repeated = {name for s in f.steps for name in s.get("repeated") or ()}
+    again = f.bent[f.bent.name.isin(repeated) & f.bent.by.astype(str).str.endswith(" hook")]
+    if len(again) < 0.2 * len(f.bent) or not len(again):
+        return None
+    names = again.name.unique()
+    text = f"the same {most(again.by)} is registered several times on {of_all(names, f)}"
+    return Breach(text, names, {"hooked_again": len(names)})
 
 
 @check(
@@ -102,6 +127,11 @@ def _blown_up(f: Facts) -> Breach | None:
     if ratio > 100:
         text = f"the updates are {ratio:.3g} times as large as the raw gradients'"
         return Breach(text, None, {"update_ratio": ratio})
+    gains = f.bent[~f.bent.by.astype(str).str.endswith(".step")].groupby("group").gain.median()
+    if gains.max() > BLOWN_UP:
+        names = f.bent[f.bent.group == gains.idxmax()].name.unique()
+        text = f"{most(f.bent.by)} made the gradients of {of_all(names, f)} {gains.max():.3g} times as large"
+        return Breach(text, names, {"gain": float(gains.max())})
     return None
 
 
@@ -137,7 +167,7 @@ def _too_late(f: Facts) -> Breach | None:
     if len(rows):
         text = f"{most(rows.late)} changed gradients after the optimizer step, in {steps_of(rows.step, f)}"
         return Breach(text, rows.name.unique(), {"late": len(rows), "late_steps": int(rows.step.nunique())})
-    if reads and f.modifier_known:
+    if reads and (f.modifier_known or f.most("hooked_modules")):
         who = max(reads, key=lambda k: reads[k])
         text = f"{who} looked for gradients after they had been used and cleared"
         return Breach(text, None, {"late_reads": reads[who]})
@@ -159,23 +189,42 @@ def _overwritten(f: Facts) -> Breach | None:
     flags = (rows.turn_written > TURN) & ~(rows.turn > TURN)
     names = lasting(rows, flags)
     if not names:
-        return None
+        return _mixed(f)
     back = rows_of(rows, names, flags)
     by, writer = most(back.undone_by), most(back.by)
     text = f"{writer} turned {number(len(back), 'gradient')} by {degrees(back.turn_written)}; {by} put them back"
     return Breach(text, names, {"overwritten": len(back), "overwritten_by": by, "written_by": writer})
 
 
-@check("delivered", "clipped-to-nothing", "clipping left nothing of the gradient")
+def _mixed(f: Facts) -> Breach | None:
+    """What came after a matrix is a mix of raw gradients, of this step and earlier ones."""
+    known = f.bent[f.bent.mix.notna() & (f.bent.turns >= 2) & (f.bent.fit < 0.1) & (f.bent.identity > 0.05)]
+    names = lasting(known, known.mix < 0.1)
+    if not names:
+        return None
+    back = rows_of(known, names, known.mix < 0.1)
+    text = f"{most(back.by)} turned the gradients, and then averages of raw ones were written over them"
+    who = None if len(names) == known.name.nunique() else names
+    return Breach(f"{text}, in {len(back)} of {len(known)} cases looked into", who, {"mixed": len(back)})
+
+
+@check(
+    "delivered", "clipped-to-nothing", "clipping, or a step size of the modifier's own, left nothing of the gradient"
+)
 def _clipped(f: Facts) -> Breach | None:
     limits = {s["step"]: s["max_norm"] for s in f.steps if s.get("max_norm")}
     rows = f.bent if len(f.bent) else f.live
-    if not limits or not len(rows):
+    if not (limits or len(f.bent)) or not len(rows):
         return None
     norms = f.live.groupby("step").unscaled.apply(lambda x: float(np.sqrt((x**2).sum())))
     room = float(np.median([limits[s] / n for s, n in norms.items() if s in limits and n > 0] or [np.inf]))
-    effect, gain = median(rows.update_exact / rows.update_raw), median(rows.gain)
+    gain = rows.gain
+    if not limits:  # a training loop may unscale by hand
+        scaled = {s["step"]: e["factor"] for s in f.steps for e in s.get("events", ()) if e["who"] == LOOP_SCALING}
+        gain = gain / rows.step.map(scaled).astype(float).fillna(1.0)
+    gain = median(gain)
+    effect = median(rows.update_exact / rows.update_raw)
     if room < 1e-4 or (gain < 1e-4 and effect < 0.05):
-        text = f"clipping left {min(room, gain):.1e} of the gradients' norm"
+        text = f"{'clipping' if limits else most(rows.by)} left {min(room, gain):.1e} of the gradients' norm"
         return Breach(text, None, {"room": room, "gain": gain, "update_ratio": effect})
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from grit_impl.ledger.chain.effect import follows
 from grit_impl.ledger.chain.links import LINKS, REPLAYED, SAME_UPDATE
 from grit_impl.ledger.chain.words import number, of_all
 from grit_impl.ledger.findings import AWAY, Facts, transitions
@@ -39,7 +40,11 @@ def states(f: Facts) -> pd.DataFrame:
     arrived = (t.raw > 0) & np.isfinite(t.raw)
     written = (t.turn > TURN) & (t.mods > 0) | (t.turn_written > TURN)
     late = t.late.notna() & ~t.bent
-    begun = t.live & (t.step >= min(f.start, float(t[written | late].step.min()) if (written | late).any() else np.inf))
+    begun = (
+        t.live
+        & ~t.name.isin(f.vectors)
+        & (t.step >= min(f.start, float(t[written | late].step.min()) if (written | late).any() else np.inf))
+    )
     table = pd.DataFrame(index=t.index)
     table["used"] = nan.mask(arrived, 1.0).mask(t.why.notna() & (t.why != "frozen"), 0.0)
     table["arrived"] = arrived.astype(float)
@@ -71,7 +76,7 @@ def chain_of(f: Facts) -> tuple[LinkRow, ...]:
         first = int(broken.step.min()) if len(broken) else None
         who = of_all(broken.name.unique(), f) if len(broken) else ""
         out.append(LinkRow(link, int((column == 1).sum()), int(column.notna().sum()), first, who))
-    started = f.live[f.live.step >= f.start]
+    started = f.live[(f.live.step >= f.start) & ~f.live.name.isin(f.vectors)]
     if len(started):
         last = started.step.max() - max(1, (started.step.max() - f.start) // 10)
         ends = started[started.step >= last].groupby("name").bent.any()
@@ -118,7 +123,10 @@ def not_checked(f: Facts, chain: tuple[LinkRow, ...]) -> list[str]:
     if not seen["consumed"]:
         problem = next((s["shadow_problem"] for s in f.steps if s.get("shadow_problem")), None)
         optimizer = next((s["optimizer"] for s in f.steps if s.get("optimizer")), "the optimizer")
-        out.append(problem or f"the update of {optimizer} was not replayed")
+        text = problem or f"the update of {optimizer} was not replayed"
+        if lead := follows(f):
+            text += f" (it follows the modified gradients more than the raw ones, by {lead:.2g} of a cosine)"
+        out.append(text)
     if not seen["moved"]:
         out.append("whether the parameters moved")
     if not seen["kept"]:

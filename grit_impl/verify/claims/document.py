@@ -40,6 +40,17 @@ link that broke first. *Before* is the list of detectors that the chain of links
 |---|---|---|---|
 """
 
+SINCE = """
+What both rounds had missed was mended since, kind by kind; their cases are tests now
+(`tests/zoo/test_blind_rounds.py`), and say nothing more about cases that nobody has seen. The kinds: weights that were
+swapped for averages and not swapped back; updates that follow the raw gradient, in optimizers that cannot be replayed;
+one matrix, or one hook, applied twice within one callback; a gradient put back within the code that turned it, or
+recomputed by a closure; a filter's average written over it; gradients turned after a step inside backward or in a
+post-hook; a lag of one or two steps, also where gradients are short of rank; every other step left as it was; adapters
+that are off during the forward pass alone; models in which nothing is trained; an optimizer that holds tensors and
+never steps; hooks that only read.
+"""
+
 OPTIONS = """
 ## Options
 
@@ -61,7 +72,7 @@ def document() -> str:
             kind = "gate" if claim.gates else "hypothesis"
             parts.append(f"\n### `{claim.id}` ({kind})\n\n{claim.statement}\n\n{claim.rationale}\n\n")
             parts.append(f"Needs: {', '.join(f'`{requirement}`' for requirement in claim.requires)}\n")
-    parts += [BLIND, *_blind_rounds(), OPTIONS]
+    parts += [BLIND, *_blind_rounds(), SINCE, OPTIONS]
     for each in fields(Options):
         default = "off" if isinstance(each.default, bool) else shown(each)
         parts.append(f"| `{flag(each.name)}` | {default} | {each.metadata['help']} |\n")

@@ -1,0 +1,20 @@
+"""What the ledger watches of a model: LoRA tensors and their use, others' hooks and reads, and tensors left behind."""
+
+from __future__ import annotations
+
+from grit_impl.ledger.watches.hooks import HookWatch
+from grit_impl.ledger.watches.layers import LayerWatch
+from grit_impl.ledger.watches.memory import MEMORY_STEP, MemoryWatch
+from grit_impl.ledger.watches.tensors import hook_bases, masters, owners, sharded, spread
+
+__all__ = [
+    "MEMORY_STEP",
+    "HookWatch",
+    "LayerWatch",
+    "MemoryWatch",
+    "hook_bases",
+    "masters",
+    "owners",
+    "sharded",
+    "spread",
+]
