@@ -29,14 +29,16 @@ REPORTS = Path("reports")
 
 def url(text: str) -> str:
     """an http address such as http://localhost:11434"""
+    if not text:  # as in other people's projects, which may lack the packages of the evaluation
+        return text
     from grit_impl.serve.connection import find_server
 
     try:
-        server = find_server(text) if text else None
+        server = find_server(text)
     except GRITError:
         raise ValueError(text) from None
     # Without user and password it could not be asked.
-    return text if server is None or server.auth else server.url
+    return text if server.auth else server.url
 
 
 @dataclass(frozen=True)
