@@ -108,7 +108,9 @@ class Explainer:
             self._first.setdefault((name, side), value / scale)
             for decay in DECAYS:
                 # Relative to its size: losses fall, and with them what one step adds.
-                before = self._averages.get((name, side, decay), 0.0)
+                before = self._averages.get((name, side, decay))
+                if before is None or before.shape != value.shape:  # a rank that grew, or shrank
+                    before = np.zeros_like(value)
                 self._averages[name, side, decay] = decay * before + value / scale
 
     def explain(self, tensor: str, layer: str, side: str, operator: RankOperator) -> str:

@@ -110,7 +110,7 @@ class Fingerprinter:
     def hashes(self, tensors: Sequence[Tensor]) -> Tensor:
         """Column 0 of the fingerprints alone, (N,) int64 on the tensors' device, for a few tensors."""
         out = [(_bits(t.detach().reshape(-1)) * self._on(t.device)[: _columns(t)]).sum() for t in tensors]
-        return torch.stack(out)
+        return torch.stack(out) if out else torch.zeros(0, dtype=torch.int64)
 
 
 def _inner(values: Tensor, other: Tensor) -> Tensor:

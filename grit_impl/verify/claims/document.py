@@ -32,16 +32,18 @@ BLIND = """
 ## How far the ledger's verdicts can be trusted
 
 Blind rounds: cases by somebody who had read the vocabulary of causes and the libraries, but neither detectors nor zoo,
-committed with their expectations before their first run (`tests/zoo/blind_round1.py` and `blind_round2.py`; all rows
+committed with their expectations before their first run (`tests/zoo/blind_round1.py` to `blind_round3.py`; all rows
 are in `fixtures/blind_rounds.json`). A fault is named rightly by one of the causes that the case accepts or by the
-link that broke first. *Before* is the list of detectors that the chain of links has replaced. Intervals: Wilson, 95%.
+link that broke first. *Before* is, in the first two rounds, the list of detectors that the chain of links has replaced,
+and in the third the chain as it was before what the first two had missed was mended. At least 95% of the faults and at
+most 1% of the sound runs were asked for: missed in all three. Intervals: Wilson, 95%.
 
 | round | | before | first contact |
 |---|---|---|---|
 """
 
 SINCE = """
-What both rounds had missed was mended since, kind by kind; their cases are tests now
+What the first two rounds had missed was mended since, kind by kind; their cases are tests now
 (`tests/zoo/test_blind_rounds.py`), and say nothing more about cases that nobody has seen. The kinds: weights that were
 swapped for averages and not swapped back; updates that follow the raw gradient, in optimizers that cannot be replayed;
 one matrix, or one hook, applied twice within one callback; a gradient put back within the code that turned it, or
@@ -49,6 +51,12 @@ recomputed by a closure; a filter's average written over it; gradients turned af
 post-hook; a lag of one or two steps, also where gradients are short of rank; every other step left as it was; adapters
 that are off during the forward pass alone; models in which nothing is trained; an optimizer that holds tensors and
 never steps; hooks that only read.
+
+Of the third round's misses two were failures of the ledger itself (a rank that changes in mid-run, adapters without
+matrices) and are mended. The others stand in `NOT_MENDED` of that test, each with its reason: a preconditioner that is
+registered again, or reads its own output, applies two different matrices, which looks like one; weights and gradients
+that are taken from elsewhere (flat buffers, masters, `functional_call`); inverses that are too large without being
+ten thousand times larger.
 """
 
 OPTIONS = """
