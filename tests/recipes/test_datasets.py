@@ -107,10 +107,12 @@ def test_hub_names_render_what_the_hub_serves(name: str, monkeypatch: pytest.Mon
 def test_an_unreachable_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the message names the data set, its address and the way out."""
     import datasets
+    import huggingface_hub
 
-    def fail(*address: str, split: str) -> None:
+    def fail(*address: Any, **options: Any) -> None:
         raise ConnectionError("no route to host\nsecond line")
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
         GRITError, match=r"tatsu-lab/alpaca \(split train.*no route to host second line; give a local file"
