@@ -205,11 +205,17 @@ def test_installs_in_a_fresh_environment(tmp_path: Path, extra: str | None) -> N
     subprocess.run([*pip, f"{ROOT}[{extra}]" if extra else str(ROOT)], check=True, timeout=900)
     if extra is None:
         added = {name: size for name, size in installed(python).items() if name not in before}
-        assert sum(added.values()) <= MOST_BYTES, sorted(added.items(), key=lambda each: -each[1])
+        largest = sorted(added.items(), key=lambda each: -each[1])
+        assert sum(added.values()) <= MOST_BYTES, largest
+        missed = sum(added.values()) > ASKED_BYTES
     for command in [name for name in cli.COMMANDS if cli.EXTRAS.get(name) == extra]:
         code = f"import importlib; importlib.import_module({cli.COMMANDS[command][0]!r})"
         subprocess.run([python, "-c", code], check=True, timeout=300, cwd=tmp_path)
+    if extra is None and missed:
+        pytest.xfail(f"at most {ASKED_BYTES / 1e6:.0f} MB were asked for: {largest}")
 
 
+ASKED_BYTES = 150 * 10**6
+"""What a user was promised, and does not get: scipy (143 MB) and pandas (81) alone exceed it."""
 MOST_BYTES = 250 * 10**6
-"""The aim was 150 MB, which scipy (143) and pandas (81) alone exceed: 247.5 MB were measured."""
+"""What it may not grow beyond meanwhile: 247.5 MB were measured."""

@@ -145,12 +145,12 @@ def test_the_embedded_server_keeps_four_fifths_of_llamacpps_throughput(tmp_path:
     """Oracle: llama.cpp's own server on the same prompts; the median of five interleaved ratios."""
     pairs = measure(tmp_path, REPEATS)
     if median(pairs) < BOUND or restlessness(pairs) > RESTLESS:
-        # Five ratios of a restless machine decide nothing; twenty do, or say that they do not.
+        # Five ratios of a restless machine decide nothing; twenty do, or say that they do not. On a calm one they must.
         (more := tmp_path / "more").mkdir()
         pairs += measure(more, MORE)
         found = spread([ours / theirs for ours, theirs in pairs])
         assert not below(found), pairs
-        if found.low < BOUND:
+        if found.low < BOUND and restlessness(pairs) > RESTLESS:
             pytest.skip(f"the machine is too restless: {found} x llama.cpp's throughput, {BOUND} was asked for")
     assert median(pairs) >= BOUND, pairs
 
