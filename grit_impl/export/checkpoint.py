@@ -192,15 +192,13 @@ class Checkpoint:
     def _stored_apart(self) -> bool:
         if not {EMBEDDING, HEAD} <= set(self.entries):
             return False
-        import transformers
-
         with self.reader() as reader:
             pairs = zip(reader.pieces(EMBEDDING, 1 << 20), reader.pieces(HEAD, 1 << 20), strict=False)
             same = self.shape(EMBEDDING) == self.shape(HEAD) and all(bool((one == two).all()) for one, two in pairs)
-        if not same and int(transformers.__version__.split(".")[0]) < 5:
+        if not same and (version := _ties_one_way()):
             raise GRITError(
                 f"{self.folder} has tie_word_embeddings and yet stores another {HEAD}, which transformers "
-                f"{transformers.__version__} would drop: remove the tensor, or set tie_word_embeddings to false"
+                f"{version} would drop: remove the tensor, or set tie_word_embeddings to false"
             )
         return not same
 
@@ -247,6 +245,11 @@ class Checkpoint:
         for name in expected:
             if self.source(name) is None:
                 raise GRITError(f"{self.folder} lacks tensor {name}, which transformers would make up at random")
+        if EMBEDDING in expected and self.source(EMBEDDING) == HEAD and (version := _ties_one_way()):
+            raise GRITError(
+                f"{self.folder} stores its tied matrix as {HEAD} alone, from which transformers {version} does not fill "
+                f"the embedding: rename the tensor {EMBEDDING}, or pip install 'transformers>=5'"
+            )
 
     def source(self, name: str) -> str | None:
         """The stored tensor that a parameter is read from; a tied matrix may be stored under the other's name."""
@@ -366,6 +369,14 @@ class TensorReader:
         if not tensor.is_floating_point():
             raise GRITError(f"cannot export {name}: stored as {tensor.dtype}; only floating point and NF4 are read")
         return tensor
+
+
+def _ties_one_way() -> str | None:
+    """The version of transformers, if it is one that fills a tied head from the embedding and never the other way."""
+    import transformers
+
+    version: str = transformers.__version__
+    return version if int(version.split(".")[0]) < 5 else None
 
 
 def _natural(name: str) -> tuple[int | str, ...]:

@@ -26,12 +26,11 @@ from tenacity import RetryError, Retrying, retry_if_exception, stop_after_attemp
 
 from grit_impl.errors import GRITError
 from grit_impl.serve.connection import client_options, find_server, reason
+from grit_impl.serve.wire import REPEATS
 
 MAX_BODY = 8 * 2**20
 """Bytes: no evaluation answer is longer, an endless stream of garbage is."""
 T = TypeVar("T")
-REPEATS = 30
-"""Repetitions of a token after which Ollama ends an answer."""
 PREFLIGHT = 4
 """Attempts at a server that may not be there at all: the user waits for the message."""
 

@@ -15,11 +15,10 @@ from typing import Any
 from grit_impl.gguf.gotemplate import Message, Template, TemplateError
 from grit_impl.serve.engine import Engine, Engines
 from grit_impl.serve.models import Model, Models
-from grit_impl.serve.wire import MESSAGE, APIError, now, parse_keep_alive, parse_options, typed
+from grit_impl.serve.wire import MESSAGE, REPEATS, APIError, now, parse_keep_alive, parse_options, typed
 
 # A generation without num_predict ends after this many context windows (`openEndedGenerationContextMultiplier`).
 OPEN_ENDED = 10
-REPEATS = 30
 WHOLE = 512
 """Tokens up to which an answer that is not streamed comes as one reply. A chunk per token costs a fifth of the
 throughput of a small model; a model that repeats itself is noticed when it has ended instead of on the way."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 FOREVER = math.inf
+REPEATS = 30
+"""Repetitions of a token after which an answer ends (`llm/llama_server.go`)."""
 DEFAULT_KEEP_ALIVE = 300.0
 _INT, _FLOAT, _BOOL, _STRING, _OBJECT, _ARRAY, _ANY = "int", "float32", "bool", "string", "map", "slice", "any"
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
