@@ -247,8 +247,8 @@ class Checkpoint:
                 raise GRITError(f"{self.folder} lacks tensor {name}, which transformers would make up at random")
         if EMBEDDING in expected and self.source(EMBEDDING) == HEAD and (version := _ties_one_way()):
             raise GRITError(
-                f"{self.folder} stores its tied matrix as {HEAD} alone, from which transformers {version} does not fill "
-                f"the embedding: rename the tensor {EMBEDDING}, or pip install 'transformers>=5'"
+                f"{self.folder} stores its tied matrix as {HEAD} alone, from which transformers {version} does not "
+                f"fill the embedding: rename the tensor {EMBEDDING}, or pip install 'transformers>=5'"
             )
 
     def source(self, name: str) -> str | None:
