@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import launch
 from torch import nn
 
-import grit_impl
 from grit_impl.errors import GRITError
 from grit_impl.ledger.findings import facts
 from grit_impl.ledger.recorder import gradient_ledger
@@ -25,30 +21,8 @@ SAME = 1e-4
 
 def run(folder: Path, world: int) -> list[Path]:
     """The ledger of every process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(grit_impl.__file__).parents[1]), *sys.path]),
-    }
-    paths, processes = [], []
-    for rank in range(world):
-        paths.append(folder / f"{world}-{rank}.jsonl.gz")
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(SCRIPT), str(paths[-1])]
-        environment = {**common, **(place if world > 1 else {})}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, outputs
+    paths = [folder / f"{world}-{rank}.jsonl.gz" for rank in range(world)]
+    launch(SCRIPT, [[str(path)] for path in paths])
     return paths
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-import grit_impl
+from launch import launch
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 # The same sums over tokens, split over two processes: measured 1e-7 to 5e-7.
@@ -23,39 +18,12 @@ DIFFERENT = 1e-3
 
 def run(folder: Path, world: int, fault: str = "", device: str = "cpu") -> list[dict[str, Any]]:
     """What every process saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        # A single process that sees two GPUs would split its batches over them.
-        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else ",".join(map(str, range(world))),
-        "PYTHONPATH": os.pathsep.join([str(Path(grit_impl.__file__).parents[1]), *sys.path]),
-    }
+    files = [folder / f"{fault or 'right'}-{world}-{rank}.pt" for rank in range(world)]
+    # A single process that sees two GPUs would split its batches over them.
+    environment = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else ",".join(map(str, range(world)))}
     if device == "cpu":
-        common["ACCELERATE_USE_CPU"] = "true"
-    files, processes = [], []
-    for rank in range(world):
-        files.append(folder / f"{fault or 'right'}-{world}-{rank}.pt")
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-        environment = {**os.environ, **common, **places}
-        if world == 1:
-            environment = {
-                k: v for k, v in environment.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
-            }
-        command = [sys.executable, str(SCRIPT), str(files[-1]), device, *([fault] if fault else [])]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, outputs
+        environment["ACCELERATE_USE_CPU"] = "true"
+    launch(SCRIPT, [[str(file), device, *([fault] if fault else [])] for file in files], **environment)
     return [torch.load(file, weights_only=True) for file in files]
 
 
