@@ -13,7 +13,7 @@ from grit_impl.errors import GRITError
 from grit_impl.recipes.arms import ARMS, RunSpec, TrainingSettings, default_training, find_arm, grit_options
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.datasets import require_dataset
-from grit_impl.runs.files import read_options, require_loggers, require_package
+from grit_impl.runs.options import read_options, require_loggers, require_package
 from grit_impl.settings import click_options
 
 SAVE_EVERY = 50

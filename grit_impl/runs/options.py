@@ -1,4 +1,4 @@
-"""Options of a command from a YAML file, as trl and axolotl take them; and loggers that are not installed."""
+"""What `grit train` is told: options from a YAML file, as trl and axolotl take them, and packages that must be there."""
 
 from __future__ import annotations
 
