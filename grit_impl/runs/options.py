@@ -1,4 +1,4 @@
-"""What `grit train` is told: options from a YAML file, as trl and axolotl take them, and packages that must be there."""
+"""What `grit train` is told: options from a YAML file, as trl and axolotl take them, and packages that it needs."""
 
 from __future__ import annotations
 
