@@ -238,7 +238,7 @@ class _Controller:
         self.error: str | None = None
         self.gpu_ran = 0
         self.gpu_seen = 0
-        self.written = False
+        self.reported: Evidence | None = None
         self.live: set[str] = set()
         self.evaluation = ""
 
@@ -280,8 +280,9 @@ class _Controller:
         if not self.results.judged:
             return
         try:
-            self.results.write(self._evidence(), int(session.exitstatus))
-            self.written = True
+            evidence = self._evidence()
+            self.results.write(evidence, int(session.exitstatus))
+            self.reported = evidence
         except GRITError as error:
             self.error = str(error)
             session.exitstatus = BAD_INPUT
@@ -299,7 +300,7 @@ class _Controller:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         from grit_impl.verify.terminal import summary
 
-        summary(terminalreporter, self.results, self.written)
+        summary(terminalreporter, self.results, self.reported)
         if self.gpu_seen and not self.gpu_ran:
             terminalreporter.write_line(f"gpu: none of {self.gpu_seen} tests marked gpu ran", yellow=True)
         if self.config.stash[_options].require_gpu and not self.gpu_ran:

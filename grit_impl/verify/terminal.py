@@ -12,6 +12,8 @@ from grit_impl.verify.store.junit import TestOutcome
 if TYPE_CHECKING:
     import pytest
 
+    from grit_impl.verify.claims import Evidence
+
 COLOURS: dict[Outcome, str] = {
     "supported": "green",
     "refuted": "red",
@@ -46,15 +48,44 @@ def _reason(report: pytest.TestReport) -> str:
     return str(report.longrepr)
 
 
-def summary(reporter: pytest.TerminalReporter, results: Results, written: bool) -> None:
-    """Write the table of claims, the skip census and the report's path; nothing if no claim was judged."""
+def _models(evidence: Evidence, width: int) -> str:
+    """The report's table of models, `width` columns wide."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from grit_impl.verify.report.content import metrics_table
+
+    names, rows = metrics_table(evidence)
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, cells in rows:
+        table.add_row(label, *(f"{cell.value} {cell.interval}".strip() for cell in cells))
+    console = Console(width=width, color_system=None)
+    with console.capture() as shown:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in shown.get().rstrip("\n").split("\n"))
+
+
+def summary(reporter: pytest.TerminalReporter, results: Results, evidence: Evidence | None) -> None:
+    """Write the models' figures, the table of claims, the skip census and the report's path.
+
+    Args:
+        reporter: Pytest's.
+        results: Of the session; nothing is written if no claim was judged.
+        evidence: What the report was made of; None: there is no report.
+    """
     judged = results.ordered()
     if not judged:
         return
     reporter.ensure_newline()  # or the first write_line breaks its line in two
+    room = max(reporter._tw.fullwidth, 80) if reporter.isatty else LOG_WIDTH
+    if evidence is not None and evidence.records:
+        reporter.section("models")
+        reporter.write_line(_models(evidence, room))
     reporter.section("claims")
     width = max(len(each.claim.id) for each in judged)
-    room = max(reporter._tw.fullwidth, 80) if reporter.isatty else LOG_WIDTH
     for each in judged:
         verdict = each.judgement.verdict
         colour = {COLOURS[verdict]: True} if each.claim.gates or verdict != "refuted" else {"cyan": True}
@@ -76,5 +107,5 @@ def summary(reporter: pytest.TerminalReporter, results: Results, written: bool) 
             reporter.write_line(text if len(text) <= room else text[: room - 1] + "…")
         if len(reasons) > MOST_REASONS:
             reporter.write_line(f"  and {len(reasons) - MOST_REASONS} other reasons (-rs shows all)")
-    if written:
+    if evidence is not None:
         reporter.write_line(f"report: {os.path.relpath(results.report)}", bold=True)

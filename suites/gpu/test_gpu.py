@@ -9,6 +9,8 @@ from grit_impl.verify.claims import family, find
 pytestmark = [pytest.mark.verify, pytest.mark.gpu]
 COST = [claim for claim in family("gpu") if find(claim).requires[0].startswith("cost:")]
 
+EXPERIMENT = [claim for name in ("curves", "training", "export", "evaluation", "hypotheses") for claim in family(name)]
+
 
 @pytest.mark.parametrize("claim", family("gradients"))
 def test_provenance(judge, claim):
@@ -17,6 +19,12 @@ def test_provenance(judge, claim):
 
 @pytest.mark.parametrize("claim", [claim for claim in family("gpu") if claim not in COST])
 def test_runs(judge, claim):
+    judge(claim)
+
+
+@pytest.mark.parametrize("claim", EXPERIMENT)
+def test_experiment(judge, claim):
+    """What the arms of the plan learnt, exported and asked: the other suites' claims, on a GPU; counted once."""
     judge(claim)
 
 
