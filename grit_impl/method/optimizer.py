@@ -20,7 +20,8 @@ class GRITOptimizer(Optimizer):
 
     Args:
         inner: Any optimizer (AdamW, 8-bit AdamW, SGD, ...) over the adapters' parameters. An `update_rule` that
-            computes the whole step puts plain SGD with the same parameter groups in AdamW's place.
+            computes the whole step puts plain SGD with the same parameter groups in AdamW's place (an 8-bit AdamW's
+            float32 state is announced).
         manager: The model's manager; attach it before training.
         max_grad_norm: Clip the total norm of the preconditioned gradients, or of what an update rule starts from; None
             or 0: no clipping.

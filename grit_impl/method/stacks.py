@@ -57,6 +57,21 @@ class Stack:
             return None
         return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]).to(self.dtype)
 
+    def there(self) -> Tensor | None:
+        """(n,): 1 where there is a gradient, 0 where there is none; None: all have one. Nothing waits for a device."""
+        parameters = self.parameters()
+        found = [p.grad is not None for p in parameters]
+        if all(found):
+            return None
+        there = torch.zeros(len(found), dtype=self.dtype, device=self.layers.device)
+        if any(found):
+            torch._foreach_add_([one for one, has in zip(there.unbind(), found, strict=True) if has], 1.0)
+        return there
+
+    def each(self, x: Tensor) -> Tensor:
+        """(n,) numbers, shaped so that each meets its own parameter."""
+        return x.view(-1, *(1,) * (len(self.shape) - 1))
+
     def write(self, directions: Tensor) -> None:
         """Put the directions (n, *shape) where the gradients were; nothing where there is none."""
         torch._foreach_copy_(*self._there(directions))

@@ -125,7 +125,10 @@ def _model(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> 
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then linear decay that would reach zero after the last step (transformers' `linear`)."""
+    """Linear warm-up, then linear decay that would reach zero after the last step: transformers' `linear`.
+
+    It starts at zero, so that the first step moves nothing: every arm alike has one movement fewer than it has steps.
+    """
     done = step - 1
     return done / max(1, warmup) if done < warmup else (steps - done) / max(1, steps - warmup)
 

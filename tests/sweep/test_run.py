@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grit_impl.sweep.plan import load_plan, split_settings
-from grit_impl.sweep.run import MAX_GRAD_NORM, _collate, _encode, _evaluate, _model, train
+from grit_impl.sweep.run import MAX_GRAD_NORM, _collate, _encode, _evaluate, _model, _schedule, train
 
 STEPS, SIZE = 4, 4
 SETTINGS = {"lr": 3e-3, "warmup": 2, "rank": 4, "alpha": 4, "steps": STEPS, "batch_size": SIZE, "every": 2}
@@ -104,6 +104,19 @@ def test_the_loop_is_the_trainers(method: str, tmp_path: Path) -> None:
     result = train(job(method), {**settings, "every": STEPS}, "cpu")
     assert result["losses"][0] == pytest.approx(sum(losses) / STEPS, abs=2e-4)  # transformers 4 rounds to 4 digits
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_schedule_is_transformers() -> None:
+    """Oracle: `get_linear_schedule_with_warmup`. Its first step has learning rate 0, in every arm alike."""
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, 20)
+    for step in range(1, 21):
+        assert schedule.get_last_lr() == pytest.approx([_schedule(step, 20, 5)], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+    assert _schedule(1, 20, 5) == 0
 
 
 def test_accuracy_is_what_greedy_generation_gives() -> None:

@@ -8,22 +8,27 @@ groups and GradScaler therefore work as before.
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from grit_impl.config import UPDATE_RULES, GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.method.factors import KroneckerFactors
-from grit_impl.method.stacks import layer_stacks, make_stacks
+from grit_impl.method.stacks import Stack, layer_stacks, make_stacks
 
 if TYPE_CHECKING:
     from grit_impl.method.layers import LoRAFactorPair
 
 # A whole step needs fewer temporaries than a product: stacks of 32 MiB in float32.
 STACK_ELEMENTS = 1 << 23
+_log = logging.getLogger(__name__)
 BETAS = (0.9, 0.999)  # for groups without betas, i.e. plain SGD's
 Rule = TypeVar("Rule", bound="type[UpdateRule]")
 
@@ -98,6 +103,8 @@ class UpdateRule:
             return
         self._restored = None
         for name in self._STATE:
+            if name not in state:
+                raise GRITError(f"the GRIT checkpoint does not fit: it has no {name!r}, so another version wrote it")
             mine, saved = getattr(self, name), state[name]
             if isinstance(mine, list):
                 if [t.shape for t in mine] != [t.shape for t in saved]:
@@ -116,10 +123,15 @@ class UpdateRule:
 class WholeStep(UpdateRule):
     """Computes the step: what `update` writes moves the parameters by -lr times it.
 
-    A rule with moments names its attributes in `_STATE` and makes them in `init`.
+    A rule with moments names its attributes in `_STATE` and makes them in `init`. Moments are a parameter's own, as in
+    torch's optimizers: without a gradient they stay, and the bias correction counts the steps that had one.
+
+    Attributes:
+        steps: Of each stack (n,): steps in which the parameter had a gradient.
     """
 
     whole_step = True
+    steps: list[Tensor]
 
     def init(self) -> None:
         """Make the state for `stacks`."""
@@ -130,8 +142,26 @@ class WholeStep(UpdateRule):
         assert self._optimizer is not None
         return self._optimizer.param_groups
 
+    def count(self, stack: Stack, steps: Tensor) -> Tensor | None:
+        """Count a step of the parameters that have a gradient; returns `stack.there()`."""
+        there = stack.there()
+        steps += 1 if there is None else there
+        return there
+
+    @staticmethod
+    def share(stack: Stack, beta: float, there: Tensor | None) -> float | Tensor:
+        """What a new value weighs in an average with this decay: 1 - beta, and 0 for parameters without a gradient."""
+        return 1 - beta if there is None else stack.each(there * (1 - beta))
+
+    @staticmethod
+    def correction(stack: Stack, beta: float, steps: Tensor) -> Tensor:
+        """1 - beta^steps, exact to the last bits also where beta is near 1; shaped like `stack.each`."""
+        return stack.each(-torch.expm1(steps.clamp_min(1) * (math.log(beta) if beta else -math.inf)))
+
     def take_place_of(self, inner: Optimizer) -> Optimizer:
         """Plain SGD over the same parameter groups (the same objects, so that schedulers still reach them).
+
+        Moments of 8 bits become float32 ones, and a warning says how much that is.
 
         Raises:
             GRITError: the inner optimizer is neither AdamW nor plain SGD, so that something of it would be lost.
@@ -153,6 +183,11 @@ class WholeStep(UpdateRule):
                 group.setdefault(key, value)
         sgd.param_groups = groups
         self.bind(sgd)
+        if (bits := re.search(r"(\d+)bit", name)) and int(bits[1]) < 32:
+            _log.warning(
+                "update_rule = %r takes the place of %s and keeps its own state in float32: %.1f MiB",
+                *(self.config.update_rule, name, self.memory_bytes() / 2**20),
+            )
         return sgd
 
     def bind(self, optimizer: Optimizer) -> None:
@@ -166,6 +201,9 @@ class WholeStep(UpdateRule):
             raise GRITError(f"update_rule = {self.config.update_rule!r}: the optimizer misses LoRA parameters")
         self._optimizer = optimizer
         self.stacks = make_stacks(self.layers, optimizer.param_groups, STACK_ELEMENTS)
+        self.steps = [
+            torch.zeros(stack.shape[0], dtype=stack.dtype, device=stack.layers.device) for stack in self.stacks
+        ]
         self.init()
         if self._restored is not None:
             self.load_state_dict(self._restored)

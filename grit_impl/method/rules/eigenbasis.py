@@ -36,15 +36,14 @@ SOLVED_REFRESHES = 4
 class Eigenbasis(WholeStep):
     """See the module; betas, eps and weight decay are AdamW's, from the parameter groups.
 
-    Memory, in float32: 8 bytes per trained parameter (both moments, as AdamW) and 8 L r^2 (the bases).
+    Memory, in float32: 8 bytes per trained parameter (both moments, as AdamW), 8 L r^2 (the bases), 8 L (the counts).
 
     Attributes:
         basis: (2, L, r, r): columns are the eigenvectors of S_g for A (0) and of S_a for B (1).
-        step: Steps taken, for the bias correction.
         refreshes: How often the bases were renewed.
     """
 
-    _STATE = ("step", "refreshes", "basis", "exp_avg", "exp_avg_sq")
+    _STATE = ("steps", "refreshes", "basis", "exp_avg", "exp_avg_sq")
 
     def init(self) -> None:
         """The identity as bases, and moments of zero."""
@@ -52,7 +51,7 @@ class Eigenbasis(WholeStep):
         self.basis = eye.expand(2, len(self.layers), *eye.shape).clone()
         ranks = torch.tensor([layer.rank for layer in self.layers], device=eye.device)
         self._used = torch.diag_embed((torch.arange(len(eye), device=eye.device) < ranks[:, None]).to(eye.dtype))
-        self.step = self.refreshes = 0
+        self.refreshes = 0
         self.exp_avg = [stack.zeros() for stack in self.stacks]
         self.exp_avg_sq = [stack.zeros() for stack in self.stacks]
 
@@ -79,10 +78,9 @@ class Eigenbasis(WholeStep):
 
     def update(self, *, warm: bool, refresh: bool) -> None:
         """Adam's direction, computed in the eigenbasis."""
-        self.step += 1
         if refresh:
             self.refresh()
-        for stack, m, v in zip(self.stacks, self.exp_avg, self.exp_avg_sq, strict=True):
+        for stack, steps, m, v in zip(self.stacks, self.steps, self.exp_avg, self.exp_avg_sq, strict=True):
             g = stack.gradients()
             if g is None:
                 continue
@@ -91,10 +89,11 @@ class Eigenbasis(WholeStep):
             basis = None if stack.side is None else stack.of(self.basis[stack.side])
             if basis is not None:
                 g = stack.turn(g, basis)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            root = torch.sqrt(v, out=g).div_((1 - beta2**self.step) ** 0.5).add_(eps)
-            direction = torch.div(m, root, out=g).div_(1 - beta1**self.step)
+            there = self.count(stack, steps)
+            m.lerp_(g, self.share(stack, beta1, there))
+            v.mul_(1 - self.share(stack, beta2, there)).addcmul_(g, g, value=1 - beta2)  # a missing g is 0
+            root = torch.sqrt(v, out=g).div_(self.correction(stack, beta2, steps).sqrt()).add_(eps)
+            direction = torch.div(m, root, out=g).div_(self.correction(stack, beta1, steps))
             stack.write(direction if basis is None else stack.turn(direction, basis.mT))
 
     def project(self) -> None:

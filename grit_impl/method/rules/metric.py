@@ -28,7 +28,7 @@ class MetricRule(WholeStep):
     """A rule that knows the metric; 24 L bytes of state in float32.
 
     Attributes:
-        step: Steps taken.
+        step: Steps taken, in the rhythm of which the factors take in statistics.
         sizes: (2, L): decayed sums of |A|^2 (0) and |B|^2 (1); `weight` is the sum of the weights.
         average: (2, L): the average sizes that belong to the factors of the last refresh.
         scale: (2, L): 1 / s_x for A (0) and 1 / s_y for B (1), as of then; 0 while it is unknown.

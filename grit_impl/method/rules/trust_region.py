@@ -24,13 +24,13 @@ from grit_impl.method.stacks import A
 class TrustRegion(MetricRule):
     """See the module. F is damped as the inverses are, so that the KL predicted is not below the undamped model's.
 
-    Memory, in float32: 4 bytes per trained parameter (the momentum; AdamW keeps 8) and the metric's 24 L.
+    Memory, in float32: 4 bytes per trained parameter (the momentum; AdamW keeps 8), the metric's and counts' 32 L.
 
     Attributes:
         decrement: 0-dim; m' F^-1 m of the last step, whose predicted KL is min(lr^2, decrement) / 2.
     """
 
-    _STATE = (*MetricRule._METRIC_STATE, "exp_avg")
+    _STATE = (*MetricRule._METRIC_STATE, "steps", "exp_avg")
 
     def init(self) -> None:
         """Moments of zero; a GRITError where something is trained that has no metric."""
@@ -47,12 +47,14 @@ class TrustRegion(MetricRule):
         """The natural gradient of the averaged gradients, times the length that the bound allows."""
         self.step += 1
         scale, decrement = self._scales(refresh), torch.zeros_like(self.decrement)
-        for stack, m in zip(self.stacks, self.exp_avg, strict=True):
+        for stack, steps, m in zip(self.stacks, self.steps, self.exp_avg, strict=True):
             g = stack.gradients()
             if g is None:
                 continue
-            beta = self.groups[stack.group].get("betas", BETAS)[0]
-            mean = m.lerp_(g, 1 - beta) / (1 - beta**self.step)
+            beta, there = self.groups[stack.group].get("betas", BETAS)[0], self.count(stack, steps)
+            mean = m.lerp_(g, self.share(stack, beta, there)) / self.correction(stack, beta, steps)
+            if there is not None:  # what does not move is no part of the step's length
+                mean = mean * stack.each(there)
             side = stack.side or A
             natural = stack.turn(mean, stack.of(self.factors.inverse[1 - side])) * scale[side, stack.layers, None, None]
             decrement += (mean * natural).sum()

@@ -93,6 +93,48 @@ def test_eigenbasis_of_diagonal_factors_is_adamw(
     assert relative(adapters(models[1]), adapters(models[0])) < SAME
 
 
+def test_eigenbasis_counts_each_parameters_own_steps(
+    llama: Any, batches: Any, adapters: Any, relative: Any, set_factors: Any
+) -> None:
+    """Oracle: torch.optim.AdamW, which knows a parameter from its first gradient on and keeps its moments without one.
+
+    One layer has no gradient in the first six steps and in every third later one; the bases are the identity.
+    """
+    set_factors(lambda s: torch.diag_embed(s.diagonal(dim1=-2, dim2=-1)))
+    models = [llama(dtype=torch.float64), llama(dtype=torch.float64)]
+    for model, config in zip(models, (None, GRITConfig(update_rule="eigenbasis", **FAST)), strict=True):
+        layer = GRITManager(model).layers[1]
+        optim = optimizer(model, config, betas=(0.9, 0.999))
+        optim.max_grad_norm = 0.0
+        for step in range(STEPS):
+            model(**batches[step % 4]).loss.backward()
+            if step < 6 or step % 3 == 0:
+                layer.a.grad = layer.b.grad = None
+            optim.step()
+            optim.zero_grad()
+    assert relative(adapters(models[1]), adapters(models[0])) < SAME
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_late_first_gradient_is_a_first_gradient(rule: str, llama: Any, batches: Any, relative: Any) -> None:
+    """Oracle: the run whose first step it is. One batch and no movement, so that averages are what they average."""
+    directions = []
+    for before in (0, 9):
+        model = llama(dtype=torch.float64)
+        config = GRITConfig(update_rule=rule, kfac_update_freq=1, kfac_min_samples=1)
+        optim = optimizer(model, config, lr=0.0, betas=(0.9, 0.999))
+        optim.param_groups[1]["lr"] = 0.0
+        layer = optim.manager.layers[1]
+        for step in range(before + 1):
+            optim.zero_grad()
+            model(**batches[0]).loss.backward()
+            if step < before:
+                layer.a.grad = layer.b.grad = None
+            optim.step()
+        directions.append(torch.cat([p.grad.flatten() for p in (layer.a, layer.b)]))
+    assert relative(directions[1], directions[0]) < 1e-6
+
+
 def test_eigenbasis_differs_from_adamw_otherwise(llama: Any, batches: Any, adapters: Any, relative: Any) -> None:
     """Control: with the factors as they are the same comparison fails."""
     models = [llama(dtype=torch.float64), llama(dtype=torch.float64)]
@@ -194,8 +236,8 @@ def test_memory_is_that_of_its_tensors(rule: str, llama: Any, batches: Any) -> N
     found = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     formula = {
-        "eigenbasis": 8 * trained + 8 * len(manager.layers) * manager.rank**2,
-        "trust_region": 4 * trained + 24 * len(manager.layers),
+        "eigenbasis": 8 * trained + 8 * len(manager.layers) * (manager.rank**2 + 1),
+        "trust_region": 4 * trained + 32 * len(manager.layers),
     }
     assert manager.rule.memory_bytes() == found == formula[rule]
 
@@ -326,6 +368,17 @@ def test_what_cannot_be_combined_is_refused(rule: str, llama: Any, training: Any
     saved = train(model, batches, 2, config).state_dict()
     with pytest.raises(GRITError, match="resume with the same rule"):
         optimizer(llama(), GRITConfig()).load_state_dict(saved)
+
+
+def test_moments_of_eight_bits_are_not_replaced_in_silence(llama: Any, caplog: Any) -> None:
+    """Oracle: the state's own size, in one line; AdamW with 32 bits is replaced without a word."""
+    config, model = GRITConfig(update_rule="eigenbasis"), llama()
+    for name in ("AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "AdamW"):
+        inner = type(name, (torch.optim.AdamW,), {})([p for p in model.parameters() if p.requires_grad])
+        rule = GRITOptimizer(inner, GRITManager(model, config)).manager.rule
+        size = f"{name} and keeps its own state in float32: {rule.memory_bytes() / 2**20:.1f} MiB"
+        assert [size in record.message for record in caplog.records] == ([True] if "8bit" in name else [])
+        caplog.clear()
 
 
 def test_trust_region_refuses_what_has_no_metric(llama: Any) -> None:
