@@ -124,6 +124,26 @@ def test_what_is_there_is_not_made_again(live) -> None:
     assert live.trained[trained:] == [("baseline", 3409), ("pure", 3409)]
 
 
+def test_the_untrained_base_is_asked_once_for_all_seeds(live) -> None:
+    """Oracle: the server's requests; the base is the same model with every seed."""
+
+    def asked_of_base() -> int:
+        return sum(request["model"].startswith("base") for request in live.server.requests)
+
+    live().gather(NEEDS)
+    before = asked_of_base()
+    assert before >= 40
+    evidence = live(seeds=3)
+    evidence.gather(NEEDS)
+    assert asked_of_base() == before
+    answers = [
+        {row["item"]: row["answer"] for row in each.evaluation.answers if row["label"] == "base"}
+        for each in evidence.seeds.values()
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0]) > 40, "about the air, and about knowledge"
+
+
 def test_a_seed_that_broke_leaves_nothing_to_pair(live, monkeypatch) -> None:
     """Oracle: pure ends with status 1 at the second seed; the hypothesis says so and its test fails."""
     original = LiveEvidence._runs

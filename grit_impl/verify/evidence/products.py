@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _COUNT_SECONDS = 2.0
+_MOST_THREADS = 4
 
 
 def no_progress(label: str, done: int, total: int) -> None:
@@ -153,7 +155,7 @@ class ProductEvidence(Evidence):
                 aqi_metric=self.options.aqi_metric,
                 stop=self.format.stop,
                 num_predict=self.format.room,
-                # The embedded server holds all models, each in a process of one thread; another may hold only one.
+                # The embedded server holds all models, each with cores of its own; another may hold only one.
                 in_flight=2 if self.ollama_url else max(2, min(len(names), os.cpu_count() or 1)),
                 in_turn=not self.ollama_url,
                 progress=False,
@@ -164,9 +166,17 @@ class ProductEvidence(Evidence):
                 how = replace(how, speed_rounds=0)
             label = "asking the untrained base" if only else "evaluating"
             asked = len(names) * (len(aqi.items) + len(knowledge.items))
+            self._begin_with_known_answers(out)
             with self._counting(label, out / "answers.jsonl", asked):
                 found = evaluate(url, names, aqi, knowledge, out, how, inputs)
         return found
+
+    def _begin_with_known_answers(self, out: Path) -> None:
+        """Let another seed's evaluation begin with the first one's answers: those of models it has not, it forgets."""
+        known = self.evaluation.path if self.evaluation else None
+        if known and not out.exists():
+            out.mkdir(parents=True)
+            shutil.copyfile(known / "answers.jsonl", out / "answers.jsonl")
 
     @contextlib.contextmanager
     def _counting(self, label: str, path: Path, total: int) -> Iterator[None]:
@@ -220,5 +230,9 @@ class ProductEvidence(Evidence):
             return
         from grit_impl.serve.server import EmbeddedOllama
 
-        with EmbeddedOllama(files, port=0) as server:
+        # Every model has cores of its own, also where two seeds are asked at the same time. How many threads there are
+        # changed no answer (docs/evaluation.md); more than four gain little on models that fit a CPU.
+        together = len(files) * max(1, self.options.seeds - 1)
+        threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // together))
+        with EmbeddedOllama(files, port=0, threads=threads) as server:
             yield server.url, {name: name for name in exports}
