@@ -35,6 +35,10 @@ from grit_impl.settings import click_options, pick, within
 @click.option("--in-flight", type=click.IntRange(1, 64), default=2, show_default=True, help="Requests at a time.")
 @click.option("--timeout", type=within(0.1), default=120.0, show_default=True, help="Seconds per request.")
 @click.option("--speed-rounds", type=click.IntRange(0), default=30, show_default=True, help="Speed samples per model.")
+@click.option(
+    "--repeats", type=click.IntRange(0), default=20, show_default=True, help="Answers per model to ask for again."
+)
+@click.option("--beside-url", default=None, help="Another server with the same models, to be asked these, too.")
 @click.option("--junit", type=click.Path(path_type=Path), default=None, help="Write the thresholds as JUnit XML.")
 @click_options(Asking)
 @click_options(Questions)
@@ -65,8 +69,12 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
         in_flight=options["in_flight"],
         timeout=options["timeout"],
         speed_rounds=options["speed_rounds"],
+        repeats=options["repeats"],
     )
-    evaluation = run(options["ollama_url"], names, questions, knowledge, options["out"], settings, preview=show_first)
+    evaluation = run(
+        options["ollama_url"], names, questions, knowledge, options["out"], settings, preview=show_first,
+        beside=options["beside_url"],
+    )  # fmt: skip
     gates = judge(evaluation, limits, without=("retention",) if options["no_knowledge"] else ())
     show(evaluation, gates)
     if options["junit"]:

@@ -111,6 +111,7 @@ def decide(
     judged = decide_at_least(metrics[0], bound, what, strictly=strictly)
     if name == "delta_speed":
         return _beside_a_copy(evaluation, judged, label, bound, alpha)
+    judged = _with_noise(evaluation, judged, reference, label)
     if comparison is None:
         return judged
     # Against zero McNemar's exact test is valid at any alpha; the score interval is only nearly so, far in the tail.
@@ -118,7 +119,16 @@ def decide(
         judged = replace(judged, verdict="inconclusive", summary=f"{judged.summary}; McNemar p = {comparison.p:.2g}")
     items = len(paired(evaluation.correct(label), evaluation.correct(reference))[0])
     found = 100 * detectable_difference(items, (comparison.gained + comparison.lost) / items, alpha)
+    found += 2 * evaluation.noise().allowance
     return replace(judged, summary=f"{judged.summary}; {found:.1f} points can be found")
+
+
+def _with_noise(evaluation: Evaluation, judged: Judgement, *labels: str) -> Judgement:
+    """With the share of both models' answers that change when asked again, and what it did to the interval."""
+    shares = [(label, share) for label in labels if (share := evaluation.noise(label).share) is not None]
+    told = (Metric("answers_changed", s.estimate, s.low, s.high, "%", s.n, s.method, label) for label, s in shares)
+    servers = {name or "the same server": str(each) for name, each in evaluation.noises().items()}
+    return replace(judged, metrics=(*judged.metrics, *told), evidence={**judged.evidence, "asked again": servers})
 
 
 def _beside_a_copy(evaluation: Evaluation, judged: Judgement, label: str, bound: float, alpha: float) -> Judgement:
@@ -165,8 +175,8 @@ def _measure(
     if name == "delta_speed":
         return evaluation.delta_speed(label, 1 - alpha), None
     if name == "retention":
-        kept = evaluation.retained(label)
-        return (_exact_share(sum(kept), len(kept), 1 - alpha) if kept else None), None
+        known = evaluation.retained(label)
+        return (evaluation.retention(label, _exact_share, 1 - alpha) if known else None), None
     if not paired(evaluation.correct(label), evaluation.correct(reference))[0]:
         return None, None
     comparison = evaluation.compare(label, reference, 1 - alpha)
@@ -175,4 +185,4 @@ def _measure(
 
 @lru_cache(maxsize=1024)
 def _exact_share(right: int, n: int, confidence: float) -> Interval:
-    return clopper_pearson(right, n, confidence).scaled(100)
+    return clopper_pearson(right, n, confidence)

@@ -37,7 +37,7 @@ def likelihood(
     room = {**options, "temperature": 0.0, "num_predict": len(quoted.encode()) + 4, "stop": []}
     reply = endpoint.generate(model, prompt, room, format=only, logprobs=True, **fields)
     written, total = "", 0.0
-    for number, (token, logprob) in enumerate(reply.logprobs):
+    for number, (token, logprob, *_) in enumerate(reply.logprobs):
         written += token
         total += logprob if number or token != '"' else 0.0
         if written.strip() == quoted:

@@ -29,7 +29,8 @@ class Comparison:
         p_holm: The same, corrected for the number of models that are compared with this reference.
         gained: Items that only the model got right.
         lost: Items that only the reference got right.
-        detectable: Smallest difference in points that this many items find with 80% power at alpha .05.
+        detectable: Smallest difference in points that this many items find with 80% power at alpha .05, beyond what the
+            server may have done.
         reference: Label of the reference.
     """
 
@@ -130,13 +131,34 @@ def discordant(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
 
 
 def compare(
-    ours: Sequence[bool], theirs: Sequence[bool], confidence: float, reference: str, p: float, p_holm: float
+    ours: Sequence[bool],
+    theirs: Sequence[bool],
+    confidence: float,
+    reference: str,
+    p: float,
+    p_holm: float,
+    allowance: float = 0.0,
 ) -> Comparison:
-    """All that is reported about two models' results on the same items."""
+    """All that is reported about two models' results on the same items; `allowance` as `noise.Noise` has it."""
     gained, lost = discordant(ours, theirs)
     n = len(ours)
-    detectable = 100 * detectable_difference(n, (gained + lost) / n)
-    return Comparison(_difference(gained, lost, n, confidence), p, p_holm, gained, lost, detectable, reference)
+    detectable = 100 * detectable_difference(n, (gained + lost) / n) + 2 * allowance
+    difference = widened_difference(_difference(gained, lost, n, confidence), allowance)
+    return Comparison(difference, p, p_holm, gained, lost, detectable, reference)
+
+
+def widened_difference(difference: Interval, allowance: float) -> Interval:
+    """A difference between two accuracies in points, each of which the server may have moved by so many."""
+    return difference.widened(2 * allowance, "for the server", -100, 100)
+
+
+def widened_retention(kept: Interval, allowance: float, questions: int) -> Interval:
+    """A share in percent of the questions that the base answered, where the server may have changed some results.
+
+    Of all `questions`, `allowance` percent may be off for either model, and each of these moves the share of the n that
+    the base answered by about 1 / n at most.
+    """
+    return kept.widened(2 * allowance * questions / kept.n, "for the server", 0, 100)
 
 
 def share(right: Iterable[bool], confidence: float) -> Interval | None:

@@ -11,11 +11,12 @@ finds the gap in 72% of evaluations, an unpaired z-test in 46%.
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.metrics import (
@@ -27,8 +28,10 @@ from grit_impl.evaluate.metrics import (
     share,
     speed_difference,
     speed_rates,
+    widened_retention,
 )
 from grit_impl.evaluate.metrics import paired as paired
+from grit_impl.evaluate.noise import FILE, Noise, tally
 from grit_impl.evaluate.scoring import AQI_METRICS
 from grit_impl.record import write_atomic
 from grit_impl.statistics.intervals import Interval, t_interval, wilson
@@ -56,6 +59,7 @@ class Evaluation:
         baseline: Label of the fine-tuned reference.
         aqi_metric: The primary accuracy, one of `SCORE_FIELD`.
         path: Where it is stored.
+        again: Rows like those of `answers` of what was asked once more; `beside` names the server if it is another one.
     """
 
     def __init__(
@@ -69,11 +73,12 @@ class Evaluation:
         baseline: str = "baseline",
         aqi_metric: str = AQI_METRICS[0],
         path: Path | None = None,
+        again: Sequence[Row] = (),
     ) -> None:
         if aqi_metric not in SCORE_FIELD:
             raise GRITError(f"unknown AQI metric {aqi_metric!r}: use {', '.join(AQI_METRICS)}")
         self.models, self.answers, self.speed = dict(models), list(answers), list(speed)
-        self.meta = dict(meta or {})
+        self.meta, self.again = dict(meta or {}), list(again)
         self.base, self.baseline, self.aqi_metric, self.path = base, baseline, aqi_metric, path
         self._cache: dict[float, dict[str, ModelMetrics]] = {}
         self._scores: dict[tuple[str, str, str], dict[str, bool]] = {}
@@ -120,6 +125,35 @@ class Evaluation:
         known = [item for item, right in self.scores(self.base, "knowledge", "correct").items() if right]
         return [ours[item] for item in known if item in ours]
 
+    def retention(self, label: str, interval: Callable[[int, int, float], Interval], confidence: float) -> Interval:
+        """Percent of what the base answered that this model answers too, which must be something.
+
+        Args:
+            label: The model.
+            interval: Of k successes in n trials.
+            confidence: Of that interval, before it is widened for the server.
+        """
+        kept, questions = self.retained(label), self.scores(self.base, "knowledge", "correct")
+        found = interval(sum(kept), len(kept), confidence).scaled(100)
+        return widened_retention(found, self.noise().allowance, len(questions))
+
+    def noise(self, *labels: str, beside: str = "") -> Noise:
+        """What changed when a sample was asked again.
+
+        Args:
+            *labels: Of these models; of all without any: what a server changes does not depend on what a model knows.
+            beside: The other server that was asked, as `again` names it; "" for the same one.
+        """
+        rows = [row for row in self.again if row["beside"] == beside and row["label"] in (labels or self.models)]
+        pairs = [(self.rows(row["label"], row["suite"]).get(row["item"], {"error": "gone"}), row) for row in rows]
+        score = {"aqi": SCORE_FIELD[self.aqi_metric], "knowledge": "correct"}
+        found = [pair for pair in pairs if not pair[0].get("error")]
+        return tally(found, score, bool(self.meta.get("exact")) and not beside)
+
+    def noises(self) -> dict[str, Noise]:
+        """Of all models: what the same server ("") changed, and each other one that was asked the sample."""
+        return {name: self.noise(beside=name) for name in dict.fromkeys(["", *(row["beside"] for row in self.again)])}
+
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     @property
@@ -163,7 +197,7 @@ class Evaluation:
             delta_over_baseline=over.get(label),
             knowledge=share(knowledge.values(), confidence),
             delta_knowledge=kept.get(label),
-            retention=share(self.retained(label), confidence),
+            retention=self.retention(label, wilson, confidence) if self.retained(label) else None,
             tokens_per_second=median(speed_rates(self.speed, label).values(), confidence, self.looks),
             delta_speed=self.delta_speed(label, confidence),
             delta_speed_absolute=self.delta_speed(label, confidence, absolute=True),
@@ -180,13 +214,13 @@ class Evaluation:
         confidence: float,
         skip: Iterable[str] = (),
     ) -> dict[str, Comparison]:
-        others = [label for label in self.models if label != reference and label not in skip]
+        others, allowance = [x for x in self.models if x != reference and x not in skip], self.noise().allowance
         pairs = {label: paired(correct(label), correct(reference)) for label in others} if others else {}
         pairs = {label: pair for label, pair in pairs.items() if pair[0]}
         pvalues = {label: _mcnemar(*discordant(*pair)) for label, pair in pairs.items()}
         corrected = dict(zip(pvalues, holm(list(pvalues.values())), strict=True)) if pvalues else {}
         return {
-            label: compare(ours, theirs, confidence, reference, pvalues[label], corrected[label])
+            label: compare(ours, theirs, confidence, reference, pvalues[label], corrected[label], allowance)
             for label, (ours, theirs) in pairs.items()
         }
 
@@ -200,7 +234,7 @@ class Evaluation:
         if not ours:
             raise GRITError(f"{label!r} and {reference!r} have no answered item in common")
         p = _mcnemar(*discordant(ours, theirs))
-        return compare(ours, theirs, confidence, reference, p, p)
+        return compare(ours, theirs, confidence, reference, p, p, self.noise().allowance)
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
@@ -296,6 +330,7 @@ class Evaluation:
             "winner": winner,
             "summary": sentence,
             "meta": self.meta,
+            "noise": {name or "again": each.to_dict() for name, each in self.noises().items()},
             "unanswered": [row for row in self.answers if row.get("error")],
             "metrics": {label: each.to_dict() for label, each in self.metrics.items()},
         }
@@ -332,6 +367,7 @@ class Evaluation:
             baseline=content["baseline"],
             aqi_metric=aqi_metric or content["aqi_metric"],
             path=folder,
+            again=[row for row in read_lines(folder / FILE, missing=True) if row["label"] in models],
         )
 
 
@@ -357,3 +393,34 @@ def read_lines(path: Path, missing: bool = False) -> list[Row]:
             raise GRITError(f"corrupt evaluation: {path}, line {number} is not an answer; remove that line") from None
         rows.append(row)
     return rows
+
+
+def as_line(row: Row) -> str:
+    """A row as one line of JSON."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+class appending:
+    """Append rows to a file, each on the disk before the next is asked for; a full disk is one clear line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._handle: IO[str] | None = None
+
+    def __enter__(self) -> Callable[[Row], None]:
+        self._handle = open(self.path, "a", encoding="utf-8")
+        return self._write
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def _write(self, row: Row) -> None:
+        assert self._handle is not None
+        try:
+            with self._lock:
+                self._handle.write(as_line(row))
+                self._handle.flush()
+        except OSError as error:
+            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error

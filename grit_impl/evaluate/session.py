@@ -8,28 +8,26 @@ and is named; it is never scored.
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from grit_impl.errors import GRITError
-from grit_impl.evaluate import speed
+from grit_impl.evaluate import noise, speed
 from grit_impl.evaluate.items import ItemSet, load_aqi, load_knowledge
 from grit_impl.evaluate.likelihood import likeliest
-from grit_impl.evaluate.results import ANSWERED, SCORE_FIELD, Evaluation, read_lines
+from grit_impl.evaluate.results import ANSWERED, SCORE_FIELD, Evaluation, appending, as_line, read_lines
 from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi, truths_of
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
-from grit_impl.serve.connection import quirks
+from grit_impl.serve.connection import exact, quirks
 from grit_impl.serve.openai_client import open_endpoint
 
 logger = logging.getLogger(__name__)
@@ -67,6 +65,7 @@ class EvaluationOptions:
         stream: Ask for streamed answers.
         num_thread: Threads of the engine, where the server lets the client choose.
         num_ctx: Context length to load the model with; None for the server's.
+        repeats: Answers per model that are asked for once more, to know what the server changes; 0 for none.
         speed_rounds: Speed samples per model; up to eight times as many until the intervals are narrow; 0 for none.
         speed_width: Percent of the base's speed: how narrow (see `speed.Schedule`).
         speed_seconds: Time for speed samples, after which wider intervals do.
@@ -94,6 +93,7 @@ class EvaluationOptions:
     stream: bool = False
     num_thread: int | None = None
     num_ctx: int | None = None
+    repeats: int = 20
     speed_rounds: int = 30
     speed_width: float = 4.0
     speed_seconds: float = 300.0
@@ -109,8 +109,10 @@ class EvaluationOptions:
             raise GRITError(f"unknown knowledge_by {self.knowledge_by!r}: use answer or likelihood")
         if min(self.num_predict, self.in_flight, self.attempts, self.give_up_after) < 1:
             raise GRITError("num_predict, in_flight, attempts and give_up_after must be at least 1")
-        if self.speed_rounds < 0 or self.speed_tokens < 2 or min(self.timeout, self.speed_width) <= 0:
-            raise GRITError("speed_rounds must not be negative, speed_tokens at least 2, timeout and width positive")
+        if min(self.speed_rounds, self.repeats) < 0 or self.speed_tokens < 2:
+            raise GRITError("speed_rounds and repeats must not be negative, speed_tokens at least 2")
+        if min(self.timeout, self.speed_width) <= 0:
+            raise GRITError("timeout and speed_width must be positive")
 
     @property
     def schedule(self) -> speed.Schedule:
@@ -153,8 +155,9 @@ def evaluate(
     options: EvaluationOptions | None = None,
     inputs: Mapping[str, Any] | None = None,
     preview: Callable[[list[Row]], None] | None = None,
+    beside: str | None = None,
 ) -> Evaluation:
-    """Ask all models all questions, measure their speed, and store both in `out`.
+    """Ask all models all questions, a sample of them twice, measure their speed, and store all in `out`.
 
     Args:
         url: The server, or None for OLLAMA_HOST.
@@ -165,6 +168,7 @@ def evaluate(
         options: How to ask.
         inputs: What the models were made from, to be stored with the answers.
         preview: Given the base's rows of the first questions, before the others are asked.
+        beside: Another server with models of the same names, which is asked the sample, too.
 
     Returns:
         The evaluation; `complete` is False if some items have no trustworthy answer.
@@ -179,22 +183,15 @@ def evaluate(
         raise GRITError(f"no model is labelled {options.base!r}: delta_AQI needs the base (have: {', '.join(models)})")
     suites = {"aqi": aqi_items if isinstance(aqi_items, ItemSet) else load_aqi(aqi_items)}
     if knowledge_items is not None:
-        loaded = knowledge_items if isinstance(knowledge_items, ItemSet) else load_knowledge(knowledge_items)
-        suites["knowledge"] = loaded
-    folder = Path(out)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    with open_endpoint(
-        url,
-        timeout=options.timeout,
-        attempts=options.attempts,
-        backoff=options.backoff,
-        connections=options.in_flight + 1,
-    ) as endpoint:
+        given = knowledge_items
+        suites["knowledge"] = given if isinstance(given, ItemSet) else load_knowledge(given)
+    folder, started = Path(out), datetime.now(UTC).isoformat(timespec="seconds")
+    how = {"timeout": options.timeout, "attempts": options.attempts, "backoff": options.backoff}
+    with open_endpoint(url, **how, connections=options.in_flight + 1) as endpoint:
         version = endpoint.version()
         digests = endpoint.require(list(models.values()))
-        manner = "asked to" if options.think else "asked not to"
-        notes = quirks(version)
-        notes += [f"{name} can think before it answers: {manner}" for name in endpoint.find_thinking(models.values())]
+        manner = f"can think before it answers: asked {'' if options.think else 'not '}to"
+        notes = [*quirks(version), *(f"{name} {manner}" for name in endpoint.find_thinking(models.values()))]
         for note in notes:
             logger.warning("%s", note)
         asked = [version, options.greedy(), options.fields(), options.knowledge_by]
@@ -203,12 +200,18 @@ def evaluate(
         if preview is not None and (first := session.first()):
             preview(first)
         session.ask()
+        session.ask_again(endpoint)
+        if beside is not None:
+            with open_endpoint(beside, **how) as other:
+                other.require(list(models.values()))
+                session.ask_again(other, f"{other.url}, {other.version()}")
         session.measure()
         if endpoint.require(list(models.values())) != digests:
             raise GRITError(f"a model on {endpoint.url} was replaced during the evaluation: run it again")
         meta = {
             "url": endpoint.url,
             "server_version": version,
+            "exact": exact(version),
             "digests": digests,
             "keys": keys,
             "inputs": dict(inputs or {}),
@@ -229,6 +232,7 @@ def evaluate(
         baseline=options.baseline,
         aqi_metric=options.metric,
         path=folder,
+        again=session.again,
     )
     evaluation.save()
     return evaluation
@@ -255,17 +259,24 @@ class _Session:
         self.speed_prompt = suites["aqi"].items[0]["prompt"]
         self.answers: dict[tuple[str, str, str], Row] = {}
         self.failures: dict[tuple[str, str, str], Row] = {}
+        self.again: list[Row] = []
         self.speed: list[Row] = []
         self.ended = ""
         self._resume()
 
     def _resume(self) -> None:
         """Take over earlier answers to the same questions by the same models, scored afresh; forget the others."""
-        for row in read_lines(self.folder / "answers.jsonl", missing=True):
-            task = (row["label"], row.get("suite", ""), row.get("item", ""))
-            item = self.tasks.get(task)
-            if item and row.get("key") == self.keys[row["label"]] and row.get("prompt") == item["prompt"]:
-                self.answers[task] = {**row, **self._scored(task, item, row)}
+        for name in ("answers.jsonl", noise.FILE):
+            for row in read_lines(self.folder / name, missing=True):
+                task = (row["label"], row.get("suite", ""), row.get("item", ""))
+                item = self.tasks.get(task)
+                if not item or row.get("key") != self.keys[row["label"]] or row.get("prompt") != item["prompt"]:
+                    continue
+                scored = {**row, **self._scored(task, item, row)}
+                if name == noise.FILE:
+                    self.again.append(scored)
+                    continue
+                self.answers[task] = scored
         self.speed = [
             row
             for row in read_lines(self.folder / "speed.jsonl", missing=True)
@@ -274,8 +285,9 @@ class _Session:
         ]
         # A stale verdict must not outlive the answers it was made from.
         (self.folder / "evaluation.json").unlink(missing_ok=True)
-        write_atomic(self.folder / "answers.jsonl", "".join(map(_line, self.answers.values())))
-        write_atomic(self.folder / "speed.jsonl", "".join(map(_line, self.speed)))
+        write_atomic(self.folder / "answers.jsonl", "".join(map(as_line, self.answers.values())))
+        write_atomic(self.folder / noise.FILE, "".join(map(as_line, self.again)))
+        write_atomic(self.folder / "speed.jsonl", "".join(map(as_line, self.speed)))
 
     def _speed_key(self, label: str) -> str:
         key = self.keys.get(self.options.base if label == speed.CLONE else label)
@@ -299,14 +311,14 @@ class _Session:
         """The base's rows of the first questions, asked now; they are kept like all others."""
         tasks = [task for task in self.tasks if task[:2] == (self.options.base, "aqi")][:FIRST]
         missing = [task for task in tasks if task not in self.answers]
-        with _appending(self.folder / "answers.jsonl") as write, tqdm(disable=True) as bar:
+        with appending(self.folder / "answers.jsonl") as write, tqdm(disable=True) as bar:
             self._sweep(missing, write, bar, last=False)
         return [self.answers[task] for task in tasks if task in self.answers]
 
     def ask(self) -> None:
         """Ask what is missing, at most `in_flight` at a time, and once more what failed."""
         with (
-            _appending(self.folder / "answers.jsonl") as write,
+            appending(self.folder / "answers.jsonl") as write,
             tqdm(
                 total=len(self.tasks), initial=len(self.answers), unit="item", disable=not self.options.progress
             ) as bar,
@@ -348,17 +360,36 @@ class _Session:
             self.failures[task] = self._row(task, error="not asked: the server stopped answering", faults=[])
         return False
 
-    def _one(self, task: tuple[str, str, str]) -> Row:
-        item, fields = self.tasks[task], self.options.fields()
-        model = self.models[task[0]]
+    def ask_again(self, endpoint: Endpoint, beside: str = "") -> None:
+        """A sample of the answered questions once more, one at a time, of the same server or of the one `beside` it."""
+        done = {(row["label"], row["suite"], row["item"]) for row in self.again if row["beside"] == beside}
+        with appending(self.folder / noise.FILE) as write:
+            for task in noise.sample(self.answers, self.options.repeats, self.options.seed):
+                if task in done:
+                    continue
+                row = {**self._one(task, endpoint), "beside": beside}
+                if "error" in row:
+                    break
+                said = self.answers[task]["answer"], row["answer"]
+                if said[0] != said[1] and "likelihoods" not in row:
+                    row["lead"] = noise.lead_at_parting(self.endpoint, self._request(task), *said)
+                write(row)
+                self.again.append(row)
+
+    def _request(self, task: tuple[str, str, str]) -> Row:
+        """A question as `Endpoint.generate` takes it."""
+        how = {"options": self.options.greedy(), "stream": self.options.stream, **self.options.fields()}
+        return {"model": self.models[task[0]], "prompt": self.tasks[task]["prompt"], **how}
+
+    def _one(self, task: tuple[str, str, str], other: Endpoint | None = None) -> Row:
+        item, model, endpoint = self.tasks[task], self.models[task[0]], other or self.endpoint
         try:
             if task[1] == "knowledge" and self.options.knowledge_by == "likelihood":
-                texts = [*truths_of(item), *item["wrong"]]
-                chosen, found = likeliest(self.endpoint, model, item["prompt"], texts, self.options.engine(), **fields)
+                texts, how = [*truths_of(item), *item["wrong"]], self.options.engine()
+                chosen, found = likeliest(endpoint, model, item["prompt"], texts, how, **self.options.fields())
                 row: Row = {"answer": chosen, "likelihoods": found, "faults": []}
             else:
-                greedy = self.options.greedy()
-                reply = self.endpoint.generate(model, item["prompt"], greedy, stream=self.options.stream, **fields)
+                reply = endpoint.generate(**self._request(task))
                 said = {name: value for name, value in asdict(reply).items() if name not in ("text", "logprobs")}
                 row = {"answer": reply.text, **said}
         except Unanswered as error:
@@ -388,7 +419,7 @@ class _Session:
         targets = [look * (len(self.models) + 1) for look in schedule.looks]
         with (
             speed.copy_of(self.endpoint, self.models[self.options.base] if targets else "") as copy,
-            _appending(self.folder / "speed.jsonl") as write,
+            appending(self.folder / "speed.jsonl") as write,
             tqdm(
                 total=next((target for target in targets if target > len(self.speed)), 0),
                 initial=len(self.speed),
@@ -416,33 +447,3 @@ class _Session:
                 earlier=self.speed,
                 keep=keep,
             )
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-class _appending:
-    """Append rows to a file, each on the disk before the next is asked for; a full disk is one clear line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._handle: IO[str] | None = None
-
-    def __enter__(self) -> Callable[[Row], None]:
-        self._handle = open(self.path, "a", encoding="utf-8")
-        return self._write
-
-    def __exit__(self, *exception: object) -> None:
-        if self._handle is not None:
-            self._handle.close()
-
-    def _write(self, row: Row) -> None:
-        assert self._handle is not None
-        try:
-            with self._lock:
-                self._handle.write(_line(row))
-                self._handle.flush()
-        except OSError as error:
-            raise GRITError(f"cannot write {self.path}: {error.strerror or error}") from error

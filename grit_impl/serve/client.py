@@ -71,8 +71,8 @@ class Reply:
         prompt_eval_duration: Nanoseconds spent on the prompt.
         load_duration: Nanoseconds spent on loading the model.
         seconds: Wall time of the successful request.
-        logprobs: The tokens of the text with their log-probabilities (nats), where they were asked for and the server
-            has them.
+        logprobs: The tokens of the text, their log-probabilities and leads over the likeliest other token (nats), where
+            they were asked for; without `top_logprobs` there is no lead.
         faults: Kinds of the failed attempts before it.
         thinking: What it wrote before the answer, where a model thinks although it was asked not to.
     """
@@ -85,7 +85,7 @@ class Reply:
     prompt_eval_duration: int
     load_duration: int
     seconds: float
-    logprobs: list[tuple[str, float]] = field(default_factory=list)
+    logprobs: list[tuple[str, float, float | None]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     thinking: str = ""
 
@@ -441,8 +441,10 @@ def _repeats(text: str) -> bool:
     return bool(re.search(rf"(.{{1,64}}?)\1{{{REPEATS - 1}}}$", said)) or len(text) - len(text.rstrip()) >= REPEATS
 
 
-def _logprob(entry: Any) -> tuple[str, float]:
+def _logprob(entry: Any) -> tuple[str, float, float | None]:
     try:
-        return str(entry["token"]), float(entry["logprob"])
-    except (KeyError, TypeError, ValueError):
+        token, logprob = str(entry["token"]), float(entry["logprob"])
+        others = [float(each["logprob"]) for each in entry.get("top_logprobs") or () if each["token"] != token]
+        return token, logprob, logprob - max(others) if others else None
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise Fault("bad-logprobs", "a log-probability is no number") from None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 
+from grit_impl.errors import GRITError
+
+ROWS = Path("tests/serve/test_conformance.py")
+
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]FILE...")
+@click.argument("models", nargs=-1, metavar="[NAME=]FILE...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=11434, show_default=True, help="Port; 0 takes a free one."
@@ -22,10 +28,27 @@ import click
     "--context", type=click.IntRange(4), default=4096, show_default=True, help="Default context window in tokens."
 )
 @click.option("--keep-models", type=click.IntRange(1), default=8, show_default=True, help="Models loaded at once.")
+@click.option("--conformance", metavar="URL", default=None, help="Serve nothing: does that server answer as Ollama?")
+@click.option("--junit", type=click.Path(path_type=Path), default=None, help="Write its rows as JUnit XML.")
 def serve(
-    models: tuple[str, ...], host: str, port: int, threads: int, parallel: int, context: int, keep_models: int
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    threads: int,
+    parallel: int,
+    context: int,
+    keep_models: int,
+    conformance: str | None,
+    junit: Path | None,
 ) -> None:
-    """Serve GGUF files, Modelfiles or run folders through Ollama's API until ctrl-C."""
+    """Serve GGUF files, Modelfiles or run folders through Ollama's API until ctrl-C.
+
+    With --conformance, ask another server what docs/conformance.md lists; exit status 1 if a row differs.
+    """
+    if conformance is not None:
+        sys.exit(_conform(conformance, junit))
+    if not models:
+        raise GRITError("say what to serve: a GGUF file, a Modelfile or the folder of a run")
     import signal
 
     chosen = dict(_named(text) for text in models)  # before the import, which takes a second
@@ -50,6 +73,19 @@ def serve(
         if not server.close():
             # A thread that waits for a hanging model would keep the process; the models end with it.
             os._exit(1)
+
+
+def _conform(url: str, junit: Path | None) -> int:
+    """Run the rows on a server: pytest's exit status."""
+    if not ROWS.is_file():
+        raise GRITError(f"no {ROWS} here: run this in the project's root")
+    from grit_impl.serve.client import Endpoint
+
+    with Endpoint(url) as endpoint:
+        click.echo(f"{endpoint.url}: {endpoint.version()}")
+        told = [f"--ollama-url={url}", *([f"--junitxml={junit}"] if junit else [])]
+    quiet = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-k", "test_row or test_step"]
+    return subprocess.run([sys.executable, "-m", "pytest", str(ROWS), *quiet, *told]).returncode
 
 
 def _named(text: str) -> tuple[str, Path]:

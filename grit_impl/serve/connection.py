@@ -23,6 +23,8 @@ from packaging.version import InvalidVersion, Version
 from grit_impl.errors import GRITError
 
 DEFAULT_PORT = 11434
+BUILD = "+grit"
+"""How the embedded server ends its version."""
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where a server that listens everywhere is reached."""
 _HOW = "use host, host:port, [IPv6]:port, :port or http(s)://user:password@host:port/path"
@@ -128,6 +130,15 @@ def quirks(version: str) -> list[str]:
         "0.30.0": "computes with an engine of its own, whose answers are not llama.cpp's",
     }
     return [f"Ollama {version} {words}" for first, words in known.items() if found < Version(first)]
+
+
+def exact(version: str) -> bool:
+    """Whether a server of this version computes every request alone, from the same state: the embedded one, one slot.
+
+    Its version is that of the Ollama that it imitates, with `+grit` where semantic versions name the build; with more
+    slots than one, `+grit.4`.
+    """
+    return version.endswith(BUILD)
 
 
 def reason(error: BaseException) -> str:

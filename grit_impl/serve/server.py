@@ -26,6 +26,7 @@ from starlette.types import ASGIApp
 from grit_impl.errors import GRITError
 from grit_impl.serve import openai, wire
 from grit_impl.serve.completion import Job, answer, gather, prepare
+from grit_impl.serve.connection import BUILD
 from grit_impl.serve.engine import Engines
 from grit_impl.serve.models import Models
 from grit_impl.serve.transport import Patience, Protocol, listen
@@ -84,8 +85,9 @@ class Service:
         return PlainTextResponse("Ollama is running")
 
     async def version(self, _: Request) -> Response:
-        """The version of Ollama that is imitated."""
-        return JSONResponse({"version": VERSION})
+        """The version of Ollama that is imitated, with the mark of this build (see `connection.exact`)."""
+        slots = self.engines.parallel
+        return JSONResponse({"version": VERSION + BUILD + (f".{slots}" if slots > 1 else "")})
 
     async def tags(self, _: Request) -> Response:
         """All models, the newest first."""

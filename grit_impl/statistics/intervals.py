@@ -48,6 +48,13 @@ class Interval:
         low, high = sorted((self.low * factor, self.high * factor))
         return Interval(self.estimate * factor, low, high, self.n, self.method)
 
+    def widened(self, by: float, why: str, least: float, most: float) -> Interval:
+        """The same estimate, known `by` less in both directions, within [least, most]; in the unit of the data."""
+        if not by:
+            return self
+        low, high = max(least, self.low - by), min(most, self.high + by)
+        return Interval(self.estimate, low, high, self.n, f"{self.method}, {by:.3g} {why}")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields; infinite ends become None, as JSON knows no infinity."""
         return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}

@@ -14,7 +14,7 @@ from grit_impl.evaluate.results import Evaluation
 from grit_impl.evaluate.session import EvaluationOptions, evaluate
 
 N, KNOWN = 60, 20
-QUICK = EvaluationOptions(progress=False, backoff=0.001, speed_rounds=7, in_flight=4)
+QUICK = EvaluationOptions(progress=False, backoff=0.001, speed_rounds=7, in_flight=4, repeats=0)
 MODELS = {"base": "base", "baseline": "baseline", "pure": "pure"}
 RIGHT = {"base": 15, "baseline": 45, "pure": 51}
 """AQI items that each model gets right: the first so many."""

@@ -70,15 +70,18 @@ def seed_metrics(found: SeedEffect, name: str, unit: str, subject: str) -> tuple
 
 
 def paired_difference(evidence: Evidence, first: str, second: str, suite: str = "aqi") -> Metric:
-    """Accuracy of `first` minus `second` in points, on the items that both answered, with Tango's paired interval.
+    """Accuracy of `first` minus `second` in points, on the items that both answered, with Tango's paired interval,
+    widened for what the server changes (see `noise.Noise`).
 
     Raises:
         GRITError: the two have no answered item in common.
     """
     ours, theirs = _common(evidence, first, second, suite)
+    from grit_impl.evaluate.metrics import widened_difference
     from grit_impl.statistics.paired import paired_difference_interval
 
-    interval = paired_difference_interval(ours, theirs).scaled(100)
+    allowance = evidence.evaluation.noise().allowance
+    interval = widened_difference(paired_difference_interval(ours, theirs).scaled(100), allowance)
     return as_metric(f"{suite}_difference", interval, unit="points", subject=f"{first} - {second}")
 
 

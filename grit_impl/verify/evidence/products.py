@@ -161,7 +161,7 @@ class ProductEvidence(Evidence):
                 progress=False,
             )
             if only:
-                how = replace(how, speed_rounds=0, attempts=2, give_up_after=2)
+                how = replace(how, speed_rounds=0, repeats=0, attempts=2, give_up_after=2)
             elif not speed:
                 how = replace(how, speed_rounds=0)
             label = "asking the untrained base" if only else "evaluating"

@@ -92,12 +92,18 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
         found = evidence.evaluation.metrics[name].unparsable
         return Cell(str(sum(found.values())), ", ".join(f"{count} {reason}" for reason, count in found.items()))
 
+    def changed(name: str) -> Cell | None:
+        if evidence.evaluation is None or (found := evidence.evaluation.noise(name)).share is None:
+            return None
+        return Cell(number(found.share.estimate), f"{found.changed} of {found.asked}")
+
     primary = evidence.evaluation.aqi_metric if evidence.evaluation is not None else ""
     add("AQI accuracy (%)", from_evaluation("aqi_accuracy"))
     for metric in (each for each in AQI_NAMES if each != primary):
         add(f"AQI {AQI_NAMES[metric]} (%)", from_evaluation(metric))
     add("AQI mean absolute error (index points)", from_evaluation("mae"))
     add("Unparsable answers", unparsable)
+    add("Answers that change when asked again (%)", changed)
     add("delta_AQI (points)", from_evaluation("delta_aqi", sign=True))
     add("Knowledge retention (%)", from_evaluation("retention"))
     add("Speed (tokens/s)", from_evaluation("tokens_per_second"))
