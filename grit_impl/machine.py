@@ -46,6 +46,14 @@ def switches() -> dict[str, str]:
     return {name: value for name, value in asked.items() if value != COMPILE_SWITCHES[name]}
 
 
+def cores() -> int:
+    """Cores that this process may use: a container or `taskset` may allow fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
 def has_gpu() -> bool:
     """Whether an NVIDIA driver is loaded and not hidden by CUDA_VISIBLE_DEVICES."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):

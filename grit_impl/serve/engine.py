@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import httpx
 
 from grit_impl.errors import GRITError
 from grit_impl.gguf.llamacpp import LlamaCpp
+from grit_impl.machine import cores
 from grit_impl.serve.wire import DEFAULT_KEEP_ALIVE, APIError
 
 STOPPED = (
@@ -245,7 +245,7 @@ class Engines:
             context=context,
             # llama.cpp aborts on a batch of one.
             batch=max(32, min(options["num_batch"], 2048)),
-            threads=min(threads, os.cpu_count() or 1),
+            threads=min(threads, cores()),
             gpu_layers=max(-1, min(options["num_gpu"], 10000)),
         )
 

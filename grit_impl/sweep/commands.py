@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grit_impl.errors import GRITError
+from grit_impl.machine import cores
 from grit_impl.settings import within
 from grit_impl.sweep.plan import Plan, load_plan
 
@@ -40,9 +41,7 @@ def sweep() -> None:
 @sweep.command("run")
 @click.argument("plan")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where results go.")
-@click.option(
-    "--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="cores", help="Runs at a time."
-)
+@click.option("--jobs", type=click.IntRange(1), default=cores(), show_default="cores", help="Runs at a time.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where runs train."
 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import sys
@@ -42,6 +41,7 @@ def main() -> None:
     asked = parser.parse_args()
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("time is up; call it again"))
     signal.alarm(asked.seconds)
+    from grit_impl.machine import cores
     from grit_impl.verify.evidence.live import LiveEvidence
     from grit_impl.verify.options import Options
 
@@ -60,7 +60,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "answers.jsonl").exists():
         shutil.copyfile(asked.out / "answers-base" / "answers.jsonl", folder / "answers.jsonl")
-    ask(evidence, exports, asked, "answers", max(1, min(4, (os.cpu_count() or 1) // len(exports))))
+    ask(evidence, exports, asked, "answers", max(1, min(4, cores() // len(exports))))
     table(records, folder, asked.out / "table.json")
 
 
@@ -106,13 +106,14 @@ def train(evidence: Any, asked: argparse.Namespace) -> dict[str, Any]:
 def ask(evidence: Any, exports: dict[str, Any], asked: argparse.Namespace, folder: str, threads: int) -> None:
     """Ask these models all questions; an interrupted round goes on where it was."""
     from grit_impl.evaluate.session import EvaluationOptions, evaluate
+    from grit_impl.machine import cores
     from grit_impl.serve.server import EmbeddedOllama
 
     how = EvaluationOptions(
         scorer="numeric",
         stop=evidence.format.stop,
         num_predict=asked.tokens,
-        in_flight=max(2, min(len(exports), os.cpu_count() or 1)),
+        in_flight=max(2, min(len(exports), cores())),
         in_turn=True,
         speed_rounds=0,
         progress=False,

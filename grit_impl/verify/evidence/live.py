@@ -7,7 +7,6 @@ by the same code, and only a finished one counts. Several processes (pytest-xdis
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.config import GRITConfig, preset_training
 from grit_impl.cost.measure import complete, read
 from grit_impl.errors import GRITError
-from grit_impl.machine import gpu_names, has_gpu, switches, versions, visible_gpus
+from grit_impl.machine import cores, gpu_names, has_gpu, switches, versions, visible_gpus
 from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, grit_options
 from grit_impl.recipes.bases import find_base
 from grit_impl.record import RunRecord, fingerprint
@@ -160,7 +159,7 @@ class LiveEvidence(ProductEvidence):
             return found
         # One at a time where they would share a GPU; else one per core, for a run of one thread each.
         share = self.options.jobs // self.options.seeds if self._all_at_once else self.options.jobs
-        jobs = share or (1 if has_gpu() else max(1, min(2, os.cpu_count() or 1)))
+        jobs = share or (1 if has_gpu() else max(1, min(2, cores())))
         specs = [with_tokens(spec, folder) for spec in self._specs(arms, seed)]
         if todo := unfinished(specs, folder):
             with self._first:
@@ -305,7 +304,7 @@ class LiveEvidence(ProductEvidence):
         others = [seed for seed in self._all_seeds if seed != self.options.seed]
         runs = {seed: ahead[seed].result() if seed in ahead else self._runs(arms, seed) for seed in others}
         # Answers do not depend on what else is running; four cores are enough for one seed's server and its client.
-        together = len(others) > 1 and not self.ollama_url and (os.cpu_count() or 1) >= 4 * len(others)
+        together = len(others) > 1 and not self.ollama_url and cores() >= 4 * len(others)
         evaluations = dict(
             zip(others, (pool.map if together else map)(self._evaluate_seed, runs.values()), strict=True)
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_impl.errors import GRITError
-from grit_impl.machine import has_gpu, versions
+from grit_impl.machine import cores, has_gpu, versions
 from grit_impl.recipes.bases import BASES, find_base, resolve_base
 from grit_impl.recipes.fetch import digest
 from grit_impl.recipes.formats import Format, find_format
@@ -156,7 +156,7 @@ class ProductEvidence(Evidence):
                 stop=self.format.stop,
                 num_predict=self.format.room,
                 # The embedded server holds all models, each with cores of its own; another may hold only one.
-                in_flight=2 if self.ollama_url else max(2, min(len(names), os.cpu_count() or 1)),
+                in_flight=2 if self.ollama_url else max(2, min(len(names), cores())),
                 in_turn=not self.ollama_url,
                 progress=False,
             )
@@ -233,6 +233,6 @@ class ProductEvidence(Evidence):
         # Every model has cores of its own, also where two seeds are asked at the same time. How many threads there are
         # changed no answer (docs/evaluation.md); more than four gain little on models that fit a CPU.
         together = len(files) * max(1, self.options.seeds - 1)
-        threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // together))
+        threads = max(1, min(_MOST_THREADS, cores() // together))
         with EmbeddedOllama(files, port=0, threads=threads) as server:
             yield server.url, {name: name for name in exports}
