@@ -125,7 +125,10 @@ def lead_at_parting(endpoint: Endpoint, request: Mapping[str, Any], first: str, 
         second: Another answer to the same request.
     """
     from grit_impl.serve.client import Unanswered
+    from grit_impl.serve.versions import has
 
+    if not has(endpoint.version(), "logprobs"):
+        return None
     try:
         reply = endpoint.generate(**request, logprobs=True, top_logprobs=2)
     except Unanswered:

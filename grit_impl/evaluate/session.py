@@ -27,8 +27,8 @@ from grit_impl.evaluate.results import ANSWERED, SCORE_FIELD, Evaluation, append
 from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aqi, truths_of
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
-from grit_impl.serve.connection import exact, quirks
 from grit_impl.serve.openai_client import open_endpoint
+from grit_impl.serve.versions import exact, quirks, require
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -183,12 +183,14 @@ def evaluate(
         raise GRITError(f"no model is labelled {options.base!r}: delta_AQI needs the base (have: {', '.join(models)})")
     suites = {"aqi": aqi_items if isinstance(aqi_items, ItemSet) else load_aqi(aqi_items)}
     if knowledge_items is not None:
-        given = knowledge_items
-        suites["knowledge"] = given if isinstance(given, ItemSet) else load_knowledge(given)
+        facts = knowledge_items
+        suites["knowledge"] = facts if isinstance(facts, ItemSet) else load_knowledge(facts)
     folder, started = Path(out), datetime.now(UTC).isoformat(timespec="seconds")
     how = {"timeout": options.timeout, "attempts": options.attempts, "backoff": options.backoff}
     with open_endpoint(url, **how, connections=options.in_flight + 1) as endpoint:
         version = endpoint.version()
+        if knowledge_items is not None and options.knowledge_by == "likelihood":
+            require(version, "schema", "logprobs")
         digests = endpoint.require(list(models.values()))
         manner = f"can think before it answers: asked {'' if options.think else 'not '}to"
         notes = [*quirks(version), *(f"{name} {manner}" for name in endpoint.find_thinking(models.values()))]
@@ -275,8 +277,8 @@ class _Session:
                 scored = {**row, **self._scored(task, item, row)}
                 if name == noise.FILE:
                     self.again.append(scored)
-                    continue
-                self.answers[task] = scored
+                else:
+                    self.answers[task] = scored
         self.speed = [
             row
             for row in read_lines(self.folder / "speed.jsonl", missing=True)
@@ -364,9 +366,8 @@ class _Session:
         """A sample of the answered questions once more, one at a time, of the same server or of the one `beside` it."""
         done = {(row["label"], row["suite"], row["item"]) for row in self.again if row["beside"] == beside}
         with appending(self.folder / noise.FILE) as write:
-            for task in noise.sample(self.answers, self.options.repeats, self.options.seed):
-                if task in done:
-                    continue
+            drawn = noise.sample(self.answers, self.options.repeats, self.options.seed)
+            for task in (task for task in drawn if task not in done):
                 row = {**self._one(task, endpoint), "beside": beside}
                 if "error" in row:
                     break

@@ -18,13 +18,10 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
 import httpx
-from packaging.version import InvalidVersion, Version
 
 from grit_impl.errors import GRITError
 
 DEFAULT_PORT = 11434
-BUILD = "+grit"
-"""How the embedded server ends its version."""
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where a server that listens everywhere is reached."""
 _HOW = "use host, host:port, [IPv6]:port, :port or http(s)://user:password@host:port/path"
@@ -114,31 +111,6 @@ def client_options(server: Server) -> dict[str, Any]:
         "proxy": _proxy(server),
         "trust_env": False,  # httpx's own reading of the environment fails at socks:// and at NO_PROXY=fd00::/8
     }
-
-
-def quirks(version: str) -> list[str]:
-    """What a server of this version does otherwise than those that the evaluation was tried with, for a person to read.
-
-    Sources: Ollama's releases v0.30.0 (every GGUF runs in llama.cpp's server) and v0.12.11 (log-probabilities).
-    """
-    try:
-        found = Version(version)
-    except InvalidVersion:
-        return []
-    known = {
-        "0.12.11": "gives no log-probabilities, which --knowledge-by likelihood needs",
-        "0.30.0": "computes with an engine of its own, whose answers are not llama.cpp's",
-    }
-    return [f"Ollama {version} {words}" for first, words in known.items() if found < Version(first)]
-
-
-def exact(version: str) -> bool:
-    """Whether a server of this version computes every request alone, from the same state: the embedded one, one slot.
-
-    Its version is that of the Ollama that it imitates, with `+grit` where semantic versions name the build; with more
-    slots than one, `+grit.4`.
-    """
-    return version.endswith(BUILD)
 
 
 def reason(error: BaseException) -> str:

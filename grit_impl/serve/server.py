@@ -26,14 +26,12 @@ from starlette.types import ASGIApp
 from grit_impl.errors import GRITError
 from grit_impl.serve import openai, wire
 from grit_impl.serve.completion import Job, answer, gather, prepare
-from grit_impl.serve.connection import BUILD
 from grit_impl.serve.engine import Engines
 from grit_impl.serve.models import Models
 from grit_impl.serve.transport import Patience, Protocol, listen
+from grit_impl.serve.versions import BUILD, IMITATED
 from grit_impl.serve.wire import APIError, decode
 
-# The version of Ollama whose behaviour this is.
-VERSION = "0.33.0"
 BODY_LIMIT = 32 << 20
 BLOB_LIMIT = 64 << 30
 BODY_SECONDS = 60.0
@@ -85,9 +83,9 @@ class Service:
         return PlainTextResponse("Ollama is running")
 
     async def version(self, _: Request) -> Response:
-        """The version of Ollama that is imitated, with the mark of this build (see `connection.exact`)."""
+        """The version of Ollama that is imitated, with the mark of this build (see `versions.exact`)."""
         slots = self.engines.parallel
-        return JSONResponse({"version": VERSION + BUILD + (f".{slots}" if slots > 1 else "")})
+        return JSONResponse({"version": IMITATED + BUILD + (f".{slots}" if slots > 1 else "")})
 
     async def tags(self, _: Request) -> Response:
         """All models, the newest first."""

@@ -239,3 +239,23 @@ def test_an_address_without_a_scheme_is_as_good(live, monkeypatch) -> None:
     again.gather(NEEDS)
     assert again.evaluation is not None
     assert len(live.server.requests) == asked
+
+
+def test_what_another_version_answered_is_not_judged_without_a_word(live, monkeypatch) -> None:
+    """Oracle: the server's version; and a server that has gone is said to have."""
+    noted: list[str | None] = []
+    monkeypatch.setattr(LiveEvidence, "_note", lambda self, text: noted.append(text))
+    address = live.server.url
+    live(ollama_url=address).gather(NEEDS)
+    live.server.version = "0.34.0"
+    other = live(reuse_runs=True, ollama_url=address)
+    other.gather(NEEDS)
+    assert other.evaluation is None
+    said = "Ollama 0.33.0 answered in the evaluation that is there, and now it would be Ollama 0.34.0"
+    assert said in str(other.lacks("evaluation:pure"))
+    live.server.close()
+    noted.clear()
+    gone = live(reuse_runs=True, ollama_url=address)
+    gone.gather(NEEDS)
+    assert gone.evaluation is not None
+    assert noted == [f"{address} does not answer: judged is what Ollama 0.33.0 answered there before"]

@@ -90,6 +90,8 @@ def test_the_servers_version_counts(server, files, tmp_path: Path) -> None:
         "gives no log-probabi",
         "computes with an eng",
     ]
+    with pytest.raises(GRITError, match=r"Ollama 0.12.0 gives no log-probabilities, .*: use a newer one"):
+        evaluate(server.url, MODELS, *files, tmp_path / "out", replace(quick, knowledge_by="likelihood"))
 
 
 def test_a_stored_evaluation_says_the_same(server, files, tmp_path: Path) -> None:

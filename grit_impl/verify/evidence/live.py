@@ -22,7 +22,6 @@ from grit_impl.recipes.arms import ARMS, RunSpec, default_training, find_arm, gr
 from grit_impl.recipes.bases import find_base
 from grit_impl.record import RunRecord, fingerprint
 from grit_impl.runs.execute import finished, run_arms, run_cost, source_fingerprint, unfinished, with_tokens
-from grit_impl.runs.progress import ProgressLine
 from grit_impl.verify.claims.base import Evidence, SeedEvidence
 from grit_impl.verify.evidence import preflight
 from grit_impl.verify.evidence.products import ProductEvidence
@@ -193,10 +192,6 @@ class LiveEvidence(ProductEvidence):
         asked = sum(len(suite.items) for suite in questions(self.options)) if answer else 0
         self._note(preflight.minutes(step, todo, jobs, seeds, answer, asked * len(self._wanted)))
         self._tried = True
-
-    def _note(self, text: str | None) -> None:
-        if text and isinstance(self.progress, ProgressLine):
-            self.progress.note(text)
 
     def _try_answers(self, exported: Mapping[str, Any]) -> float:
         """Ask the untrained base a few questions, through the server that will be used: seconds per answer."""

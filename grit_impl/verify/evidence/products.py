@@ -22,6 +22,7 @@ from grit_impl.recipes.fetch import digest
 from grit_impl.recipes.formats import Format, find_format
 from grit_impl.record import RunRecord, fingerprint, sha256_file, write_atomic
 from grit_impl.runs.execute import Progress, source_fingerprint
+from grit_impl.runs.progress import ProgressLine
 from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.evidence.questions import questions
 from grit_impl.verify.evidence.stored import stored_evaluation
@@ -142,7 +143,15 @@ class ProductEvidence(Evidence):
             "url": server_url(self.ollama_url) if self.ollama_url else "",
         }
         if self.options.reuse_runs:
-            return stored_evaluation(self.reports / "evaluation", self.options.aqi_metric, models)
+            try:
+                server = self._server_version()
+            except GRITError:
+                server = ""
+            found = stored_evaluation(self.reports / "evaluation", self.options.aqi_metric, models, server)
+            if not server and not isinstance(found, str):
+                answered = found.meta["inputs"]["server"]
+                self._note(f"{models['url']} does not answer: judged is what {answered} answered there before")
+            return found
         inputs = {
             **models,
             "source": source_fingerprint("evaluate"),
@@ -176,7 +185,8 @@ class ProductEvidence(Evidence):
         known = self.evaluation.path if self.evaluation else None
         if known and not out.exists():
             out.mkdir(parents=True)
-            shutil.copyfile(known / "answers.jsonl", out / "answers.jsonl")
+            for name in ("answers.jsonl", "again.jsonl"):
+                shutil.copyfile(known / name, out / name)
 
     @contextlib.contextmanager
     def _counting(self, label: str, path: Path, total: int) -> Iterator[None]:
@@ -198,6 +208,10 @@ class ProductEvidence(Evidence):
             counter.join()
         self.progress(label, total, total)
 
+    def _note(self, text: str | None) -> None:
+        if text and isinstance(self.progress, ProgressLine):
+            self.progress.note(text)
+
     # Serving
 
     @property
@@ -208,10 +222,10 @@ class ProductEvidence(Evidence):
     def _server_version(self) -> str:
         """What will answer: another version may answer otherwise."""
         from grit_impl.serve.client import Endpoint
-        from grit_impl.serve.server import VERSION
+        from grit_impl.serve.versions import IMITATED
 
         if not self.ollama_url:
-            return f"embedded {VERSION}"
+            return f"embedded {IMITATED}, llama.cpp of xllamacpp {versions().get('xllamacpp', 'none')}"
         with Endpoint(self.ollama_url) as endpoint:
             return f"Ollama {endpoint.version()}"
 

@@ -45,15 +45,29 @@ def stored_evidence(options: Options, requires: Iterable[str], evaluation: Path 
     return Evidence(options, records=records, exports=exports, evaluation=found)
 
 
-def stored_evaluation(folder: Path, metric: str, inputs: Mapping[str, Any]) -> Evaluation | str:
-    """The latest finished evaluation in a folder of just these files, questions and server, or why there is none."""
+def stored_evaluation(folder: Path, metric: str, inputs: Mapping[str, Any], server: str) -> Evaluation | str:
+    """The latest finished evaluation in a folder of just these files, questions and server, or why there is none.
+
+    Args:
+        folder: Of evaluations.
+        metric: The primary AQI accuracy.
+        inputs: What it must have been made from.
+        server: What answers now, with its version: another one may answer otherwise. Empty: nothing answers.
+    """
     from grit_impl.evaluate.results import Evaluation
 
     done = sorted(folder.glob("*/evaluation.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    others: list[str] = []
     for path in done:
         found = Evaluation.load(path.parent, metric)
-        if all(found.meta.get("inputs", {}).get(name) == value for name, value in inputs.items()):
+        known = found.meta.get("inputs", {})
+        if any(known.get(name) != value for name, value in inputs.items()):
+            continue
+        if not server or known.get("server") == server:
             return found
+        others.append(str(known.get("server")))
+    if others:
+        return f"{others[0]} answered in the evaluation that is there, and now it would be {server}: evaluate again"
     if done:
         return f"none of the {len(done)} evaluations in {folder} is of these exports and questions, by this server"
     return "no finished evaluation, and --reuse-runs makes none"
