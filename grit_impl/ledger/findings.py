@@ -73,6 +73,12 @@ class Facts:
         return self.report is not None or written or self.most("matrices") >= max(2, self.tensors.layer.nunique() / 2)
 
     @property
+    def turned_in_vain(self) -> bool:
+        """Whether somebody turned gradients at the wrong moment, or for a while."""
+        t = self.tensors
+        return bool(t.late.notna().any() or t.micro.notna().any() or (t.turn_written > TURN).any())
+
+    @property
     def idle(self) -> set[str]:
         """Tensors that only an optimizer holds which never stepped."""
         held = set(self.tensors[~self.tensors.unheld].name)
@@ -187,6 +193,6 @@ def transitions(f: Facts) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
     """Updates that were seen; which of them moved the tensor; and its hash when it was seen next."""
     rows = f.tensors[f.tensors.hash_after.notna() & ~f.tensors.unheld].sort_values(["step", "name"], kind="stable")
     later = rows.groupby("name").hash_before.shift(-1).astype(object)
-    if f.weights and not f.most("masters"):
+    if f.weights and not f.most("stand_ins"):
         later = later.where(later.notna(), rows.name.map(f.weights))
     return rows, rows.hash_before != rows.hash_after, later

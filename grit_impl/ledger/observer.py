@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from grit_impl.ledger import timeline
+from grit_impl.ledger import timeline, watches
 from grit_impl.ledger.step import same_stamps, stamps
 from grit_impl.ledger.stepping import Stepping
 from grit_impl.ledger.watches import access
@@ -96,13 +97,15 @@ class Observer(Stepping):
 
     def grad_returned(self, inputs: Any, grads: Any) -> None:
         """After `torch.autograd.grad`: if it was asked for gradients of these tensors, they are the raw ones."""
+        with temporarily_clear_interpreter_stack():  # what is done here is no part of a function transform
+            self._grad_returned(inputs, grads)
+
+    def _grad_returned(self, inputs: Any, grads: Any) -> None:
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
-        places = {id(p): i for i, p in enumerate(self._parameters)}
-        found = {
-            places[id(x)]: g.detach()
-            for x, g in zip(given, grads, strict=True)
-            if id(x) in places and isinstance(g, Tensor)
-        }
+        wrapped = zip(given, grads, strict=True)
+        pairs = [(watches.plain(x), watches.plain(g).detach()) for x, g in wrapped if isinstance(g, Tensor)]
+        found = {i: g for x, g in pairs if (i := self._places.get(id(x))) is not None}
+        found = found or self._copies.returned(pairs, self._parameters)
         if not found:
             return
         if self._now.over:
@@ -114,7 +117,7 @@ class Observer(Stepping):
         now.manual = {**now.manual, **{i: now.manual[i] + g if i in now.manual else g for i, g in found.items()}}
         sums = [now.manual.get(i) for i in range(len(self._parameters))]
         self._looks.raw(sums, self._looks.look("backward", timeline.AUTOGRAD, sums))
-        now.why = self._layers.absent()
+        now.why = self._layers.absent() | self._copies.why
 
     def _forget(self) -> None:
         """What was seen of this step was a trial: a closure begins again, or gradients that nobody used."""

@@ -175,7 +175,7 @@ class GradientLedger(Observer):
         if look.table is None:
             return {}
         found: dict[str, Any] = {"weights": timeline.hexes(look.table.cpu().numpy())}
-        kept = None if self._masters else self._kept.look(look, self._left)
+        kept = None if self._stand_ins else self._kept.look(look, self._left)
         if kept is not None and not kept.isnan().all():
             found["kept"] = [[timeline.short(v) for v in row] for row in kept.tolist()]
         return found
@@ -258,13 +258,14 @@ class GradientLedger(Observer):
             "idle": [self.names[i] for i in self._memory.idle if now.entry[i] < 0] or None,
             "repeated": [self.names[i] for i in sorted(self._hooks.repeated)] or None,
             "read": now.read or None,
+            "again": [self.names[i] for i in now.again] or None,
             "replaced": self._replaced or None,
             "late_reads": now.late_reads or None,
             "shadow_problem": self._shadows.problem,
             "held": int((now.entry >= 0).sum()),
             "trainable": sum(p.requires_grad for p in self._parameters),
             "foreign": now.foreign or None,
-            "masters": len(self._masters) or None,
+            "stand_ins": len(self._stand_ins) or None,
             **self._hooks.facts(),
         }
         now.facts = {k: v for k, v in facts.items() if v is not None}

@@ -77,6 +77,7 @@ TENSOR: dict[str, tuple[str, str]] = {
     "positive": (NUMBER, "structure: smallest over largest eigenvalue of its symmetric part, its sign apart"),
     "matrix": (TEXT, "structure: what the matrix is, by the ledger's own statistics"),
     "twice": (NUMBER, "structure: how badly it explains the second change too, 0: exactly"),
+    "alike": (NUMBER, "structure: cosine of that matrix and the second change's, multiples of the identity apart"),
     "stale": (NUMBER, "structure: residual where one of the last two steps' gradients stands for the raw one"),
     "mix": (NUMBER, "structure: residual of the best mix of this and earlier raw gradients, by one number each"),
 }

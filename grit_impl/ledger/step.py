@@ -37,6 +37,7 @@ class Step:
         manual: Gradients that `torch.autograd.grad` returned, added up: they are nobody's `.grad` yet.
         hooked: j -> by position, the gradient after j hooks of others; 0: as autograd made it.
         read: Foreign reads of gradients are looks, too.
+        again: Positions of gradients that one piece of code has written to in two passes.
         kept: By tensor, see `watches/kept.py`.
         before_closure: How many probes there were when the optimizer called its closure for the first time.
         inside: Position -> (unmodified gradient, gradient, parameter) where an optimizer stepped during backward.
@@ -84,6 +85,7 @@ class Step:
     late_reads: dict[str, int] = field(default_factory=dict)
     number: int = 0
     read: bool = False
+    again: list[int] = field(default_factory=list)
     kept: Tensor | None = None
     before_closure: int = 0
     before_pass: list[Stamp | None] = field(default_factory=list)

@@ -78,11 +78,12 @@ class Stepping:
         """As before the first step."""
         self.steps = self._replaced = self._passes = 0
         self._places = {id(p): i for i, p in enumerate(self._parameters)}
+        self._copies, self._over = watches.CopyWatch(), watches.PassWatch()
         self._kept, self._reads, self._looking = KeptWatch(len(self.names)), 0, False
         self._left: Look | None = None
         self._left_stamps: list[Any] = []
         self._left_check: Any = None
-        self._masters: dict[int, Tensor] = {}
+        self._stand_ins: dict[int, watches.StandIn] = {}
         self._frames: list[dict[str, Any]] = []
         self._instance_hooks: dict[int, Any] = {}
         self._exit_hooks: dict[int, Any] = {}
@@ -121,6 +122,7 @@ class Stepping:
         """From here to the optimizer's entry each foreign read of a gradient that was written to is a look."""
         if self._now.full and self._inspects() and not access.compiled():
             self._now.read = True
+            self._over.begin()
             access.listen(self._listener)
 
     def _accessed(self, parameter: Any, grad: Tensor | None, assigned: bool) -> None:
@@ -129,7 +131,10 @@ class Stepping:
         i = self._places.get(id(parameter))
         if i is None and self._looks.seen < watches.MEMORY_STEP:
             self._memory.read[id(parameter)] = parameter
-        if i is None or grad is None or self._reads >= READS or not self._now.stamps:
+        if i is None or grad is None or not self._now.stamps:
+            return
+        self._over.access(i, grad)
+        if self._reads >= READS:
             return
         seen = self._now.stamps[i]
         if seen is None or seen[0]() is not grad or seen[1] != grad._version:
@@ -150,8 +155,8 @@ class Stepping:
         if self._in_backward:
             self._enter_inside(optimizer, np.flatnonzero(held).tolist())
             return None
-        if not held.any():
-            held = self._find_masters(optimizer, ids, held)
+        if not held.all():
+            held |= self._find_stand_ins(optimizer, held)
         if held.any():
             for outer in self._frames:
                 outer["innermost"] = False
@@ -190,12 +195,21 @@ class Stepping:
         handle = self._exit_hooks.get(id(optimizer))
         return handle is not None and handle.id in optimizer._optimizer_step_post_hooks
 
-    def _find_masters(self, optimizer: Optimizer, ids: set[int], held: Any) -> Any:
-        """Tensors that the optimizer holds in the place of the model's, as in mixed precision with float32 copies."""
-        if not self._masters and self._now.raw and self._looks.seen <= watches.MEMORY_STEP:
-            self._masters = watches.masters(optimizer, self._parameters, np.flatnonzero(self._trained).tolist())
-            self._shadows.sample |= {i: q for i, q in self._masters.items() if i in self._shadows.sample}
-        return np.array([id(self._masters.get(i)) in ids for i in range(len(held))])
+    def _find_stand_ins(self, optimizer: Optimizer, held: Any) -> Any:
+        """Tensors that the optimizer holds in the place of the model's; those that a parameter still follows."""
+        theirs = {id(q): q for group in optimizer.param_groups for q in group["params"]}
+        for i, known in list(self._stand_ins.items()):
+            if id(known.tensor) in theirs and not known.follows(self._parameters[i]):
+                del self._stand_ins[i]
+        if self._now.raw and self._looks.seen <= watches.MEMORY_STEP:
+            models = {id(p) for p in self.model.parameters()}
+            others = [q for k, q in theirs.items() if k not in models]
+            missing = np.flatnonzero(self._trained & ~held).tolist()
+            if others and not any(i in self._stand_ins for i in missing):
+                self._stand_ins |= watches.stand_ins(others, self._parameters, missing)
+                whole = {i: s.tensor for i, s in self._stand_ins.items() if s.tensor.shape == s.shape}
+                self._shadows.sample |= {i: q for i, q in whole.items() if i in self._shadows.sample}
+        return np.array([i in self._stand_ins and id(self._stand_ins[i].tensor) in theirs for i in range(len(held))])
 
     def _optimizer_ready(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """After all other hooks: this is what the optimizer is given."""
@@ -206,9 +220,15 @@ class Stepping:
         if frame.pop("hooks", None):
             looks.look(f"step:{frame['name']}")
             looks.context.pop()
-        grads = [self._held(i).grad for i in range(len(self.names))]
-        if self._now.manual or self._masters:
+        if self._now.read:
+            again = self._over.again([p.grad for p in self._parameters])
+            self._now.again = sorted({*self._now.again, *again})
+        grads = [(self._stand_ins.get(i) or p).grad for i, p in enumerate(self._parameters)]
+        if self._now.manual or self._stand_ins:
             looks.look(f"step:{frame['name']}", grads=grads)
+        if self._now.manual:  # what nobody has made a `.grad` has not arrived
+            for probe in self._now.probes:
+                probe.missing = probe.missing | (frame["held"] & np.array([g is None for g in grads]))
         looks.context.append(f"{frame['name']}.step")
         frame["entry"], frame["missing"] = len(looks.now.probes) - 1, np.array([g is None for g in grads])
         if frame["held"].any():
@@ -326,13 +346,14 @@ class Stepping:
         looks.look("after", "optimizer")
 
     def _read_rates(self, optimizer: Optimizer) -> None:
-        places = {id(self._held(i)): i for i in range(len(self.names))}
+        held = {i: id(self._stand_ins[i].tensor if i in self._stand_ins else p) for i, p in enumerate(self._parameters)}
         for group in optimizer.param_groups:
             rate = group.get("lr")
             if isinstance(rate, int | float) or (isinstance(rate, Tensor) and not rate.is_cuda):
                 self._now.rates.append(float(rate))
                 if float(rate) == 0:
-                    self._now.rate_zero[[places[id(p)] for p in group["params"] if id(p) in places]] = True
+                    still = set(map(id, group["params"]))
+                    self._now.rate_zero |= np.array([held[i] in still for i in held])
 
     def _enter_inside(self, optimizer: Optimizer, held: list[int]) -> None:
         for i in held:
@@ -368,8 +389,7 @@ class Stepping:
 
     def _held(self, i: int) -> Tensor:
         """What the optimizer holds for a parameter."""
-        held: Tensor = self._masters.get(i, self._parameters[i])
-        return held
+        return self._stand_ins[i].value if i in self._stand_ins else self._parameters[i]
 
     def _read_parameters(self) -> None:
         """Look the parameters up again: something may have re-created them."""

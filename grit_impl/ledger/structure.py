@@ -51,6 +51,11 @@ class RankOperator:
         c = np.trace(self.matrix) / r
         return float(np.linalg.norm(self.matrix - c * np.eye(r)) / max(float(np.linalg.norm(self.matrix)), 1e-300))
 
+    def likeness(self, other: RankOperator) -> float:
+        """Cosine with another one, multiples of the identity apart."""
+        a, b = (p.matrix - np.trace(p.matrix) / len(p.matrix) * np.eye(len(p.matrix)) for p in (self, other))
+        return float((a * b).sum() / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-300))
+
     @property
     def diagonal_distance(self) -> float:
         """|P - diag(P)| / |P|; 0: P scales each row by itself."""

@@ -354,6 +354,8 @@ def _structure(
             # Against the residual of a mere scaling: near 0, the second change is the first one again.
             scaled = grams.scaling_residual(first, second)
             row["twice"] = grams.scaling_residual(first, second, operator.matrix) / max(scaled, 1e-12)
+            if (other := grams.fit(first, second)) is not None and max(other.residual, operator.residual) < 0.1:
+                row["alike"] = operator.likeness(other)
     if last is not None and (earlier := sorted(place for j, place in places.items() if j < 0)):
         fits = [grams.fit(places[j], last) for j in (-1, -2)]
         row["stale"] = min((fit.residual for fit in fits if fit is not None), default=math.nan)

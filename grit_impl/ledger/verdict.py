@@ -107,12 +107,15 @@ def _judge(f: Facts, checks: Sequence[Check]) -> Verdict:
     also = tuple((b.cause or c.cause, b.summary) for c, b in found[1:])
     for check, breach in found:
         cause = breach.cause or check.cause
-        effective = None if cause in UNDECIDED else False
+        effective = None if cause in UNDECIDED and (breach.cause or "") != "no-steps" else False
         text = f"{'No' if effective is False else 'Cannot say'}: {breach.summary}"
         common["numbers"] = {**common["numbers"], **breach.numbers}
         who = of_all(f.tensors.name.unique() if breach.tensors is None else breach.tensors, f)
         common["chain"] = tuple(replace(r, who=r.who or who) if r.link == check.link else r for r in chain)
         return Verdict(cause, effective, text, **common, link=check.link, also=also)
+    if not len(f.live):
+        text = "Cannot say: of no watched tensor a gradient was seen on its way to an optimizer"
+        return Verdict("undecided", None, text, **common)
     if not len(f.bent):
         return Verdict("no-modifier", None, _plain(f, chain), **common)
     unseen = tuple(not_checked(f, chain))

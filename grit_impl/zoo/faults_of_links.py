@@ -207,6 +207,18 @@ def _steps_too(bench: Bench) -> Moments:
     return Moments(before_step=step)
 
 
+@fault("called-twice", "applied-twice", trainers=("loop", *HUGGING_FACE), optimizers=TORCH)
+def _called_twice(bench: Bench) -> Moments:
+    """The preconditioner is called twice, and the second time takes its own result into its statistics."""
+    white = Whitening(bench.lora)
+
+    def both() -> None:
+        white.apply()
+        white.apply()
+
+    return Moments(before_step=both)
+
+
 # --- delivered ----------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +402,13 @@ def _every_second(bench: Bench) -> Moments:
 def _left_out(bench: Bench) -> Moments:
     """One of 28 tensors is not in the preconditioner's list."""
     return Moments(before_step=Whitening(dict(list(bench.lora.items())[1:])).apply)
+
+
+@fault("damping-drowns-the-statistics", "scaled-only", setting={"max_norm": 0.0})
+def _drowned(bench: Bench) -> Moments:
+    """The damping is a million times the statistics: the matrix is a number."""
+    white = Whitening(bench.lora, damping=1e7)
+    return Moments(before_step=white.apply)
 
 
 # --- what was applied ---------------------------------------------------------------------------------------------

@@ -161,6 +161,69 @@ def _masters(bench: Bench) -> Moments:
     return _white(bench)
 
 
+@sound("turned-in-copies", "effective", trainers=("loop",), optimizers=TORCH)
+def _turned_in_copies(bench: Bench) -> Moments:
+    """The optimizer holds copies, to which gradients are copied and in which they are turned."""
+
+    def loop(b: Bench, moments: Moments) -> None:
+        copies = {n: nn.Parameter(p.detach().clone()) for n, p in b.lora.items()}
+        optimizer, white = b.standard(list(copies.values())), Whitening(copies)
+        for rows in _rows(b):
+            b.model.zero_grad()
+            b.model(input_ids=rows, labels=rows).loss.backward()
+            for name, p in b.lora.items():
+                copies[name].grad = None if p.grad is None else p.grad.clone()
+            white.apply()
+            optimizer.step()
+            with torch.no_grad():
+                for name, p in b.lora.items():
+                    p.copy_(copies[name])
+
+    bench.options["loop"] = loop
+    return Moments()
+
+
+@sound("flat-buffer", "effective", trainers=("loop",), optimizers=TORCH)
+def _flat(bench: Bench) -> Moments:
+    """The optimizer holds one long tensor, of which weights and gradients are parts."""
+
+    def loop(b: Bench, moments: Moments) -> None:
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in b.lora.values()]))
+        flat.grad, sizes = torch.zeros_like(flat), [p.numel() for p in b.lora.values()]
+        for p, value, grad in zip(b.lora.values(), flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+            p.data, p.grad = value.view_as(p), grad.view_as(p)
+        optimizer = b.standard([flat])
+        for rows in _rows(b):
+            flat.grad.zero_()
+            b.model(input_ids=rows, labels=rows).loss.backward()
+            moments.at("before_step")
+            optimizer.step()
+
+    bench.options["loop"] = loop
+    return _white(bench)
+
+
+@sound("functional-gradients", "effective", trainers=("loop",), optimizers=TORCH)
+def _functional(bench: Bench) -> Moments:
+    """torch.func.grad of a functional call with the parameters' values."""
+
+    def loop(b: Bench, moments: Moments) -> None:
+        optimizer, forward = b.build_optimizer(), torch.func.functional_call
+
+        def objective(weights: Any, rows: Tensor) -> Any:
+            return forward(b.model, weights, (), {"input_ids": rows, "labels": rows}).loss
+
+        for rows in _rows(b):
+            weights = {n: p.detach() for n, p in b.lora.items()}
+            for name, grad in torch.func.grad(objective)(weights, rows).items():
+                b.lora[name].grad = grad
+            moments.at("before_step")
+            optimizer.step()
+
+    bench.options["loop"] = loop
+    return _white(bench)
+
+
 def _lbfgs_loop(bench: Bench, moments: Moments) -> None:
     optimizer = torch.optim.LBFGS(list(bench.lora.values()), lr=0.1, max_iter=4)
     for rows in _rows(bench):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cases_applied
 import cases_modified
 import cases_unmodified
 import pytest
@@ -22,7 +23,7 @@ from grit_impl.record import RunRecord
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.claims import find as find_claim
 
-CASES = {**cases_unmodified.CASES, **cases_modified.CASES}
+CASES = {**cases_unmodified.CASES, **cases_modified.CASES, **cases_applied.CASES}
 
 
 @pytest.mark.parametrize("name", CASES)

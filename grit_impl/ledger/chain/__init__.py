@@ -10,12 +10,11 @@ MODULES = (arrival, change, effect)
 CAUSES: dict[str, str] = {
     **{check.cause: check.meaning for check in CHECKS},
     "only-one-factor": "only A's or only B's gradients are modified",
-    "scaled-only": "gradients and updates differ in size alone: a learning rate, not a preconditioner",
     "update-unexplained": "the parameters move in a way that the optimizer does not explain",
     "effective": "modified gradients reached the optimizer and changed the direction of its updates",
     "no-modifier": "plain training: nothing changes gradients but clipping and scaling",
     "partly-seen": "the run was resumed, and its ledger saw less than half of it",
-    "undecided": "the ledger itself failed",
+    "undecided": "the ledger itself failed, or saw no gradient on its way",
 }
 
 __all__ = ["CAUSES", "CHECKS", "LINKS", "Breach", "Check"]

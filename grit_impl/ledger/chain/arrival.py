@@ -5,12 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from grit_impl.ledger.chain.links import Breach, check, rows_of
-from grit_impl.ledger.chain.words import median, most, number, of_all, since
+from grit_impl.ledger.chain.words import most, number, of_all, since
 from grit_impl.ledger.findings import Facts, lasting
-from grit_impl.ledger.timeline import TURN
-
-ONE_NUMBER = 3e-4
-"""Numbers that agree to this are one, that of no statistics at all: rows have five digits."""
 
 
 @check("used", "wrong-parameters", "gradients were written to tensors that no optimizer of this model uses")
@@ -45,6 +41,9 @@ def _wrong_parameters(f: Facts) -> Breach | None:
 def _not_used(f: Facts) -> Breach | None:
     rows = f.tensors[~f.tensors.unheld & ~f.tensors.skipped]
     flags = rows.why.notna() & (rows.why != "frozen")
+    # Adapters that are trained in turn: in the place of this one another one of its layer is.
+    place = rows.layer + rows.group + rows.step.astype(str)
+    flags &= ~(place.isin(place[rows.live & ~flags]) & rows.name.isin(rows[rows.live & ~flags].name))
     names = lasting(rows, flags)
     if not names:
         return None
@@ -103,7 +102,7 @@ def _no_gradient(f: Facts) -> Breach | None:
 
 @check("read", "starved", "no statistics reach the preconditioner: its hooks never fire")
 def _starved(f: Facts) -> Breach | None:
-    if len(f.bent) or _written_elsewhere(f):
+    if len(f.bent) or f.turned_in_vain:
         return None
     hooked, calls = int(f.most("hooked_modules")), f.total("module_calls")
     samples = [layer["samples"] for layer in (f.report or {}).get("layers", []) if "samples" in layer]
@@ -116,27 +115,16 @@ def _starved(f: Facts) -> Breach | None:
         return Breach(text, None, numbers)
     if without * 2 > sum(f.statuses.values()):
         return Breach(f"the preconditioner reports {number(without, 'layer')} without samples", None, numbers)
-    gains = f.touched.gain[~f.touched.lost]
-    if f.modifier_known and not hooked and len(gains) > 1 and gains.max() <= gains.min() * (1 + ONE_NUMBER):
-        text = (
-            f"each gradient was multiplied by one number, {median(gains):.3g}, as by matrices that no statistics have "
-        )
-        return Breach(f"{text}reached, and no module of LoRA's has hooks that could take any", None, numbers)
     if dead := int(f.most("dead_hooks")):
         text = f"hooks sit on {number(dead, 'module')} that are in no model any more, as of an adapter that was deleted"
         return Breach(text, None, {**numbers, "dead_hooks": dead})
     return None
 
 
-def _written_elsewhere(f: Facts) -> bool:
-    """Somebody wrote, at the wrong moment or for a while: what broke is not the reading."""
-    return bool(f.tensors.late.notna().any() or f.tensors.micro.notna().any() or (f.tensors.turn_written > TURN).any())
-
-
 @check("read", "not-ready", "the factors were never ready: too few samples, or not inverted yet")
 def _not_ready(f: Facts) -> Breach | None:
     ready, known = f.statuses.get("ready", 0), sum(f.statuses.values())
-    if len(f.bent) or _written_elsewhere(f) or not known or ready * 2 > known:
+    if len(f.bent) or f.turned_in_vain or not known or ready * 2 > known:
         return None
     samples = [layer.get("samples", 0) for layer in (f.report or {}).get("layers", [])]
     numbers = {"statuses": f.statuses, "most_samples": max(samples, default=None)}

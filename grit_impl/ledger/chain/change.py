@@ -9,10 +9,30 @@ from grit_impl.ledger.applied import OTHER
 from grit_impl.ledger.chain.links import LIMIT_PASSED, REPLAYED, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
 from grit_impl.ledger.findings import AWAY, Facts, lasting
-from grit_impl.ledger.timeline import LOOP_SCALING, TURN
+from grit_impl.ledger.timeline import CLIP, CLIP_VALUE, LOOP_SCALING, TURN
 
+ASIDE = 0.9
+"""1 - cos from which on what was written has next to nothing of the raw gradient; damped inverses stay below 0.5."""
 BLOWN_UP = 1e4
 """So many times its size a gradient is nothing that clipping or an optimizer's epsilon were made for."""
+
+ALIKE = 0.5
+"""Cosine of two matrices, multiples of the identity apart, from which on they are made of the same statistics."""
+ONE_NUMBER = 3e-4
+"""Numbers that agree to this are one: rows have five digits."""
+
+
+@check("turned", "scaled-only", "gradients and updates differ in size alone: a learning rate, not a preconditioner")
+def _one_number(f: Facts) -> Breach | None:
+    gains = f.touched.gain[~f.touched.lost]
+    if len(f.bent) or f.turned_in_vain or not f.modifier_known or len(gains) < 2:
+        return None
+    if gains.max() > gains.min() * (1 + ONE_NUMBER):
+        return None
+    text = (
+        f"each gradient was multiplied by one number, {median(gains):.3g}, as by a matrix in which damping drowns the "
+    )
+    return Breach(f"{text}statistics, or which none have reached", None, {"gain": median(gains)})
 
 
 @check("turned", "against-the-gradient", "the modified gradient points away from the raw one")
@@ -97,6 +117,14 @@ def _once_for_each(f: Facts) -> Breach | None:
         names = double.name.unique()
         text = f"{of_all(names, f)} are one tensor under {f.tied[names[0]]} names, and it was turned for each of them"
         return Breach(text, names, {"tied": len(names)})
+    over = {(s["step"], name) for s in f.steps for name in s.get("again") or ()}
+    twice = pd.Series([pair in over for pair in zip(f.bent.step, f.bent.name, strict=True)], f.bent.index, dtype=bool)
+    double = f.bent[twice & (f.bent.turns >= 2)]
+    read = f.bent[f.bent.step.isin({s["step"] for s in f.steps if s.get("read")})]
+    if len(double) >= max(2, 0.5 * len(read)) and median(double.alike) > ALIKE:
+        names = double.name.unique()
+        text = f"the same code went over the gradients of {of_all(names, f)} twice in a step, with matrices alike"
+        return Breach(text, names, {"again": len(double), "alike": median(double.alike)})
     repeated = {name for s in f.steps for name in s.get("repeated") or ()}
     again = f.bent[f.bent.name.isin(repeated) & f.bent.by.astype(str).str.endswith(" hook")]
     if len(again) < 0.2 * len(f.bent) or not len(again):
@@ -116,22 +144,29 @@ def _blown_up(f: Facts) -> Breach | None:
     far = over[over > LIMIT_PASSED]
     # Inside an optimizer, or where no matrix was applied (a sign, an Adam step), a norm is no size of anything.
     inside = f.touched.by.astype(str).str.endswith(".step")
-    if not len(f.touched) or inside.mean() > 0.5 or median(f.touched.fit) > 0.1:
+    if not len(f.touched) or inside.mean() > 0.5:
         return None
-    touched = f.touched[f.touched.step.isin(far.index) & ~inside]
     explained = f.bent[f.bent.replay <= REPLAYED]
     ratio = median(explained.update_exact / explained.update_raw)
+    weights = f"; the updates are {ratio:.3g} times as large as the raw gradients'" if np.isfinite(ratio) else ""
+    aside = f.bent[(f.bent.turn > ASIDE) & (f.bent.gain > LIMIT_PASSED)]
+    if 2 * len(aside) > len(f.bent):
+        text = f"{most(aside.by)} made of what had no size in the gradients {median(aside.gain):.3g} times their size: "
+        text += f"{of_all(aside.name.unique(), f)} stand at {degrees(aside.turn)} to the raw ones{weights}"
+        return Breach(text, aside.name.unique(), {"gain": median(aside.gain), "update_ratio": ratio})
+    if median(f.touched.fit) > 0.1:
+        return None
+    touched = f.touched[f.touched.step.isin(far.index) & ~inside]
     if len(touched) and (2 * len(far) >= len(over) or ratio > 100):
         text = f"{most(touched.by)} left {far.median():.3g} times the clipping limit at the optimizer's entry in "
         return Breach(f"{text}{steps_of(far.index, f)}", touched.name.unique(), {"over_limit": float(far.median())})
     if ratio > 100:
-        text = f"the updates are {ratio:.3g} times as large as the raw gradients'"
-        return Breach(text, None, {"update_ratio": ratio})
+        return Breach(weights.removeprefix("; "), None, {"update_ratio": ratio})
     gains = f.bent[~f.bent.by.astype(str).str.endswith(".step")].groupby("group").gain.median()
     if gains.max() > BLOWN_UP:
         names = f.bent[f.bent.group == gains.idxmax()].name.unique()
-        text = f"{most(f.bent.by)} made the gradients of {of_all(names, f)} {gains.max():.3g} times as large"
-        return Breach(text, names, {"gain": float(gains.max())})
+        text = f"{most(f.bent.by)} made the gradients of {of_all(names, f)} {gains.max():.3g} times as large{weights}"
+        return Breach(text, names, {"gain": float(gains.max()), "update_ratio": ratio})
     return None
 
 
@@ -141,8 +176,9 @@ def _dropped(f: Facts) -> Breach | None:
     if not names:
         return None
     lost = rows_of(f.live, names, f.live.lost)
-    text = f"{most(lost.undone_by)} removed {len(lost)} of {len(f.live)} gradients before the optimizer ran"
-    return Breach(text, names, {"dropped": len(lost)})
+    by = most(lost.undone_by)
+    text = f"{by} removed {len(lost)} of {len(f.live)} gradients before the optimizer ran"
+    return Breach(text, names, {"dropped": len(lost)}, "clipped-to-nothing" if by in (CLIP, CLIP_VALUE) else None)
 
 
 @check("delivered", "applied-on-micro-steps", "gradients were changed between the backward passes of one step")

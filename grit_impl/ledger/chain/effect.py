@@ -23,7 +23,7 @@ KEPT = 0.4
 @check("consumed", "not-consumed", "the optimizer used other gradients than those in `.grad`")
 def _not_consumed(f: Facts) -> Breach | None:
     if idle := f.idle & set(f.touched.name) | f.idle & set(f.tensors[f.tensors.turns > 0].name):
-        return Breach(f"the optimizer that holds {of_all(idle, f)} never steps", idle, {"idle": len(idle)})
+        return Breach(f"the optimizer that holds {of_all(idle, f)} never steps", idle, {"idle": len(idle)}, "no-steps")
     rows = f.touched[f.touched.replay.notna()]
     replay, reaction = median(rows.replay), median(f.touched.reaction)
     numbers = {"replay": replay, "update_turn": median(rows.update_turn), "reaction": reaction}
@@ -253,7 +253,7 @@ def _some_steps(f: Facts) -> Breach | None:
 
 @check("turned", "nothing-written", "a preconditioner is attached and ready, but no gradient was changed")
 def _nothing_written(f: Facts) -> Breach | None:
-    if len(f.bent) or not f.modifier_known or f.tensors.late.notna().any() or (f.tensors.turn_written > TURN).any():
+    if len(f.bent) or not f.modifier_known or f.turned_in_vain:
         return None
     text = (
         "a preconditioner is attached, but changes no gradient before the optimizer: not called, or written to a copy"

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from grit_impl.ledger.watches.copies import CopyWatch, plain
 from grit_impl.ledger.watches.hooks import HookWatch
 from grit_impl.ledger.watches.layers import LayerWatch
 from grit_impl.ledger.watches.memory import MEMORY_STEP, MemoryWatch
-from grit_impl.ledger.watches.tensors import hook_bases, masters, owners, sharded, spread
+from grit_impl.ledger.watches.passes import PassWatch
+from grit_impl.ledger.watches.standins import StandIn, stand_ins
+from grit_impl.ledger.watches.tensors import hook_bases, owners, sharded, spread
 
 __all__ = [
     "MEMORY_STEP",
+    "CopyWatch",
     "HookWatch",
     "LayerWatch",
     "MemoryWatch",
+    "PassWatch",
+    "StandIn",
     "hook_bases",
-    "masters",
     "owners",
+    "plain",
     "sharded",
     "spread",
+    "stand_ins",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 FROZEN = 16
@@ -62,29 +62,6 @@ def hook_bases(kind: type) -> list[tuple[Any, Any, Any]]:
             base.step = hooked  # type: ignore[attr-defined]
             changed.append((base, step, hooked))
     return changed
-
-
-def masters(optimizer: Any, parameters: Sequence[nn.Parameter], missing: Sequence[int]) -> dict[int, Tensor]:
-    """Position -> the tensor that an optimizer holds in a parameter's place: of its shape and, once rounded, its equal.
-
-    Only where the parameter has a coarser type: a tensor of the same type is a copy that was left behind.
-
-    Args:
-        optimizer: Any of torch's kind.
-        parameters: The model's.
-        missing: Positions of those that it does not hold.
-    """
-    found: dict[int, Tensor] = {}
-    candidates = [q for group in optimizer.param_groups for q in group["params"]]
-    for i in missing:
-        p = parameters[i]
-        for q in candidates:
-            alike = q.shape == p.shape and q.device == p.device and q.element_size() > p.element_size()
-            if alike and torch.equal(q.detach().to(p.dtype), p.detach()):
-                found[i] = q
-                candidates = [c for c in candidates if c is not q]
-                break
-    return found
 
 
 class ModuleHook:

@@ -52,11 +52,15 @@ post-hook; a lag of one or two steps, also where gradients are short of rank; ev
 that are off during the forward pass alone; models in which nothing is trained; an optimizer that holds tensors and
 never steps; hooks that only read.
 
-Of the third round's misses two were failures of the ledger itself (a rank that changes in mid-run, adapters without
-matrices) and are mended. The others stand in `NOT_MENDED` of that test, each with its reason: a preconditioner that is
-registered again, or reads its own output, applies two different matrices, which looks like one; weights and gradients
-that are taken from elsewhere (flat buffers, masters, `functional_call`); inverses that are too large without being
-ten thousand times larger.
+Of the third round's misses two were failures of the ledger itself: a rank that changes in mid-run, and adapters without
+matrices. The others, too, are mended by kind: an optimizer that holds other tensors than the model's is followed by the
+memory that they share, or by shape and value (masters, copies, parts of a flat buffer); gradients of function
+transforms and of copies are raw gradients, and a copy that stays as it was is named; code that goes over the gradients
+twice in a step is seen at work, whatever its second matrix is made of; what stands aside of the raw gradient and is far
+larger is blown up at any size; a number in the place of a matrix is that, whoever divides it out; adapters that are
+trained in turn are no break. One thing is as the cases' authors wanted it, not as AdamW takes it: a gradient ten
+thousand times as large is called blown up although AdamW divides a constant factor out; the sentence says how large the
+updates are.
 """
 
 OPTIONS = """
