@@ -41,11 +41,12 @@ def show(evaluation: Evaluation, gates: Iterable[Gate]) -> None:
     console = Console()
     task = evaluation.aqi_metric == ANSWERED
     titles = ("accuracy %", "delta points") if task else ("AQI accuracy %", "delta_AQI points")
-    table = Table("model", *titles, "retention %", "changed %", "tokens/s", "delta_speed %")
+    table = Table("model", *titles, "retention %", "changed", "tokens/s", "delta_speed %")
     for label, each in evaluation.metrics.items():
-        cells = [each.aqi_accuracy, each.delta_aqi, each.retention, evaluation.noise(label).share]
-        cells += [each.tokens_per_second, each.delta_speed]
-        table.add_row(label, *(_cell(cell) for cell in cells))
+        first, noise = (each.aqi_accuracy, each.delta_aqi, each.retention), evaluation.noise(label)
+        changed = f"{noise.changed} of {noise.asked}" if noise.asked else "-"
+        speed = (each.tokens_per_second, each.delta_speed)
+        table.add_row(label, *map(_cell, first), changed, *map(_cell, speed))
     console.print(table)
     # Not through the console, which would break the lines.
     for label, each in evaluation.metrics.items():
@@ -57,8 +58,8 @@ def show(evaluation: Evaluation, gates: Iterable[Gate]) -> None:
         errors = Counter(row["error"] for row in evaluation.answers if row["label"] == label and row.get("error"))
         for why, count in errors.most_common(1):
             click.echo(f"{label}: {errors.total()} questions without an answer, {count} of them because: {why}")
-    for name, noise in evaluation.noises().items():
-        click.echo(f"{name or 'server'}: {noise}")
+    for name, found in evaluation.noises().items():
+        click.echo(f"{name or 'server'}: {found}")
     for note in evaluation.meta["notes"]:
         click.echo(f"note: {note}")
     for gate in gates:
