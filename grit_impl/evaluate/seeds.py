@@ -6,6 +6,7 @@ run is a different question, answered only by other training runs: arms paired b
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ def effect_over_seeds(
         if not ours:
             raise GRITError(f"evaluation {number} has no items that both {label!r} and {reference!r} answered")
         differences.append(100 * (sum(ours) - sum(theirs)) / len(ours))
-    return effect(differences, f"{label} against {reference}", "points", bound)
+    # What the server does to one seed's difference, it may do to all of them alike.
+    server = 2 * max((evaluation.noise().allowance for evaluation in evaluations), default=0.0)
+    return effect(differences, f"{label} against {reference}", "points", bound, server)
 
 
 def accuracy_of(evaluation: Evaluation, label: str, suite: str) -> Mapping[str, bool]:
@@ -75,8 +78,10 @@ def accuracy_of(evaluation: Evaluation, label: str, suite: str) -> Mapping[str, 
     return evaluation.correct(label) if suite == "aqi" else evaluation.scores(label, suite, "correct")
 
 
-def effect(differences: Sequence[float], what: str, unit: str = "", bound: float = 0.0) -> SeedEffect:
-    """What differences between two arms, one per seed, support.
+def effect(
+    differences: Sequence[float], what: str, unit: str = "", bound: float = 0.0, server: float = 0.0
+) -> SeedEffect:
+    """What differences between two arms, one per seed, support; each may be the server's doing by so much.
 
     Raises:
         GRITError: there is none.
@@ -85,8 +90,9 @@ def effect(differences: Sequence[float], what: str, unit: str = "", bound: float
     if not n:
         raise GRITError("an effect over seeds needs at least one seed")
     interval, p = t_interval(differences), sign_flip_test([each - bound for each in differences])
+    interval = interval.widened(server, "for the server", -math.inf, math.inf)
     spread = statistics.stdev(differences) if n > 1 else 0.0
-    detectable = minimum_detectable_effect(spread, n)
+    detectable = minimum_detectable_effect(spread, n) + server
     mean = f"{what}: {interval.estimate:+.3g}{f' {unit}' if unit else ''}"
     if n == 1:
         statement = f"{mean} with one seed, which supports no statement about the training method"

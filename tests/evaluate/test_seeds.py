@@ -34,6 +34,19 @@ def test_six_seeds_by_hand() -> None:
     assert "over 6 seeds, p = 0.031" in found.statement
 
 
+def test_a_server_that_is_not_exact_widens_the_interval_over_seeds() -> None:
+    """Oracle: 18 answers asked again without a change: 1 of 20 may be off for each arm, 10 points for a difference."""
+    evaluations = [_evaluation(50, 50 + d) for d in (4, 6, 5, 7, 3, 5)]
+    plain = effect_over_seeds(evaluations, "pure", "baseline")
+    rows = list(evaluations[2].rows("pure").values())[:18]
+    for row in rows:
+        row["answer"] = "AQI 1"
+    evaluations[2].again = [{**row, "beside": ""} for row in rows]
+    found = effect_over_seeds(evaluations, "pure", "baseline")
+    assert (found.interval.low, found.interval.high) == (plain.interval.low - 10, plain.interval.high + 10)
+    assert not found.decided
+
+
 def test_a_bound_other_than_zero() -> None:
     """Oracle: against a bound of 4.5 the differences are -.5, 1.5, .5, 2.5, -1.5, .5: 3 above all flips, undecided."""
     found = effect_over_seeds([_evaluation(50, 50 + d) for d in (4, 6, 5, 7, 3, 5)], "pure", "baseline", bound=4.5)

@@ -11,7 +11,7 @@ from grit_impl.config import TUNED
 from grit_impl.verify.claims import Evidence, Metric
 from grit_impl.verify.claims.measures import measured
 from grit_impl.verify.options import MODELS
-from grit_impl.verify.report.content import Cell, cell
+from grit_impl.verify.report.content import Cell, cell, changed_answers
 from grit_impl.verify.store.database import JudgedClaim
 
 Tone = Literal["supported", "refuted", "inconclusive"]
@@ -161,7 +161,9 @@ def models(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[tuple[str,
     for name in (each for each in MODELS if each in found.models):
         over = found.metrics[name].delta_over_baseline
         against = Cell() if over is None else cell(Metric("", over.estimate, over.low, over.high), sign=True)
-        cells = [cell(measured(evidence, name, "aqi_accuracy")), against, cell(measured(evidence, name, "retention"))]
+        accuracy, kept = (cell(measured(evidence, name, each)) for each in ("aqi_accuracy", "retention"))
+        beside = "; ".join(filter(None, (accuracy.interval, changed_answers(evidence, name))))
+        cells = [Cell(accuracy.value, beside), against, kept]
         rows.append((name, NAMES[name], cells))
     return rows
 

@@ -93,9 +93,9 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
         return Cell(str(sum(found.values())), ", ".join(f"{count} {reason}" for reason, count in found.items()))
 
     def changed(name: str) -> Cell | None:
-        if evidence.evaluation is None or (found := evidence.evaluation.noise(name)).share is None:
+        if evidence.evaluation is None or (share := evidence.evaluation.noise(name).share) is None:
             return None
-        return Cell(number(found.share.estimate), f"{found.changed} of {found.asked}")
+        return Cell(number(share.estimate), changed_answers(evidence, name))
 
     primary = evidence.evaluation.aqi_metric if evidence.evaluation is not None else ""
     add("AQI accuracy (%)", from_evaluation("aqi_accuracy"))
@@ -110,6 +110,12 @@ def metrics_table(evidence: Evidence) -> tuple[list[str], list[tuple[str, list[C
     add("delta_speed (%)", from_evaluation("delta_speed", sign=True))
     add("delta_speed (tokens/s)", from_evaluation("delta_speed_absolute", sign=True))
     return list(names), rows
+
+
+def changed_answers(evidence: Evidence, name: str) -> str:
+    """How many of a model's answers were others when asked again; empty if none was."""
+    found = evidence.evaluation.noise(name) if evidence.evaluation is not None else None
+    return f"{found.changed} of {found.asked} answers changed" if found and found.asked else ""
 
 
 def primary_accuracy(evidence: Evidence) -> str:

@@ -13,7 +13,7 @@ from grit_impl.errors import GRITError
 from grit_impl.verify.claims import Claim, Evidence, Judgement, Metric
 from grit_impl.verify.options import MODELS
 from grit_impl.verify.report import write_report
-from grit_impl.verify.report.answer import arms, sentence, stored_answers
+from grit_impl.verify.report.answer import arms, models, sentence, stored_answers
 from grit_impl.verify.report.content import DASH, cell, headline, metrics_table
 from grit_impl.verify.store.database import JudgedClaim, Session
 
@@ -266,6 +266,22 @@ def test_the_first_screen_has_the_interval_and_the_reason(written):
     assert "4.0 points more than plain LoRA [" in first
     assert "one seed, 200 questions: these models, not the method" in first
     assert first.index("It mattered") < first.index("It helped")
+
+
+def test_what_the_server_changed_stands_beside_the_accuracy(make_evidence):
+    """Oracle: one of twenty answers of pure was another one the second time; nobody else was asked again."""
+    evidence = make_evidence()
+    rows = list(evidence.evaluation.rows("pure").values())[:20]
+    evidence.evaluation.again = [
+        {**row, "beside": "", "answer": f"{row['answer']}{'!' * (not n)}"} for n, row in enumerate(rows)
+    ]
+    columns, table = metrics_table(evidence)
+    cells = dict(zip(columns, dict(table)["Answers that change when asked again (%)"], strict=True))
+    assert (cells["pure"].value, cells["pure"].interval) == ("5.0", "1 of 20 answers changed")
+    assert cells["base"].value == DASH
+    first = {name: cells[0].interval for name, _, cells in models(evidence, [])}
+    assert first["pure"].endswith("; 1 of 20 answers changed")
+    assert "changed" not in first["base"]
 
 
 def test_nothing_that_an_answer_says_ends_the_page(make_evidence):
