@@ -12,6 +12,7 @@ from grit_impl.errors import GRITError
 # name: (module, attribute, one line for `grit --help`)
 COMMANDS = {
     "verify": ("grit_impl.verify.commands", "verify", "Train, export, evaluate and judge all arms (runs pytest)."),
+    "try": ("grit_impl.tryout.commands", "try_", "Does GRIT help on my data? Tuned LoRA against GRIT, one page."),
     "train": ("grit_impl.runs.commands", "train", "Train one arm and leave a run record."),
     "export": ("grit_impl.export.commands", "export", "Write a run as GGUF, adapter or Ollama model, and verify it."),
     "serve": ("grit_impl.serve.commands", "serve", "Serve GGUF files through Ollama's API."),
@@ -34,6 +35,7 @@ COMMANDS = {
 # What a command needs beside the core, as pyproject.toml names it; the others need nothing more.
 EXTRAS = {
     "verify": "all",
+    "try": "train,export,evaluate",
     "train": "train",
     "export": "export",
     "serve": "serve",

@@ -35,7 +35,9 @@ def grit(*arguments: str) -> tuple[subprocess.CompletedProcess[str], str, float]
     return done, imported, float(seconds)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in ("train", "compare", "export", "serve", "evaluate"))])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in ("try", "train", "compare", "export", "serve", "evaluate"))]
+)
 def test_help_is_light(command):
     """Oracle: sys.modules after `grit --help`; what made it slow would be one of these."""
     done, imported, _ = grit(*command, "--help")
@@ -51,6 +53,10 @@ def test_help_is_light(command):
         (("train", "--base-model", "nope"), "unknown base model 'nope': give tiny"),
         (("train", "--set", "damping=1"), "GRITConfig has no option 'damping'"),
         (("train", "--lr", "fast"), "--learning-rate takes a number above 0, not 'fast'"),
+        (("try", "--dataset", "missing.jsonl"), "cannot read missing.jsonl: there is no such file"),
+        (("try", "--dataset", "aqi", "--metric", "best"), "--metric takes one of loss, exact, numeric, choice, regex"),
+        (("try", "--dataset", "aqi", "--seeds", "2"), "--seeds takes a whole number of at least 3, not '2'"),
+        (("try", "--dataset", "aqi", "--metric", "regex"), "--pattern and --metric regex go together"),
         (("export", "missing"), "missing is no run record, no PEFT adapter and no model folder"),
         (("serve", "missing.gguf"), "missing.gguf is no GGUF file"),
         (("deploy", "missing"), "missing is no GGUF file"),

@@ -35,7 +35,7 @@ LAYERS = (
     ("export",),
     ("evaluate", "runs"),
     ("sweep",),
-    ("verify",),
+    ("tryout", "verify"),
     ("cli", "__init__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -201,7 +201,8 @@ def load_instructions(
 
     Returns:
         A data set with the text columns `prompt` and `completion`, and with `rendered` as well where a chat template
-        placed every special token. Rows without an answer are left out and counted in a log message.
+        placed every special token, and `asked`, what stands before the last answer, where conversations are learnt
+        whole. Rows without an answer are left out and counted in a log message.
 
     Raises:
         GRITError: unknown name, unreadable or empty data, columns of no known layout, or a row that is not of the
@@ -354,4 +355,8 @@ def _rendered(row: Row, prompt: Any, messages: list[Any], tokenizer: PreTrainedT
             raise row.error(column, f"loses message {number} ({role}) in the base's chat template")
     if not whole.startswith(begin):
         raise row.error("prompt", "is rendered otherwise alone than before its completion, by the base's chat template")
-    return {"prompt": begin, "completion": whole[len(begin) :], "rendered": True}
+    found = {"prompt": begin, "completion": whole[len(begin) :], "rendered": True}
+    if not prompt:  # what is asked before the last answer tells whether two conversations ask the same
+        last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        found["asked"] = json.dumps([(message["role"], message.get("content")) for message in messages[:last]])
+    return found

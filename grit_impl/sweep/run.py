@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,38 +52,78 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
     """
     torch.set_num_threads(1)
     model, tokenizer = _model(job, settings, device)
-    training, grit = split_settings(job["method"], settings)
+    training, _ = split_settings(job["method"], settings)
     steps, size, task = training["steps"], training["batch_size"], find_task(job["task"])
     split = "validation" if job["phase"] == "tuning" else "test"
     held_out = _evaluation_batches(task.held_out(split), tokenizer, device)
     facts = [(item["question"], item["answer"]) for item in knowledge.frozen_items()]
     rows = _encode(task.training(steps * size, job["seed"]), tokenizer) if steps else []
     random.Random(job["seed"]).shuffle(rows)
-    batches = [_collate(rows[i : i + size], tokenizer, device) for i in range(0, len(rows), size)]
+    batches = [collate(rows[i : i + size], tokenizer, device) for i in range(0, len(rows), size)]
+    result = fit(
+        model,
+        job["method"],
+        settings,
+        batches,
+        lambda: held_out_loss(model, held_out),
+        device,
+        # In tuning only the last loss counts, and nothing else is paid for.
+        every=settings["every"] if split == "test" else steps,
+    )
+    finite = result["status"] == "done"
+    result["retention"] = held_out_loss(model, _evaluation_batches(facts, tokenizer, device))[0] if finite else None
+    return result if split == "test" else {**result, "curve": []}
+
+
+def fit(
+    model: Any,
+    method: str,
+    settings: Mapping[str, Any],
+    batches: Sequence[Batch],
+    measure: Callable[[], tuple[float, float]],
+    device: str,
+    *,
+    every: int,
+    accumulation: int = 1,
+) -> dict[str, Any]:
+    """Train a model on batches, and measure it.
+
+    Args:
+        model: With its adapters.
+        method: One of `METHODS`.
+        settings: As of `train`.
+        batches: As `collate` makes them, in their order; none: the model is only evaluated.
+        measure: Gives loss and accuracy on the held-out set.
+        device: `cpu` or `cuda`.
+        every: Optimizer steps between two evaluations.
+        accumulation: Batches per optimizer step; a step's loss is the mean over all its tokens.
+
+    Returns:
+        As `train`, without `retention`.
+    """
+    training, grit = split_settings(method, settings)
+    steps = len(batches) // accumulation
     curve: list[tuple[int, float, float, float]] = []
     spent = 0.0
     losses: list[Tensor] = []
     blocks: list[float] = []
     optimizer, manager = None, None
     if steps:
-        optimizer, manager = build_optimizer(model, job["method"], training, grit, MAX_GRAD_NORM)
+        optimizer, manager = build_optimizer(model, method, training, grit, MAX_GRAD_NORM)
         peaks = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # In tuning only the last loss counts, and nothing else is paid for.
-    every = settings["every"] if split == "test" else steps
     block = min(every, settings["every"])
     began = _clock(device)
-    for step, batch in enumerate(batches, 1):
+    for step in range(1, steps + 1):
         assert optimizer is not None
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * _schedule(step, steps, training["warmup"])
-        loss = model(**batch).loss
-        loss.backward()
+        parts = batches[(step - 1) * accumulation : step * accumulation]
+        losses.append(_backward(model, parts))
         if manager is None:
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
         if step % block == 0 or step == steps:
             now = _clock(device)
             blocks.append((now - began) / ((step - 1) % block + 1))
@@ -91,26 +131,40 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
             if not math.isfinite(float(losses[-1])):
                 break
             if step % every == 0 or step == steps:
-                curve.append((step, *_evaluate(model, held_out), spent))
+                curve.append((step, *measure(), spent))
             began = _clock(device)
     if not steps:
-        curve.append((0, *_evaluate(model, held_out), 0.0))
+        curve.append((0, *measure(), 0.0))
     if manager is not None:
         manager.detach()
     values = torch.stack(losses).tolist() if losses else []
     finite = bool(curve) and all(map(math.isfinite, (*values, curve[-1][1])))
-    retention = _evaluate(model, _evaluation_batches(facts, tokenizer, device))[0] if finite else None
     return {
         "status": "done" if finite else "diverged",
         "loss": curve[-1][1] if finite else None,
         "accuracy": curve[-1][2] if finite else None,
-        "retention": retention,
-        "curve": curve if split == "test" else [],
+        "retention": None,
+        "curve": curve,
         "losses": [round(statistics.fmean(values[i : i + LOSS_BLOCK]), 5) for i in range(0, len(values), LOSS_BLOCK)],
         "step_seconds": statistics.median(blocks) if blocks else None,
         "train_seconds": spent,
         "coverage": float(manager.applied.sum()) / (2 * len(manager.layers) * steps) if manager else None,
     }
+
+
+def _backward(model: Any, parts: Sequence[Batch]) -> Tensor:
+    """Gradients of one step: its loss is the mean over the tokens of all its parts."""
+    if len(parts) == 1:
+        loss = model(**parts[0]).loss
+        loss.backward()
+        return loss.detach()  # type: ignore[no-any-return]
+    tokens = [int((part["labels"][:, 1:] != IGNORE).sum()) for part in parts]
+    total = torch.zeros(())
+    for part, n in zip(parts, tokens, strict=True):
+        loss = model(**part).loss * (n / sum(tokens))
+        loss.backward()
+        total = total.to(loss.device) + loss.detach()
+    return total
 
 
 def _model(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> tuple[Any, Any]:
@@ -151,7 +205,7 @@ def _encode(rows: Sequence[tuple[str, str]], tokenizer: Any) -> list[dict[str, l
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _collate(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> Batch:
+def collate(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> Batch:
     """Right-padded tensors (N, T), and `logits_to_keep`: positions from the shortest prompt's last token on."""
     width = max(len(row["input_ids"]) for row in rows)
     pads = [width - len(row["input_ids"]) for row in rows]
@@ -169,13 +223,18 @@ def _collate(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) 
 
 
 def _evaluation_batches(rows: Sequence[tuple[str, str]], tokenizer: Any, device: str) -> list[Batch]:
-    encoded = sorted(_encode(rows, tokenizer), key=lambda row: len(row["input_ids"]))
-    starts = range(0, len(encoded), EVALUATION_BATCH)
-    return [_collate(encoded[i : i + EVALUATION_BATCH], tokenizer, device) for i in starts]
+    return by_length(_encode(rows, tokenizer), tokenizer, device)
+
+
+def by_length(encoded: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> list[Batch]:
+    """Batches of rows that are about as long as each other, for `held_out_loss`."""
+    ordered = sorted(encoded, key=lambda row: len(row["input_ids"]))
+    starts = range(0, len(ordered), EVALUATION_BATCH)
+    return [collate(ordered[i : i + EVALUATION_BATCH], tokenizer, device) for i in starts]
 
 
 @torch.no_grad()
-def _evaluate(model: Any, batches: Sequence[Batch]) -> tuple[float, float]:
+def held_out_loss(model: Any, batches: Sequence[Batch]) -> tuple[float, float]:
     """Mean loss per answer token, and the share of answers that greedy decoding would give to the letter.
 
     Greedy decoding repeats the answer exactly if and only if every one of its tokens is the most probable one after

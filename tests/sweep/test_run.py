@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grit_impl.sweep.plan import load_plan, split_settings
-from grit_impl.sweep.run import MAX_GRAD_NORM, _collate, _encode, _evaluate, _model, _schedule, train
+from grit_impl.sweep.run import MAX_GRAD_NORM, _encode, _model, _schedule, collate, held_out_loss, train
 
 STEPS, SIZE = 4, 4
 SETTINGS = {"lr": 3e-3, "warmup": 2, "rank": 4, "alpha": 4, "steps": STEPS, "batch_size": SIZE, "every": 2}
@@ -99,8 +99,8 @@ def test_the_loop_is_the_trainers(method: str, tmp_path: Path) -> None:
     else:
         trainer = InOrder(model=model, args=arguments, train_dataset=rows, **keep)
     trainer.train()
-    held_out = _collate(_encode(find_task("convert").held_out("test"), tokenizer), tokenizer, "cpu")
-    expected = _evaluate(model.eval(), [held_out])[0]
+    held_out = collate(_encode(find_task("convert").held_out("test"), tokenizer), tokenizer, "cpu")
+    expected = held_out_loss(model.eval(), [held_out])[0]
     result = train(job(method), {**settings, "every": STEPS}, "cpu")
     assert result["losses"][0] == pytest.approx(sum(losses) / STEPS, abs=2e-4)  # transformers 4 rounds to 4 digits
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
@@ -134,7 +134,7 @@ def test_accuracy_is_what_greedy_generation_gives() -> None:
             output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
         text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         right += text == answer
-    _, accuracy = _evaluate(model, [_collate(_encode(rows, tokenizer), tokenizer, "cpu")])
+    _, accuracy = held_out_loss(model, [collate(_encode(rows, tokenizer), tokenizer, "cpu")])
     assert accuracy == right / len(rows)
     assert 0 < right <= 8
 

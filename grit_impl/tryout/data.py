@@ -1,0 +1,83 @@
+"""Somebody's rows as three sides of tokens, in the file that every run reads."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from grit_impl.errors import GRITError
+from grit_impl.evaluate.items import MOST_LABELS
+from grit_impl.recipes.tokens import IGNORE, Tokens
+from grit_impl.record import write_atomic
+from grit_impl.tryout.split import SIDES, Split, question, split
+
+ROWS = "rows.json"
+
+
+def prepare(base: str, dataset: str, max_length: int, seed: int, folder: Path) -> Split:
+    """Split the rows, and write their tokens to `ROWS` in a folder.
+
+    Raises:
+        GRITError: base or data set are wrong, or there are too few rows.
+    """
+    from grit_impl.recipes.bases import load_tokenizer
+    from grit_impl.recipes.datasets import load_instructions
+    from grit_impl.recipes.formats import find_format
+    from grit_impl.recipes.tokens import tokenize
+
+    tokenizer = load_tokenizer(base)
+    how = find_format(base, tokenizer)
+    rows = load_instructions(dataset, form=how.form, tokenizer=tokenizer)
+    columns: dict[str, list[Any]] = {name: list(rows[name]) for name in rows.column_names}
+    asked = columns.pop("asked", [""] * len(rows))
+    found = split([question(*each) for each in zip(columns["prompt"], columns["completion"], asked, strict=True)], seed)
+    content: dict[str, Any] = {}
+    for side in SIDES:
+        texts = {name: [values[number] for number in found.rows[side]] for name, values in columns.items()}
+        tokens = tokenize(texts, tokenizer, max_length, how.end)
+        content[side] = {"input_ids": tokens.input_ids, "prompts": tokens.prompts}
+        content["pad"] = tokens.pad
+    write_atomic(folder / ROWS, json.dumps(content))
+    return found
+
+
+def read_side(folder: Path, side: str) -> Tokens:
+    """The tokens of one side."""
+    content = json.loads((folder / ROWS).read_text())
+    return Tokens(content[side]["input_ids"], content[side]["prompts"], content["pad"])
+
+
+def encoded(tokens: Tokens) -> list[dict[str, list[int]]]:
+    """Rows of `input_ids` and `labels`."""
+    pairs = zip(tokens.input_ids, tokens.prompts, strict=True)
+    return [{"input_ids": ids, "labels": [IGNORE] * n + ids[n:]} for ids, n in pairs]
+
+
+def items(tokens: Tokens, tokenizer: Any, metric: str, pattern: str) -> list[dict[str, Any]]:
+    """What scorers want to know of each row: the question, the truth, and the choices where there are few answers.
+
+    Raises:
+        GRITError: the answers are not of the kind that the metric reads.
+    """
+    import re
+
+    prompts = [ids[:n] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
+    answers = [ids[n:] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
+    if not all(prompts):
+        raise GRITError(f"--metric {metric} needs rows with a question and an answer: these are learnt whole")
+    asked = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    truths = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    choices = [text for text, _ in Counter(truths).most_common()]
+    if metric == "choice" and len(choices) > MOST_LABELS:
+        raise GRITError(
+            f"--metric choice: the held-out rows have {len(choices)} different answers, more than {MOST_LABELS}"
+        )
+    if metric == "regex":
+        hits = [re.search(pattern, truth) for truth in truths]
+        if not all(hits):
+            raise GRITError(f"--pattern {pattern}: it is not in the answer {truths[hits.index(None)][:60]!r}")
+        truths = [re.escape(hit.group(hit.re.groups and 1)) for hit in hits if hit]
+    chosen = {"choices": choices} if metric == "choice" else {}
+    return [{"features": ask, "answer": truth, **chosen} for ask, truth in zip(asked, truths, strict=True)]

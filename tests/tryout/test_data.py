@@ -1,0 +1,78 @@
+"""Rows as tokens and as items, the order of a seed, and answers that are generated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grit_impl.errors import GRITError
+from grit_impl.recipes.bases import load_base, load_tokenizer
+from grit_impl.recipes.tiny_llama import knowledge
+from grit_impl.recipes.tiny_llama.corpus import SHORT_TEMPLATE
+from grit_impl.recipes.tokens import Tokens, tokenize
+from grit_impl.tryout.data import encoded, items, prepare, read_side
+from grit_impl.tryout.split import SIDES
+from grit_impl.tryout.work import accuracy, order
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The embedded base's."""
+    return load_tokenizer("tiny")
+
+
+def tokens_of(tokenizer: Any, *answers: str) -> Tokens:
+    """Rows with these answers."""
+    return tokenize({"prompt": [f"Say {n}: " for n in range(len(answers))], "completion": list(answers)}, tokenizer, 64)
+
+
+def test_all_rows_are_on_a_side_as_the_tokenizer_reads_them(tmp_path: Path, tokenizer: Any) -> None:
+    """Oracle: the file's rows, decoded from the three sides."""
+    rows = [(f"What is {n}?", f"it is {n}") for n in range(200)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in rows))
+    split = prepare("tiny", str(file), 64, 0, tmp_path)
+    found = [row for side in SIDES for row in encoded(read_side(tmp_path, side))]
+    texts = {tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in found}
+    assert len(found) == 200 == sum(map(len, split.rows.values()))
+    assert {text.replace(" ", "") for text in texts} == {(a + b).replace(" ", "") for a, b in rows}
+    assert all(row["labels"][0] == -100 and row["labels"][-1] == tokenizer.eos_token_id for row in found)
+
+
+def test_an_order_has_every_row_before_any_twice() -> None:
+    """Other seeds, other orders; the same seed, the same."""
+    rows = list(range(10))
+    found = order(rows, 25, 3)
+    assert sorted(found[:10]) == sorted(found[10:20]) == rows
+    assert found[:10] != found[10:20]
+    assert found == order(rows, 25, 3) != order(rows, 25, 4)
+    assert order(rows, 0, 3) == []
+
+
+def test_items_have_what_the_scorer_reads(tokenizer: Any) -> None:
+    """Choices of labels; of a pattern what is in its group, escaped; and what is none of it is refused."""
+    labels = tokens_of(tokenizer, "red", "blue", "red")
+    assert sorted(items(labels, tokenizer, "choice", "")[0]["choices"]) == ["blue", "red"]
+    indices = tokens_of(tokenizer, "AQI 12", "AQI 13")
+    assert [item["answer"] for item in items(indices, tokenizer, "regex", "AQI ([0-9]+)")] == ["12", "13"]
+    with pytest.raises(GRITError, match="--pattern third: it is not in the answer 'AQI 12'"):
+        items(indices, tokenizer, "regex", "third")
+    with pytest.raises(GRITError, match="11 different answers, more than 10"):
+        items(tokens_of(tokenizer, *map(str, range(11))), tokenizer, "choice", "")
+    with pytest.raises(GRITError, match="learnt whole"):
+        items(Tokens([[5, 6]], [0], 0), tokenizer, "exact", "")
+
+
+def test_accuracy_counts_what_the_base_answers(tokenizer: Any) -> None:
+    """Oracle: facts that the base was taught, asked in many lengths; every other truth is replaced by a wrong one."""
+    model, _ = load_base("tiny", dtype="float32", device="cpu")
+    facts = knowledge.frozen_items()[:40]
+    prompts = [SHORT_TEMPLATE.format(instruction=fact["question"]) for fact in facts]
+    rows = tokenize({"prompt": prompts, "completion": [fact["answer"] for fact in facts]}, tokenizer, 128)
+    truths = [fact["answer"] if number % 2 else "quite another" for number, fact in enumerate(facts)]
+    wanted = [{"features": "", "answer": truth} for truth in truths]
+    assert len(set(map(len, rows.input_ids))) > 5
+    assert accuracy(model, tokenizer, rows, wanted, "exact", "cpu") == pytest.approx(50)
