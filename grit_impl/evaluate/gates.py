@@ -127,7 +127,7 @@ def _with_noise(evaluation: Evaluation, judged: Judgement, *labels: str) -> Judg
     """With the share of both models' answers that change when asked again, and what it did to the interval."""
     shares = [(label, share) for label in labels if (share := evaluation.noise(label).share) is not None]
     told = (Metric("answers_changed", s.estimate, s.low, s.high, "%", s.n, s.method, label) for label, s in shares)
-    servers = {name or "the same server": str(each) for name, each in evaluation.noises().items()}
+    servers = {name or "the same server": each.told(name) for name, each in evaluation.noises().items()}
     return replace(judged, metrics=(*judged.metrics, *told), evidence={**judged.evidence, "asked again": servers})
 
 

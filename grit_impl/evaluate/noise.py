@@ -68,15 +68,21 @@ class Noise:
         return 100 * (self.flipped + 1) / (self.asked + 2)
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, beside: str = "") -> str:
+        """One line, of the same server or of the one `beside` it, which widens nothing."""
         if self.share is None:
             return "no answer was asked for again: what the server changes is not known"
-        text = f"{self.changed} of {self.asked} answers changed when asked again"
+        text = f"{self.changed} of {self.asked} answers {'differ there' if beside else 'changed when asked again'}"
         text += f" ({self.share.estimate:.1f}% [{self.share.low:.1f}, {self.share.high:.1f}])"
         if self.changed:
             text += f", {self.flipped} between right and wrong"
         if self.seen:
             begin = "difference begins" if self.seen == 1 else "differences begin"
             text += f"; {self.ties} of {self.seen} {begin} at a tie below {NEAR:g} nats"
+        if beside:
+            return text
         if not self.allowance:
             return f"{text}; the server computes each request alone, so no interval is widened"
         return f"{text}; widens an accuracy by {self.allowance:.1f} points, a difference by {2 * self.allowance:.1f}"

@@ -28,7 +28,7 @@ from grit_impl.evaluate.scoring import AQI_METRICS, find_scorer, score, score_aq
 from grit_impl.record import fingerprint, write_atomic
 from grit_impl.serve.client import Endpoint, Unanswered
 from grit_impl.serve.openai_client import open_endpoint
-from grit_impl.serve.versions import exact, quirks, require
+from grit_impl.serve.versions import called, exact, quirks, require
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -206,7 +206,7 @@ def evaluate(
         if beside is not None:
             with open_endpoint(beside, **how) as other:
                 other.require(list(models.values()))
-                session.ask_again(other, f"{other.url}, {other.version()}")
+                session.ask_again(other, called(other.url, other.version()))
         session.measure()
         if endpoint.require(list(models.values())) != digests:
             raise GRITError(f"a model on {endpoint.url} was replaced during the evaluation: run it again")

@@ -59,7 +59,7 @@ def show(evaluation: Evaluation, gates: Iterable[Gate]) -> None:
         for why, count in errors.most_common(1):
             click.echo(f"{label}: {errors.total()} questions without an answer, {count} of them because: {why}")
     for name, found in evaluation.noises().items():
-        click.echo(f"{name or 'server'}: {found}")
+        click.echo(f"{name or 'server'}: {found.told(name)}")
     for note in evaluation.meta["notes"]:
         click.echo(f"note: {note}")
     for gate in gates:

@@ -55,6 +55,11 @@ def quirks(version: str) -> list[str]:
     return [f"Ollama {version} {change.before}" for what, change in CHANGES.items() if not has(version, what)]
 
 
+def called(url: str, version: str) -> str:
+    """A server by name: the embedded one is everywhere the same, whatever its address."""
+    return f"{'the embedded server' if exact(version) else url}, {version}"
+
+
 def exact(version: str) -> bool:
     """Whether a server of this version computes every request alone, from the same state: the embedded one, one slot.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ import pytest
 
 from grit_impl import aqi
 from grit_impl.errors import GRITError
+from grit_impl.export import export_merged, write_modelfile
+from grit_impl.files import FIXTURES
 from grit_impl.record import RunRecord
+from grit_impl.serve import completion
+from grit_impl.serve.server import EmbeddedOllama
 from grit_impl.verify.claims import find
+from grit_impl.verify.evidence import products
 from grit_impl.verify.evidence.live import LiveEvidence
 from grit_impl.verify.evidence.stored import stored_evidence
 from grit_impl.verify.options import MODELS, Options
@@ -239,6 +245,29 @@ def test_an_address_without_a_scheme_is_as_good(live, monkeypatch) -> None:
     again.gather(NEEDS)
     assert again.evaluation is not None
     assert len(live.server.requests) == asked
+
+
+def test_the_embedded_server_is_asked_beside_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the other one reads questions in capitals: there, and only there, the answers of the sample differ."""
+    gguf = export_merged(FIXTURES / "tiny_llama", None, tmp_path / "m.gguf", "q8_0").path
+    modelfile = write_modelfile(gguf, tmp_path / "Modelfile")
+    few = [replace(suite, items=suite.items[:5]) for suite in products.questions(Options())]
+    monkeypatch.setattr(products, "questions", lambda options: few)
+    exports = {name: {"sha256": name, "modelfile": str(modelfile), "path": str(gguf)} for name in ("base", "pure")}
+    with EmbeddedOllama({}) as server:
+        evidence = LiveEvidence(Options(reports_dir=tmp_path / "reports", ollama_url=server.url))
+        prompt, served = completion._prompt, server.models
+
+        async def loud(engine: Any, job: Any) -> Any:
+            text = await prompt(engine, job)
+            return text.upper() if job.kind == "generate" and job.model in served.by_key.values() else text
+
+        monkeypatch.setattr(completion, "_prompt", loud)
+        found = evidence._evaluated(exports, speed=False)
+    same, other = found.noises().items()
+    assert (same[1].asked, same[1].changed) == (20, 0)
+    assert (other[0], other[1].asked) == ("the embedded server, 0.33.0+grit", 20)
+    assert other[1].changed > 10
 
 
 def test_what_another_version_answered_is_not_judged_without_a_word(live, monkeypatch) -> None:

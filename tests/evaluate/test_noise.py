@@ -108,6 +108,8 @@ def test_two_servers_are_compared_on_the_sample(fake_ollama, questions: Path, tm
     assert other == f"{there.url}, 0.34.0"
     assert found.noise(beside=other) == Noise(2 * REPEATS, 2 * REPEATS, REPEATS, 0, 0, exact=False)
     assert found.noise() == Noise(2 * REPEATS, 0, 0, 0, 0, exact=False)
+    told = decide(found, "delta_aqi", "pure", 0.0).evidence["asked again"]
+    assert told[other] == "20 of 20 answers differ there (100.0% [83.9, 100.0]), 10 between right and wrong"
 
 
 def test_the_share_stands_beside_the_accuracy(forgetful, questions: Path, tmp_path: Path) -> None:

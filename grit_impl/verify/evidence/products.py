@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 _COUNT_SECONDS = 2.0
+_FOR_A_CPU = 2**28
+"""Bytes of a model that answers a sample of questions in seconds without a GPU."""
 _MOST_THREADS = 4
 
 
@@ -159,7 +161,7 @@ class ProductEvidence(Evidence):
             "server": self._server_version(),
         }
         out = self.reports / ("preflight" if only else "evaluation") / fingerprint({**inputs, "speed": speed})[:12]
-        with self._server(exports) as (url, names):
+        with self._server(exports) as (url, names), self._beside(exports, names, bool(only)) as beside:
             how = EvaluationOptions(
                 aqi_metric=self.options.aqi_metric,
                 stop=self.format.stop,
@@ -177,7 +179,7 @@ class ProductEvidence(Evidence):
             asked = len(names) * (len(aqi.items) + len(knowledge.items))
             self._begin_with_known_answers(out)
             with self._counting(label, out / "answers.jsonl", asked):
-                found = evaluate(url, names, aqi, knowledge, out, how, inputs)
+                found = evaluate(url, names, aqi, knowledge, out, how, inputs, beside=beside)
         return found
 
     def _begin_with_known_answers(self, out: Path) -> None:
@@ -228,6 +230,21 @@ class ProductEvidence(Evidence):
             return f"embedded {IMITATED}, llama.cpp of xllamacpp {versions().get('xllamacpp', 'none')}"
         with Endpoint(self.ollama_url) as endpoint:
             return f"Ollama {endpoint.version()}"
+
+    @contextlib.contextmanager
+    def _beside(
+        self, exports: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], skip: bool
+    ) -> Iterator[str | None]:
+        """The embedded server with the same models beside another one, where they are small enough for a CPU."""
+        files = {name: Path(export["path"]) for name, export in exports.items()}
+        sizes = [path.stat().st_size for path in files.values() if path.is_file()]
+        if skip or not self.ollama_url or len(sizes) < len(files) or max(sizes) > _FOR_A_CPU:
+            yield None
+            return
+        from grit_impl.serve.server import EmbeddedOllama
+
+        with EmbeddedOllama({names[name]: exports[name]["modelfile"] for name in exports}, most=1) as server:
+            yield server.url
 
     @contextlib.contextmanager
     def _server(self, exports: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, str]]]:
