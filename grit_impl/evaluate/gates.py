@@ -103,7 +103,17 @@ def decide(
     if interval is not None:
         unit = "points" if comparison else "%"
         metrics = (
-            Metric(name, interval.estimate, interval.low, interval.high, unit, interval.n, interval.method, label),
+            Metric(
+                name,
+                interval.estimate,
+                interval.low,
+                interval.high,
+                unit,
+                interval.n,
+                interval.method,
+                label,
+                interval.fixed,
+            ),
         )
     if missing:
         text = f"{what}: {len(missing)} items have no trustworthy answer, e.g. {missing[0]}"

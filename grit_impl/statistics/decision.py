@@ -27,6 +27,7 @@ class Metric:
         n: Independent units behind it (items, steps, rounds); None if it is not a sample.
         method: How the interval was made, e.g. `Tango paired score 95%`.
         subject: The arm or model that it describes; empty for a comparison of all.
+        fixed: How much of its half-width a larger n does not narrow (see `Interval.widened`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Metric:
     n: int | None = None
     method: str = ""
     subject: str = ""
+    fixed: float = 0.0
 
     def __post_init__(self) -> None:
         # NumPy's numbers pass for Python's until something (xdist, SQLite) has to send them elsewhere.
@@ -114,16 +116,19 @@ def decide_at_least(metric: Metric, bound: float, what: str, *, strictly: bool =
         return Judgement("refuted", f"{what} is {metric}; asked for {wanted}", (metric,))
     needed = items_to_decide(metric, bound)
     hint = f"about {needed} would decide" if needed else "no sample size can be named: the estimate is at the bound"
+    if not needed and metric.fixed:
+        hint = f"no sample size decides it: the server may have moved it by {metric.fixed:.2g}; ask more answers again"
     return Judgement("inconclusive", f"{what} is {metric}; asked for {wanted}; {hint}", (metric,), needed=needed)
 
 
 def items_to_decide(metric: Metric, bound: float) -> int | None:
-    """Sample size at which the interval would exclude `bound`, if the estimate stays: its width falls as 1/sqrt(n)."""
+    """Sample size at which the interval would exclude `bound`, if the estimate stays: its width falls as 1/sqrt(n),
+    but for what is fixed."""
     if metric.n is None or metric.low is None or metric.high is None or metric.estimate == bound:
         return None
     reach = metric.estimate - metric.low if metric.estimate > bound else metric.high - metric.estimate
-    distance = abs(metric.estimate - bound)
+    reach, distance = reach - metric.fixed, abs(metric.estimate - bound) - metric.fixed
     # A million times the width: no sample that anybody would take.
-    if not reach < 1e6 * distance:
+    if distance <= 0 or not reach < 1e6 * distance:
         return None
     return max(metric.n + 1, math.ceil(metric.n * (reach / distance) ** 2))

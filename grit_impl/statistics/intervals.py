@@ -31,6 +31,7 @@ class Interval:
         high: Upper end; inf when the data cannot bound it.
         n: How many independent units (items, pairs, runs) it rests on.
         method: The method's name and confidence, for the report.
+        fixed: How much of its half-width more units do not narrow.
     """
 
     estimate: float
@@ -38,6 +39,7 @@ class Interval:
     high: float
     n: int
     method: str
+    fixed: float = 0.0
 
     def excludes(self, value: float = 0.0) -> bool:
         """Whether `value` lies outside the interval."""
@@ -46,18 +48,19 @@ class Interval:
     def scaled(self, factor: float) -> Interval:
         """The same interval in another unit, e.g. `scaled(100)` for percentage points."""
         low, high = sorted((self.low * factor, self.high * factor))
-        return Interval(self.estimate * factor, low, high, self.n, self.method)
+        return Interval(self.estimate * factor, low, high, self.n, self.method, self.fixed * abs(factor))
 
     def widened(self, by: float, why: str, least: float, most: float) -> Interval:
         """The same estimate, known `by` less in both directions, within [least, most]; in the unit of the data."""
         if not by:
             return self
         low, high = max(least, self.low - by), min(most, self.high + by)
-        return Interval(self.estimate, low, high, self.n, f"{self.method}, {by:.3g} {why}")
+        return Interval(self.estimate, low, high, self.n, f"{self.method}, {by:.3g} {why}", self.fixed + by)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; infinite ends become None, as JSON knows no infinity."""
-        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
+        """The fields; infinite ends become None, as JSON knows no infinity. Nothing `fixed` is left out."""
+        values = {k: v for k, v in asdict(self).items() if k != "fixed" or v}
+        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
 
 
 def as_floats(values: ArrayLike, name: str = "values", minimum: int = 1) -> Floats:

@@ -17,6 +17,7 @@ from grit_impl.evaluate.gates import decide
 from grit_impl.evaluate.noise import Noise
 from grit_impl.evaluate.results import Evaluation
 from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.statistics.decision import Metric, decide_at_least
 from grit_impl.statistics.intervals import wilson
 from grit_impl.statistics.paired import paired_difference_interval
 
@@ -96,6 +97,16 @@ def test_an_exact_server_widens_nothing(fake_ollama, questions: Path, tmp_path: 
     assert once.metrics["pure"].delta_aqi.high == pytest.approx(plain.high + 200 / (2 * REPEATS + 2))
     assert "is not known" in str(none.noise())
     assert Noise(20, 1, 1, 0, 0, exact=True).allowance > 0
+
+
+def test_what_more_questions_do_not_narrow_is_told() -> None:
+    """Oracle: by hand: of a reach of 5 points 3 are the server's; 4 points away, 2 of 1 are left, so four times as many
+    items; 2 points away none are enough."""
+    metric = Metric("delta_aqi", 4.0, -1.0, 9.0, "points", 100, fixed=3.0)
+    assert decide_at_least(metric, 0.0, "it", strictly=True).needed == 400
+    near = decide_at_least(replace(metric, estimate=2.0, low=-3.0, high=7.0), 0.0, "it", strictly=True)
+    assert near.needed is None
+    assert "no sample size decides it: the server may have moved it by 3; ask more answers again" in near.summary
 
 
 def test_two_servers_are_compared_on_the_sample(fake_ollama, questions: Path, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def as_metric(name: str, value: Any, *, unit: str, subject: str) -> Metric:
     if value is None:
         return Metric(name, math.nan, unit=unit, subject=subject)
     interval = getattr(value, "difference", value)
-    return Metric(name, interval.estimate, interval.low, interval.high, unit, interval.n, interval.method, subject)
+    ends = interval.low, interval.high
+    return Metric(name, interval.estimate, *ends, unit, interval.n, interval.method, subject, interval.fixed)
 
 
 def over_seeds(evidence: Evidence, first: str, second: str, suite: str = "aqi", bound: float = 0.0) -> SeedEffect:
