@@ -52,12 +52,14 @@ class Witness:
         self._handles = [m.register_forward_hook(self._hook(name)) for name, (m, _, _) in wanted.items()]
 
     def _hook(self, name: str) -> Any:
+        from grit_impl.ledger.watches.copies import wrapped
         from grit_impl.ledger.watches.tensors import ModuleHook
 
         add = self._protect(self._add, "witness")
 
         def forward(module: Any, inputs: Any, output: Any) -> None:
-            if getattr(output, "requires_grad", False):
+            # What a function transform has wrapped lives no longer than it does.
+            if getattr(output, "requires_grad", False) and not wrapped(output):
                 add((name, "a"), output)
                 output.register_hook(lambda grad: add((name, "g"), grad))
 

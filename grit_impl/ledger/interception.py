@@ -57,7 +57,8 @@ class Guarded:
 
     def __getattr__(self, name: str) -> Any:
         # Looked up at each call, so that a method replaced on the observer counts.
-        return self.wrap(lambda *args: getattr(self._observer, name)(*args), name)
+        found = self.__dict__[name] = self.wrap(lambda *args: getattr(self._observer, name)(*args), name)
+        return found
 
     def wrap(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function under the same protection."""
@@ -71,7 +72,8 @@ class Guarded:
                 self._observer.fail(name, error)
             return None
 
-        return guarded
+        dynamo: Any = sys.modules.get("torch._dynamo")
+        return guarded if dynamo is None else dynamo.disable(guarded)  # a compiled step calls it, and has no part of it
 
 
 class Interception:

@@ -105,7 +105,9 @@ class Observer(Stepping):
         wrapped = zip(given, grads, strict=True)
         pairs = [(watches.plain(x), watches.plain(g).detach()) for x, g in wrapped if isinstance(g, Tensor)]
         found = {i: g for x, g in pairs if (i := self._places.get(id(x))) is not None}
-        found = found or self._copies.returned(pairs, self._parameters)
+        fresh = bool(found)
+        if not found:
+            found, fresh = self._copies.returned(pairs, self._parameters), self._copies.fresh
         if not found:
             return
         if self._now.over:
@@ -114,7 +116,8 @@ class Observer(Stepping):
         now = self._now
         if now.raw and not now.manual:  # a backward pass has filled `.grad`: this is somebody's statistics
             return
-        now.manual = {**now.manual, **{i: now.manual[i] + g if i in now.manual else g for i, g in found.items()}}
+        before = now.manual if fresh else {}
+        now.manual = {**now.manual, **{i: before[i] + g if i in before else g for i, g in found.items()}}
         sums = [now.manual.get(i) for i in range(len(self._parameters))]
         self._looks.raw(sums, self._looks.look("backward", timeline.AUTOGRAD, sums))
         now.why = self._layers.absent() | self._copies.why

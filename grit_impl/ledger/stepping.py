@@ -205,7 +205,9 @@ class Stepping:
             models = {id(p) for p in self.model.parameters()}
             others = [q for k, q in theirs.items() if k not in models]
             missing = np.flatnonzero(self._trained & ~held).tolist()
-            if others and not any(i in self._stand_ins for i in missing):
+            if others and missing and not any(i in self._stand_ins for i in missing):
+                elsewhere = watches.optimized()  # a twin's optimizer has nothing to do with this model
+                missing = [i for i in missing if id(self._parameters[i]) not in elsewhere]
                 self._stand_ins |= watches.stand_ins(others, self._parameters, missing)
                 whole = {i: s.tensor for i, s in self._stand_ins.items() if s.tensor.shape == s.shape}
                 self._shadows.sample |= {i: q for i, q in whole.items() if i in self._shadows.sample}

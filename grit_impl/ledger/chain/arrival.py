@@ -13,6 +13,9 @@ from grit_impl.ledger.findings import Facts, lasting
 def _wrong_parameters(f: Facts) -> Breach | None:
     t = f.tensors[~f.tensors.skipped & ~f.tensors.name.isin(f.idle)]
     unheld = t[t.unheld & (t.turns > 0)]
+    # Optimizers may take turns.
+    in_vain = set(t.name) - set(t[~t.unheld].name) | set(lasting(t, t.unheld, half=False))
+    unheld = unheld[unheld.name.isin(in_vain)]
     dead = set(t.groupby("name").raw.max().pipe(lambda s: s[~(s > 0)]).index)
     inactive = t[t.name.isin(dead) & (t.turns > 0)]
     orphans, replaced = f.total("orphans"), int(f.most("replaced"))

@@ -70,7 +70,7 @@ def _unrelated(f: Facts) -> Breach | None:
         return Breach(text, None, {"cosine": cosine, "fit": residual})
     known = f.bent[f.bent.fit < 0.1]
     names = lasting(known, known.positive < -0.1)
-    if not names or 2 * len(names) < known.name.nunique():
+    if not names or 2 * len(names) < known.name.nunique() or 2 * len(known) < f.bent.fit.notna().sum():
         return None
     smallest = median(known[known.name.isin(names)].positive)
     text = "the gradients were multiplied by a matrix that is no inverse of any covariance: eigenvalues of both signs"
@@ -228,6 +228,11 @@ def _overwritten(f: Facts) -> Breach | None:
         return _mixed(f)
     back = rows_of(rows, names, flags)
     by, writer = most(back.undone_by), most(back.by)
+    if f.most("stand_ins"):
+        text = (
+            f"{writer} turned {number(len(back), 'gradient')} by {degrees(back.turn_written)}, but the optimizer holds "
+        )
+        return Breach(f"{text}copies of the tensors, with the raw gradients", names, {"raw": len(back)}, "not-consumed")
     text = f"{writer} turned {number(len(back), 'gradient')} by {degrees(back.turn_written)}; {by} put them back"
     return Breach(text, names, {"overwritten": len(back), "overwritten_by": by, "written_by": writer})
 

@@ -14,6 +14,8 @@ APART, LEAD = 0.02, 0.003
 """1 - cos between the raw and the modified gradient from which on an update can follow one of them, and by how much."""
 FURTHER = 2.0
 """So many times the way of the steps since the last time is more than a constraint on the weights takes back."""
+ROUNDED = 2e-3
+"""So much of its size a gradient may lose to a coarser type and back."""
 SOME_STEPS = 0.7
 """Least share of the steps in which a gradient is modified, once that has begun."""
 KEPT = 0.4
@@ -80,6 +82,8 @@ def _cancelled(f: Facts) -> Breach | None:
     if not (scaled or (turn < SAME_UPDATE if len(rows) else gradient < TURN)):
         return None
     ratio = median(rows.update_exact / rows.update_raw)
+    if scaled and ((touched.gain - 1).abs() < ROUNDED).all() and abs(ratio - 1) <= 0.02:
+        return None  # rounded to a coarser type
     numbers = {"update_turn": turn, "gradient_turn": gradient, "update_ratio": ratio, "gain": median(touched.gain)}
     if abs(ratio - 1) > 0.02 or turn > SAME_UPDATE:
         larger = (

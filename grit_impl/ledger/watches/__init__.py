@@ -5,7 +5,7 @@ from __future__ import annotations
 from grit_impl.ledger.watches.copies import CopyWatch, plain
 from grit_impl.ledger.watches.hooks import HookWatch
 from grit_impl.ledger.watches.layers import LayerWatch
-from grit_impl.ledger.watches.memory import MEMORY_STEP, MemoryWatch
+from grit_impl.ledger.watches.memory import MEMORY_STEP, MemoryWatch, optimized
 from grit_impl.ledger.watches.passes import PassWatch
 from grit_impl.ledger.watches.standins import StandIn, stand_ins
 from grit_impl.ledger.watches.tensors import hook_bases, owners, sharded, spread
@@ -19,6 +19,7 @@ __all__ = [
     "PassWatch",
     "StandIn",
     "hook_bases",
+    "optimized",
     "owners",
     "plain",
     "sharded",

@@ -16,10 +16,12 @@ class CopyWatch:
 
     Attributes:
         why: Position -> why the parameter takes no part in the forward pass: what stands for it stays as it is.
+        fresh: They had the parameters' values; otherwise, as after inner steps, they are no further micro-batch.
     """
 
     def __init__(self) -> None:
         self.why: dict[int, str] = {}
+        self.fresh = True
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -37,18 +39,25 @@ class CopyWatch:
             if [x.shape for x, _ in pairs] != [parameters[i].shape for i in places]:
                 return {}
         found = {i: g for i, (x, g) in zip(places, pairs, strict=True) if i >= 0 and g.shape == x.shape}
-        self.why = {}
+        self.why, self.fresh = {}, True
         for i, (x, _) in zip(places, pairs, strict=True):
             if i in found:
                 p, same = parameters[i].detach(), self._before.get(i)
-                if same is not None and torch.equal(same[0], x) and not (torch.equal(same[1], p) or torch.equal(x, p)):
+                current = torch.equal(x, p)
+                self.fresh = self.fresh and current
+                if same is not None and torch.equal(same[0], x) and not (torch.equal(same[1], p) or current):
                     self.why[i] = "a copy of it does, which stays as it was"
                 self._before[i] = x.detach().clone(), p.clone()
         return found
 
 
+def wrapped(x: Tensor) -> bool:
+    """Whether it belongs to a function transform."""
+    return bool(_functorch.is_functorch_wrapped_tensor(x))
+
+
 def plain(x: Any) -> Any:
     """What a function transform has wrapped."""
-    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
+    while isinstance(x, Tensor) and wrapped(x):
         x = _functorch.get_unwrapped(x)
     return x

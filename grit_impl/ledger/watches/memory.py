@@ -57,7 +57,7 @@ class MemoryWatch:
                 alive = _Alive(parameters)
             self.dead_hooks = alive.dead()
             self.kept, self.read = sum(id(o) in self.read for o in alive.lost()), {}
-            known = held | {id(p) for p in self.model.parameters()}
+            known = held | alive.held | {id(p) for p in self.model.parameters()}
             self._seen = [
                 (o, o.grad.detach().clone()) for o in alive.shaped if id(o) not in known and o.grad is not None
             ]
@@ -78,6 +78,12 @@ class MemoryWatch:
         known |= {id(t) for value in values for t in (value if isinstance(value, list | tuple) else (value,))}
         square = (t for t in alive.tensors if t.ndim in (2, 3) and t.shape[-1] == t.shape[-2])
         return [t for t in square if t.shape[-1] in self._ranks and not t.requires_grad and id(t) not in known]
+
+
+def optimized() -> set[int]:
+    """ids of what the process's optimizers hold."""
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and "param_groups" in vars(o)]
+    return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
 
 
 class _Alive:
@@ -102,7 +108,7 @@ class _Alive:
                 self.optimizers.append(o)
         self._shapes = {p.shape for p in parameters}
         self.shaped = [o for o in self.tensors if o.is_leaf and o.requires_grad and o.shape in self._shapes]
-        self.held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        self.held = optimized()
 
     def dead(self) -> int:
         """Hooked modules that are part of no other and have a watched tensor's shape."""
