@@ -52,7 +52,7 @@ def forgetful(fake_ollama):
     def told(request: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
         if not request.get("logprobs"):
             return reply
-        tops = [("AQI", -0.001, -9.0), (" is", -0.69, -0.70)]
+        tops = [("A", -0.001, -9.0), ("QI", -0.001, -9.0), (" is", -0.69, -0.70)]
         told = [[{"token": word, "logprob": best}, {"token": "x", "logprob": other}] for word, best, other in tops]
         return {**reply, "logprobs": [{**top[0], "top_logprobs": top} for top in told]}
 
