@@ -110,8 +110,8 @@ def tiny() -> Path:
     "smollm2",
     format="chat",
     training={"learning_rate": 2e-3},
-    on_cpu={"steps": 60},
-    on_gpu={"precision": "bf16", "threads": 4},
+    on_cpu={"steps": 60, "save_every": 20},
+    on_gpu={"precision": "bf16", "threads": 4, "save_every": 50},
     questions_on_cpu=100,
 )
 def smollm2() -> Path:

@@ -161,7 +161,7 @@ class TestRehearsal:
 
     @pytest.mark.slow
     def test_it_is_a_step_of_the_longest_rows(self, tmp_path: Path, monkeypatch: Any) -> None:
-        """Oracle: the lengths in the session's tokens; a Python with torch is above 100 MB; nothing is left."""
+        """Oracle: the lengths in the session's tokens; a Python with torch is above 100 MB; no run is left."""
         monkeypatch.setattr(preflight, "SMALL", 0)
         spec = self.spec(tmp_path)
         rows = json.loads((tmp_path / ".tokens" / f"{spec.tokens}.json").read_text())["input_ids"]
@@ -172,7 +172,15 @@ class TestRehearsal:
         assert found.peak > 100 << 20
         assert found.adapter > 100_000
         assert 0 < found.seconds < 60
-        assert not (tmp_path / "trial").exists()
+        assert [each.name for each in (tmp_path / "trial").iterdir()] == ["took.json"]
+
+        def train(*_: Any, **__: Any) -> None:
+            raise AssertionError("an interrupted session tries the same step once")
+
+        monkeypatch.setattr(preflight, "run_arms", train)
+        assert preflight.rehearse([spec], tmp_path, tmp_path / "trial", lambda *_: None) == found
+        with pytest.raises(AssertionError, match="once"):
+            preflight.rehearse([self.spec(tmp_path, seed=7)], tmp_path, tmp_path / "trial", lambda *_: None)
 
     @pytest.mark.slow
     def test_a_step_that_fails_is_told(self, tmp_path: Path, monkeypatch: Any) -> None:

@@ -5,11 +5,13 @@ Each check raises `GRITError` with one line. Nothing has been trained by then, s
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from grit_impl.machine import available_memory, has_gpu
 from grit_impl.recipes.arms import RunSpec, find_arm
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.tokens import longest
-from grit_impl.record import RunRecord
-from grit_impl.runs.execute import TOKENS, Progress, run_arms
+from grit_impl.record import RunRecord, fingerprint, write_atomic
+from grit_impl.runs.execute import TOKENS, Progress, request_for, run_arms
 from grit_impl.verify.evidence.questions import spread
 
 ITEMS = 10
@@ -64,7 +66,7 @@ def rehearse(specs: Sequence[RunSpec], runs: Path, folder: Path, progress: Progr
     Args:
         specs: What is to be trained, with tokens that lie in `runs`.
         runs: The folder of the runs.
-        folder: For the trial runs; removed afterwards.
+        folder: For the trial runs, of which only what they took is kept: an interrupted session tries them once.
         progress: Told about steps.
 
     Returns:
@@ -80,7 +82,12 @@ def rehearse(specs: Sequence[RunSpec], runs: Path, folder: Path, progress: Progr
     by_library: dict[bool, RunSpec] = {}
     for spec in sorted(specs, key=lambda spec: find_arm(spec.arm).grit == "trainer"):
         by_library[on_gpu and find_arm(spec.arm).unsloth] = spec
-    training = specs[0].training
+    training, note = specs[0].training, folder / "took.json"
+    inputs = fingerprint([request_for(spec, ledger=False)["fingerprint"] for spec in by_library.values()])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or of another version
+        kept = json.loads(note.read_text())
+        if kept.pop("inputs") == inputs:
+            return Rehearsal(**kept)
     shutil.rmtree(folder, ignore_errors=True)
     rows = training.batch_size * training.accumulation
     chosen, heavier = longest(runs / TOKENS / f"{specs[0].tokens}.json", rows, folder / TOKENS)
@@ -104,6 +111,8 @@ def rehearse(specs: Sequence[RunSpec], runs: Path, folder: Path, progress: Progr
         adapter=max(_size(record.adapter) for record in records),
     )
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_atomic(note, json.dumps({"inputs": inputs, **asdict(found)}))
     return found
 
 
