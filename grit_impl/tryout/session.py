@@ -274,13 +274,14 @@ def _result(
         "metric": asked.trying.metric,
         "rows": {name: len(numbers) for name, numbers in sides.items()},
         "size": plans.described(size),
+        "seconds": _seconds(folder),
         "training": asked.common() | {"accumulation": asked.training.accumulation},
         "seed": asked.trying.seed,
         "tuned": dict(tuned),
         "reference": reference,
         "base": {name: base[name] for name in ("loss", "accuracy")} if base else None,
         "pairs": [
-            {"seed": number, **{arm: _kept(of[arm][number], folder) for arm in (reference, GRIT)}}
+            {"seed": number, **{arm: _kept(of[arm][number]) for arm in (reference, GRIT)}}
             for number in sorted(of[GRIT])
         ],
         "answer": judged(asked.trying, of[GRIT], of[reference]).to_dict(),
@@ -289,7 +290,13 @@ def _result(
     }
 
 
-def _kept(row: Row, folder: Path) -> dict[str, Any]:
+def _seconds(folder: Path) -> float:
+    """Process-seconds of all runs."""
+    with Store(folder / RESULTS) as store:
+        return float(sum(row["seconds"] for row in store.runs()))
+
+
+def _kept(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in ("status", "loss", "accuracy", "step_seconds", "seconds")}
 
 
