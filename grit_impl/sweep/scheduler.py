@@ -6,6 +6,7 @@ import nor another run's state. The controlling process alone writes the results
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -61,7 +62,8 @@ def _child(
         result = work(job, settings, device)
     except Exception as error:
         result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    outbox.send(result)
+    with contextlib.suppress(BrokenPipeError):  # the controlling process has ended, and nobody waits for this any more
+        outbox.send(result)
     outbox.close()
 
 
@@ -93,6 +95,7 @@ class Sweep:
         device: `cpu` or `cuda`; where there are several GPUs, each run gets the one with the fewest.
         budget: Seconds after which everything still running is ended and left for the next pass; None: no limit.
         retry: Run again what failed.
+        fresh: Start every process from nothing: the warm server cannot load weights that bitsandbytes has quantised.
         work: What a run does; the tests put something fast here.
         progress: Called with the number of finished runs, of all runs, and a line about the last one.
     """
@@ -106,10 +109,12 @@ class Sweep:
         device: str,
         budget: float | None = None,
         retry: bool = False,
+        fresh: bool = False,
         work: Work = default_work,
         progress: Callable[[int, int, str], None] = lambda done, total, line: None,
     ) -> None:
         self.plan, self.store, self.jobs, self.device, self.work = plan, store, jobs, device, work
+        self.fresh = fresh
         self.progress = progress
         self.deadline = None if budget is None else time.monotonic() + budget
         everything = list(plan.jobs())
@@ -133,7 +138,7 @@ class Sweep:
         Raises:
             Interrupted: a signal asked the sweep to end; finished runs are in the store.
         """
-        self._context = _context(self.device)
+        self._context = multiprocessing.get_context("spawn") if self.fresh else _context(self.device)
         with _signals():
             try:
                 while self.pending or self._running:

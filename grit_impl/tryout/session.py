@@ -199,6 +199,7 @@ def _sweep(asked: Asked, folder: Path, jobs: int, progress: Progress, label: str
             jobs=1 if plan.name == "probe" else jobs,
             device=asked.device,
             retry=True,
+            fresh=_quantised(asked.base),
             work=partial(work, str(folder)),
             progress=lambda done, total, _: progress(label, done, total),
         )
@@ -209,6 +210,12 @@ def _sweep(asked: Asked, folder: Path, jobs: int, progress: Progress, label: str
         if row["status"] == "failed":
             raise RunFailed(f"{label}: the run of {row['arm']}, seed {row['seed']}, failed: {row['error']}")
     return rows
+
+
+def _quantised(base: str) -> bool:
+    """Whether a base's weights need bitsandbytes."""
+    found = find_base(base)
+    return found.shape is not None or "quantization_config" in json.loads((found.folder() / "config.json").read_text())
 
 
 def _size(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +47,22 @@ def test_everything_runs_once_with_the_tuned_settings(plan_file: Path, fake_work
         assert all(row["seconds"] > 0 for row in store.runs())
         again = Sweep(plan, store, jobs=2, device="cpu", work=fake_work)
         assert (again.run(), again.finished, len(_log(fake_work))) == (0, 26, 26)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_fresh_process_can_load_what_bitsandbytes_has_quantised(
+    fresh: bool, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm server hides bitsandbytes, which asks the GPU when imported. Oracle: the run's own `sys.modules`."""
+    name = f"asks_{fresh}"
+    asks = "def work(job, settings, device):\n    import sys\n    raise ValueError('bitsandbytes' in sys.modules)\n"
+    (tmp_path / f"{name}.py").write_text(asks)
+    monkeypatch.syspath_prepend(tmp_path)
+    whole = load_plan(plan_file)
+    one = dataclasses.replace(whole, trials={"adamw": whole.trials["adamw"][:1]}, ablations=(), evaluation_seeds=())
+    with Store(tmp_path / "sweep.db") as store:
+        Sweep(one.only(tasks=["choose"]), store, jobs=1, device="cpu", fresh=fresh, work=import_module(name).work).run()
+        assert {row["error"] for row in store.runs()} == {f"ValueError: {not fresh}"}
 
 
 def test_runs_are_spread_over_the_gpus(
