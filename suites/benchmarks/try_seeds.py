@@ -47,13 +47,10 @@ def lots(source: random.Random) -> tuple[str, str]:
 
 
 def ticket(source: random.Random) -> tuple[str, str]:
-    """Three words of a long sentence, each written as a letter or a digit of its own."""
+    """Three words of a sentence, each written as a letter or a digit of its own."""
     (first, one), (second, two) = (source.choice(list(enumerate(ADJECTIVES))) for _ in range(2))
     digit, noun = source.choice(list(enumerate(NOUNS)))
-    question = (
-        "Please read this message carefully and answer with the code alone. "
-        f"The number is {source.randint(100, 999)}, the thing is a {one} {noun}, and its box is {two}."
-    )
+    question = f"Number {source.randint(100, 999)}: a {one} {noun} in a {two} box. Answer with the code."
     return question, f"{LETTERS[first]}{digit}{'KLMNOPQR'[second]}"
 
 
@@ -82,7 +79,7 @@ def task(name: str) -> Callable[[random.Random], tuple[str, str]]:
     return draw
 
 
-USUAL = ("--steps", "100", "--trials", "4", "--seeds", "6")
+USUAL = ("--steps", "150", "--trials", "4", "--seeds", "6")
 SETS = {
     **{name: DataSet(task(name), USUAL, ("yes",)) for name in ("convert", "choose", "extract")},
     "ticket": DataSet(ticket, USUAL, ("yes",)),
