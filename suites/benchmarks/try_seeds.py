@@ -8,8 +8,8 @@ A question has one core, and every seed has rows, a split, a tuning and pairs of
 were answered rightly, 1 when one was not, 3 when some are left.
 
 Of the sweeps' own tasks none favours GRIT so much that six seeds always see it (docs/measurements/grit-vs-lora.md,
-section 11). Whether another one does is found by `--screen`: two seeds of every candidate, which the twenty are not among. On `lots`
-nothing can be learnt but the frequency of eight letters, so no rule helps, and *yes* is wrong.
+section 11). Whether another one does is found by `--screen`: two seeds of every candidate, which the twenty are not
+among. On `lots` nothing can be learnt but the frequency of eight letters, so no rule helps, and *yes* is wrong.
 """
 
 from __future__ import annotations
