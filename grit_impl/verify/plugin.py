@@ -48,23 +48,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             parser.addini(f"grit_{each.name}", _help(each), type="bool", default=each.default)
         else:
             parser.addini(f"grit_{each.name}", _help(each), default=str(each.default))
+    parser.addini("grit_short_names", "options without the prefix, too, as --seed for --grit-seed", "bool", False)
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_load_initial_conftests(parser: pytest.Parser) -> None:
-    """Every option as `--grit-<name>`, and by its short name unless a plugin or a conftest.py of this project has it.
+def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser) -> None:
+    """Every option as `--grit-<name>`; where `grit_short_names` is set, without the prefix, too, if the name is free.
 
     This late, because whoever came second with a name would end pytest.
     """
+    names = bool(early_config.getini("grit_short_names"))
     group = parser.getgroup("grit", "GRIT verification")
     for each in fields(Options):
         attributes: dict[str, Any] = {"action": "store_true"}
         if not isinstance(each.default, bool):
             attributes = {"metavar": each.name.rpartition("_")[2].upper()}
         attributes |= {"default": None, "dest": f"grit_{each.name}", "help": _help(each)}
-        short, long = flag(each.name), flag(f"grit_{each.name}")
+        long = flag(f"grit_{each.name}")
         try:
-            group.addoption(short, long, **attributes)
+            group.addoption(*([flag(each.name)] if names else []), long, **attributes)
         except (ValueError, ArgumentError):
             group.addoption(long, **attributes)
 

@@ -51,6 +51,9 @@ def test_without_claim(): pass
 """
 
 
+INI = "[pytest]\npythonpath = .\ngrit_short_names = true\n"
+
+
 @pytest.fixture
 def project(pytester, monkeypatch):
     """A project with the suite above; `run` runs pytest in it, in a process of its own."""
@@ -60,7 +63,7 @@ def project(pytester, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other packages' plugins take seconds to import
     plugin = ["-p", "grit_impl.verify.plugin"]
     base = ["-p", "no:cacheprovider", "--rootdir", str(pytester.path), "--import-mode=prepend"]
-    pytester.makefile(".ini", pytest="[pytest]\npythonpath = .\n")
+    pytester.makefile(".ini", pytest=INI)
 
     def run(*arguments: str) -> pytest.RunResult:
         return pytester.runpytest_subprocess(*plugin, *base, *arguments)
@@ -154,7 +157,7 @@ def test_bad_option_in_the_configuration_file(project):
 
 def test_options_of_the_configuration_file(project):
     """Oracle: thresholds and folder from the file; the command line wins."""
-    project.makefile(".ini", pytest="[pytest]\npythonpath = .\ngrit_strict_claims = true\ngrit_reports_dir = out\n")
+    project.makefile(".ini", pytest=INI + "grit_strict_claims = true\ngrit_reports_dir = out\n")
     project.run_grit().assert_outcomes(passed=2, failed=3, skipped=1, xfailed=1)
     assert (project.path / "out" / "results.db").is_file()
     project.run_grit("--reports-dir", "elsewhere")
@@ -321,6 +324,17 @@ def test_named_by_a_conftest(project):
     body = "    judge('gradients.pure-effective')\n    assert grit_options.seed == 5\n"
     project.makepyfile(test_it=f"def test_it(judge, grit_options):\n{body}")
     project.runpytest_subprocess(*project.base).assert_outcomes(passed=1)
+
+
+def test_other_projects_have_the_prefix_alone(project):
+    """Oracle: pytest's own refusal of a name that nobody has."""
+    project.makefile(".ini", pytest="[pytest]\npythonpath = .\n")
+    project.makepyfile(test_it="def test_it(grit_options): assert grit_options.seed == 6")
+    assert "unrecognized arguments: --min-delta-aqi" in project.run_grit("--min-delta-aqi", "5").stderr.str()
+    project.run_grit("--grit-seed", "6").assert_outcomes(passed=1)
+    text = project.run_grit("--help").stdout.str()
+    assert "--grit-min-delta-aqi" in text
+    assert " --min-delta-aqi" not in text
 
 
 def test_long_names_are_always_there(project):

@@ -22,7 +22,7 @@ NOT_MENDED = {
     (4, "orthogonalising_optimizer_undoes_whitening"): "Muon divides the matrix out but for its own iteration's error",
     (4, "plain_alternating_factors"): "what is frozen for four steps in turn is called frozen",
 }
-"""Round and name -> why the verdict is still another one. Two more of round 4 are wrong only after others in one process."""
+"""Round and name -> why the verdict is another one. Two more of round 4 are wrong only after others in one process."""
 
 
 @pytest.mark.parametrize(("number", "name"), NAMES, ids=[f"{number}-{name}" for number, name in NAMES])

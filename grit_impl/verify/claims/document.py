@@ -67,8 +67,9 @@ updates are.
 OPTIONS = """
 ## Options
 
-Each is an option of pytest (`--grit-min-retention` is the same as `--min-retention`), and `grit_min_retention` in the
-configuration file of pytest.
+Each is an option of pytest and a key of its configuration file: `--min-retention` here, `--grit-min-retention` in other
+projects, whose own options may have such names (`grit_short_names = true` offers both), and `grit_min_retention` in the
+file.
 
 | option | default | sets |
 |---|---|---|
