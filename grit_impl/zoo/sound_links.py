@@ -190,7 +190,9 @@ def _flat(bench: Bench) -> Moments:
     def loop(b: Bench, moments: Moments) -> None:
         flat = nn.Parameter(torch.cat([p.detach().flatten() for p in b.lora.values()]))
         flat.grad, sizes = torch.zeros_like(flat), [p.numel() for p in b.lora.values()]
-        for p, value, grad in zip(b.lora.values(), flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+        for p, value, grad in zip(
+            b.lora.values(), torch.split(flat.data, sizes), torch.split(flat.grad, sizes), strict=True
+        ):
             p.data, p.grad = value.view_as(p), grad.view_as(p)
         optimizer = b.standard([flat])
         for rows in _rows(b):
