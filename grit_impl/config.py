@@ -76,7 +76,8 @@ class GRITConfig:
     update_rule: str = _option(
         "precondition",
         "precondition: K-FAC's gradient, then the inner optimizer; eigenbasis: Adam in the factors' eigenbasis; "
-        "trust_region: natural gradient whose KL is at most lr^2 / 2; both in the inner AdamW's place",
+        "gram: Adam in the eigenbasis of the gradients' own Gram; trust_region: natural gradient, its length lr in the "
+        "rule's own metric; spectral: whitened spectral step (experimental); all but the first in AdamW's place",
         choices=update_rules,
     )
     kfac_update_freq: int = _option(
@@ -112,6 +113,9 @@ class GRITConfig:
     regularizer_warmup_steps: int = _option(0, "optimizer steps over which both weights rise linearly", 0)
     log_fisher_spectrum: bool = _option(True, "keep the factors' spectra at every inversion")
     log_top_eigs: int = _option(8, "eigenvalues kept per factor", 0)
+    spectral_floor: float = _option(
+        1e-2, "share of a factor's energy that the other's Gram is lifted by before it whitens", 0.0, rule="spectral"
+    )
     kfac_inversion_device: str | None = _option(None, "device of the inversion; None: where the factors are")
 
     def __post_init__(self) -> None:
@@ -178,9 +182,9 @@ class GRITConfig:
 
 
 # recommended: the rule that docs/measurements/grit-vs-lora.md found best; it is the optimizer, so a callback needs
-# optim="sgd". precondition: K-FAC's gradient for whatever optimizer there is. released_*: what the authors' code and
-# its examples set, with absolute damping. seed_*: the experiment that started this project. reprojection_k = 8 of the
-# released defaults is left out: there it cut ranks even with adaptation off.
+# optim="sgd". precondition: K-FAC's gradient, at its old norm, for whatever optimizer there is. released_*: what the
+# authors' code and its examples set, with absolute damping: the published method. seed_*: the experiment that started
+# this project. reprojection_k = 8 of the released defaults is left out: there it cut ranks even with adaptation off.
 _RELEASED: dict[str, Any] = {
     "kfac_update_freq": 50,
     "kfac_damping": 1e-3,

@@ -20,6 +20,7 @@ from grit_impl.method.factors import READY, STATUS, KroneckerFactors, world_size
 from grit_impl.method.layers import find_layers
 from grit_impl.method.reprojection import Reprojection
 from grit_impl.method.rules import rule_class
+from grit_impl.method.rules.base import UpdateRule
 from grit_impl.method.spectra import SpectrumHistory, effective_rank, eigvalsh
 from grit_impl.method.stacks import A, layer_stacks
 
@@ -33,6 +34,7 @@ class GRITManager:
     Args:
         model: A PEFT model with LoRA adapters.
         config: The hyperparameters.
+        rule: An update rule instead of the configuration's, which has no name there.
 
     Attributes:
         layers: The layers, in order; every stacked tensor uses this order.
@@ -46,7 +48,9 @@ class GRITManager:
         GRITError: the model has no LoRA layer, or one of a kind that GRIT does not support.
     """
 
-    def __init__(self, model: nn.Module, config: GRITConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: GRITConfig | None = None, rule: type[UpdateRule] | None = None
+    ) -> None:
         self.model, self.config = model, config or GRITConfig()
         self.checks_completeness = True
         self.layers = find_layers(model)
@@ -59,7 +63,7 @@ class GRITManager:
         self.factors = KroneckerFactors(ranks, self.config, device, dtype)
         self._stacks = layer_stacks(self.layers)
         self.reprojection = Reprojection(self.layers, self.config, self.factors)
-        self.rule = rule_class(self.config.update_rule)(self.config, self.layers, self.factors)
+        self.rule = (rule or rule_class(self.config.update_rule))(self.config, self.layers, self.factors)
         self.step = 0
         # (2, L): optimizer steps in which the gradient of A (0) or B (1) was multiplied by a ready inverse.
         self.applied = torch.zeros(2, len(ranks), device=device)
@@ -90,8 +94,10 @@ class GRITManager:
                 previous.detach()
             loss = LossTap(self.model, self._before_forward)
             loss.loss_tokens = self._loss_tokens
-            modules = [layer.module.lora_A[layer.adapter] for layer in self.layers]
-            self._taps = [loss, ModuleTap(modules, self.statistics, loss), *self._fused_taps(loss)]
+            self._taps = [loss]
+            if self.rule.captures:
+                modules = [layer.module.lora_A[layer.adapter] for layer in self.layers]
+                self._taps += [ModuleTap(modules, self.statistics, loss), *self._fused_taps(loss)]
             # A pointer that observers may read; nothing in training depends on it.
             self.model._grit_manager = self  # type: ignore[assignment]
         return self
@@ -115,7 +121,7 @@ class GRITManager:
     def begin_window(self) -> None:
         """A new accumulation window: forget statistics of gradients that nobody stepped on."""
         self.statistics.reset()
-        self.statistics.collecting = self.step % self.config.grit_cov_update_freq == 0
+        self.statistics.collecting = self.rule.captures and self.step % self.config.grit_cov_update_freq == 0
         self.statistics.check_completeness = self.checks_completeness and self.completeness is None
         self._window_open = True
 
@@ -172,18 +178,19 @@ class GRITManager:
         self._window_open = False
         self.step += 1
         # One all-reduce per inversion; a regulariser reads the factors at every step.
-        if world_size() > 1 and (self._inversion_due() or self.config.lambda_kfac):
+        due, captures = self._inversion_due(), self.rule.captures
+        if world_size() > 1 and captures and (due or self.config.lambda_kfac):
             self.factors.merge()
-        if self._inversion_due():
+        if due and captures:
             self.factors.invert()
             self.factors.inversions += 1
             if self.config.log_fisher_spectrum:
                 self._spectra.note(self.step, self.factors.covariances())
         self._regularise()
-        warm = self.step > self.config.ng_warmup_steps and self.factors.inversions > 0
-        self.rule.update(warm=warm, refresh=warm and self._inversion_due())
+        warm = self.step > self.config.ng_warmup_steps and (self.factors.inversions > 0 or not captures)
+        self.rule.update(warm=warm, refresh=warm and due)
         if (warm or self.rule.whole_step) and not self._no_gradients():
-            ready = self.factors.status == READY
+            ready = self.factors.status == READY if captures else torch.ones_like(self.factors.status)
             self.applied += torch.stack([ready[side] for side in self.rule.sides])
 
     def _inversion_due(self) -> bool:
@@ -240,8 +247,13 @@ class GRITManager:
         Returns:
             `step`, `inversions`, `coverage` (share of A and B gradients per step that a ready inverse changed),
             `statuses` (counts), and `layers`: per layer name, samples (tokens), trace, condition number of the
-            damped factor, distance from c x identity (0: no preconditioning), effective rank, rank kept, status.
+            damped factor, distance from c x identity (0: no preconditioning), effective rank, rank kept, status. A rule
+            that takes no statistics has no layers to report.
         """
+        coverage = float(self.applied.sum()) / (max(1, self.step) * 2 * len(self.layers))
+        if not self.rule.captures:
+            known = {"step": self.step, "inversions": 0, "reprojections": 0, "coverage": coverage}
+            return {**known, "completeness_error": None, "statuses": {}, "layers": []}
         s = self.factors.covariances()
         damped = s + self.factors.damping(s)[..., None, None] * self.factors.eye
         # One copy to the host for all layers: each one waits for the device.
@@ -278,12 +290,11 @@ class GRITManager:
         for row in rows:
             both = {row["status_a"], row["status_g"]}
             row["status"] = "ready" if both == {"ready"} else next(x for x in STATUS[1:] if x in both)
-        total = max(1, self.step) * 2 * len(self.layers)
         return {
             "step": self.step,
             "inversions": self.factors.inversions,
             "reprojections": self.reprojection.count,
-            "coverage": float(self.applied.sum()) / total,
+            "coverage": coverage,
             "completeness_error": float(self.completeness.max()) if self.completeness is not None else None,
             "statuses": dict(Counter(row["status"] for row in rows)),
             "layers": rows,

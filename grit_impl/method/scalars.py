@@ -57,7 +57,8 @@ class Scalars:
             which `before` was called. `grit/coverage`: share of gradients so far that met a ready factor.
             `grit/inversions`. `grit/condition_a`, `grit/condition_g`: of the damped factors, median over layers, and
             `grit/effective_rank_a`, `grit/effective_rank_g`: their mean, both at the last inversion.
-            `grit/kl`: what the last step changes the model by at most, in nats (trust_region, which bounds it).
+            `grit/predicted_kl`: by what the last step changes the model in trust_region's own metric, in nats; the
+            divergence itself is 23 to 4,380 times that (docs/measurements/grit-vs-lora.md, section 11).
         """
         manager = self.manager
         found = {
@@ -70,7 +71,7 @@ class Scalars:
         rule = manager.rule
         if isinstance(rule, WholeStep) and (decrement := getattr(rule, "decrement", None)) is not None:
             rate = max(float(group["lr"]) for group in rule.groups)
-            found["kl"] = min(rate**2, float(decrement)) / 2
+            found["predicted_kl"] = min(rate**2, float(decrement)) / 2
         return {PREFIX + name: value for name, value in found.items() if math.isfinite(value)}
 
     def _of_factors(self) -> dict[str, float]:

@@ -97,6 +97,14 @@ class Stack:
         """(n, r, r): of (L, r_max, r_max) matrices, one per layer, those of these layers."""
         return matrices[self.layers, : self.rank, : self.rank]
 
+    def gram(self, x: Tensor) -> Tensor:
+        """x x' for A, x' x for B: (n, *shape) -> (n, r, r)."""
+        return x @ x.mT if self.side == A else x.mT @ x
+
+    def put(self, matrices: Tensor, values: Tensor) -> None:
+        """Write (n, r, r) values into (2, L, r_max, r_max) matrices, at this side and these layers."""
+        matrices[self.side, self.layers, : self.rank, : self.rank] = values
+
     def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
         """matrix x for A, x matrix for B: (n, *shape) times (n, r, r) on the r-side."""
         return matrix @ x if self.side == A else x @ matrix
@@ -106,13 +114,16 @@ class Stack:
         return self.multiply(x, matrix.mT if self.side == A else matrix)
 
 
-def make_stacks(layers: Sequence[LoRAFactorPair], groups: Sequence[dict[str, Any]], elements: int) -> list[Stack]:
+def make_stacks(
+    layers: Sequence[LoRAFactorPair], groups: Sequence[dict[str, Any]], elements: int, paired: bool = False
+) -> list[Stack]:
     """Stacks of all parameters in an optimizer's groups; what is no LoRA factor has a stack of its own.
 
     Args:
         layers: The manager's layers, in order.
         groups: An optimizer's `param_groups`.
         elements: How many a stack may have, unless one parameter alone has more.
+        paired: The layers' other factors have one shape in a stack, too.
     """
     places: dict[int, tuple[int, int]] = {}
     for i, layer in enumerate(layers):
@@ -121,7 +132,9 @@ def make_stacks(layers: Sequence[LoRAFactorPair], groups: Sequence[dict[str, Any
     for g, group in enumerate(groups):
         for p in group["params"]:
             side, i = places.get(id(p), (None, -1))
-            key = (g, None, id(p)) if side is None else (g, side, p.shape, p.dtype)
+            key: Any = (g, None, id(p)) if side is None else (g, side, p.shape, p.dtype)
+            if paired and side is not None:
+                key += ((layers[i].b if side == A else layers[i].a).shape,)
             alike[key].append((i, _look_up(layers, side, i, p)))
     stacks = []
     for (g, side, *_), members in alike.items():

@@ -95,6 +95,12 @@ ARMS = {
             "trainer",
             preset="recommended",
         ),
+        Arm(
+            "published",
+            "GRIT as published: K-FAC's gradient without renormalisation, reprojection, rank adaptation, then AdamW",
+            "trainer",
+            preset="released_defaults",
+        ),
         Arm("baseline_peft", "LoRA: SFTTrainer and AdamW, plain peft: what pure is timed against on a GPU"),
     )
 }

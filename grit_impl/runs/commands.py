@@ -97,7 +97,7 @@ def train(**options: Any) -> None:
         return
     arm = find_arm(options["arm"])
     # A callback cannot put another optimizer in the place of the loop's.
-    preset = options["preset"] or ("precondition" if arm.grit == "callback" else "recommended")
+    preset = options["preset"] or arm.preset or ("precondition" if arm.grit == "callback" else "recommended")
     config = GRITConfig.preset(preset, **dict(_override(text) for text in options["overrides"]))
     require_dataset(options["dataset"])
     find_base(options["base_model"])

@@ -22,7 +22,10 @@ from grit_impl.record import fingerprint
 PLANS = Path(__file__).parent / "plans"
 BASE_ARM = "base"
 """The arm that trains nothing: what the base model can do already."""
-METHODS = ("adamw", "loraplus", "riemannian", "rslora", "grit", "none")
+METHODS = (
+    *("adamw", "loraplus", "riemannian", "riemannian_after", "riemannian_sgd", "rslora"),
+    *("muon", "lora_muon", "lora_rite", "grit", "none"),
+)
 # Of the settings of a run, those that are not options of GRITConfig.
 TRAINING: dict[str, type] = {
     "lr": float,
@@ -283,7 +286,8 @@ def split_settings(method: str, settings: Mapping[str, Any]) -> tuple[dict[str, 
             raise GRITError(f"{name} = {number!r}: expected {TRAINING[name].__name__}")
     rest = {name: option for name, option in settings.items() if name not in TRAINING and name != "every"}
     if method == "grit":
-        return training, GRITConfig.from_dict(rest)
+        preset = rest.pop("preset", None)
+        return training, GRITConfig.from_dict(rest) if preset is None else GRITConfig.preset(preset, **rest)
     if rest:
         raise GRITError(f"method {method} has no option {next(iter(rest))!r}")
     return training, None

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from grit_impl.config import GRITConfig, update_rules
 from grit_impl.ledger.verdict import Verdict
+from grit_impl.method.rules import rule_class
 from grit_impl.trainer import GRITCallback, GRITTrainer
 
 STEPS = 6
@@ -54,12 +55,14 @@ def logged(trainer: Any) -> list[dict[str, float]]:
 @pytest.mark.parametrize("callback", [False, True], ids=["trainer", "callback"])
 @pytest.mark.parametrize("rule", update_rules())
 def test_every_rule_logs_its_numbers(rule: str, callback: bool, tmp_path: Path) -> None:
-    """Oracle: the table of names; only a rule that bounds the divergence has one to tell, at most lr^2 / 2."""
+    """Oracle: the table of names; a rule with a metric has a prediction, at most lr^2 / 2; some have no factors."""
     found = logged(train(rule, tmp_path, callback=callback))
     assert len(found) == STEPS
-    assert set(found[-1]) == NAMES | {"turned_degrees"} | ({"kl"} if rule == "trust_region" else set())
+    assert set(found[-1]) == {"turned_degrees"} | ({"predicted_kl"} if rule == "trust_region" else set()) | (
+        NAMES if rule_class(rule).captures else {"coverage", "inversions"}
+    )
     assert all(0 <= row["turned_degrees"] <= 180 for row in found)
-    assert all(row.get("kl", 0) <= (1e-2) ** 2 / 2 * (1 + 1e-6) for row in found)
+    assert all(row.get("predicted_kl", 0) <= (1e-2) ** 2 / 2 * (1 + 1e-6) for row in found)
     assert [row["inversions"] for row in found] == sorted(row["inversions"] for row in found)
 
 

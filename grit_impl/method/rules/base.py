@@ -55,14 +55,21 @@ class UpdateRule:
         stacks: What the rule changes.
         sides: Which factor (0: S_a, 1: S_g) the gradient of A meets, and which that of B.
         whole_step: Computes the step itself, from gradients that are clipped; otherwise clipping follows.
+        captures: Needs the factors; without, no statistics are taken, and options that read them are refused.
     """
 
     whole_step: ClassVar[bool] = False
+    captures: ClassVar[bool] = True
     _STATE: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: GRITConfig, layers: Sequence[LoRAFactorPair], factors: KroneckerFactors) -> None:
         self.config, self.layers, self.factors = config, layers, factors
         self.stacks = [] if self.whole_step else layer_stacks(layers)
+        names = ("lambda_kfac", "lambda_reproj", "reprojection_freq")
+        if not self.captures and (asked := [name for name in names if getattr(config, name)]):
+            raise GRITError(
+                f"update_rule = {config.update_rule!r} takes no statistics, which {asked[0]} needs: set it to 0"
+            )
         self.sides = (1, 0) if config.pairing == "fisher" else (0, 1)
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
@@ -128,9 +135,13 @@ class WholeStep(UpdateRule):
 
     Attributes:
         steps: Of each stack (n,): steps in which the parameter had a gradient.
+        lora_only: Has no step for trained parameters that are not LoRA's, and refuses them.
+        paired: Wants stacks of layers whose other factors have one shape, too.
     """
 
     whole_step = True
+    lora_only: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
     steps: list[Tensor]
 
     def init(self) -> None:
@@ -194,13 +205,18 @@ class WholeStep(UpdateRule):
         """Learn which parameters are trained, in which groups, and make the state for them.
 
         Raises:
-            GRITError: the optimizer misses some of the layers'.
+            GRITError: the optimizer misses some of the layers', or trains others that the rule has no step for.
         """
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) not in trained for layer in self.layers for p in (layer.a, layer.b)):
             raise GRITError(f"update_rule = {self.config.update_rule!r}: the optimizer misses LoRA parameters")
         self._optimizer = optimizer
-        self.stacks = make_stacks(self.layers, optimizer.param_groups, STACK_ELEMENTS)
+        self.stacks = make_stacks(self.layers, optimizer.param_groups, STACK_ELEMENTS, self.paired)
+        if self.lora_only and any(stack.side is None for stack in self.stacks):
+            raise GRITError(
+                f"update_rule = {self.config.update_rule!r} knows LoRA factors only, and other parameters are trained "
+                "too: freeze them, or use update_rule = 'eigenbasis'"
+            )
         self.steps = [
             torch.zeros(stack.shape[0], dtype=stack.dtype, device=stack.layers.device) for stack in self.stacks
         ]

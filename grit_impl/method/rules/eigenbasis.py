@@ -21,7 +21,10 @@ permutations and signs are followed exactly, nothing has to be sorted or matched
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
+from torch import Tensor
 
 from grit_impl.method.factors import READY, TRACE_FLOOR
 from grit_impl.method.rules.base import BETAS, WholeStep, rule
@@ -43,7 +46,7 @@ class Eigenbasis(WholeStep):
         refreshes: How often the bases were renewed.
     """
 
-    _STATE = ("steps", "refreshes", "basis", "exp_avg", "exp_avg_sq")
+    _STATE: ClassVar[tuple[str, ...]] = ("steps", "refreshes", "basis", "exp_avg", "exp_avg_sq")
 
     def init(self) -> None:
         """The identity as bases, and moments of zero."""
@@ -55,12 +58,16 @@ class Eigenbasis(WholeStep):
         self.exp_avg = [stack.zeros() for stack in self.stacks]
         self.exp_avg_sq = [stack.zeros() for stack in self.stacks]
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(2, L, r, r) whose eigenvectors are the bases of A (0) and of B (1), and (2, L): which are known."""
+        return self.factors.covariances().flip(0), (self.factors.status == READY).flip(0)
+
     def refresh(self) -> None:
         """Renew all bases in one batched call; a factor that is not ready keeps its basis. Waits only at first."""
-        s = self.factors.covariances()
+        s, ready = self.matrices()
         s = s / self.factors.mean_eigenvalues(s).clamp_min(TRACE_FLOOR)[..., None, None]
-        ready = (self.factors.status == READY).flip(0)[..., None, None]
-        s = torch.where(ready, s.flip(0), self.factors.eye)
+        ready = ready[..., None, None]
+        s = torch.where(ready, s, self.factors.eye)
         if self.refreshes < SOLVED_REFRESHES:
             # Lifted by one, the layer's own rank comes before the padding, however singular S is.
             basis = eigh(s + self._used)[1].flip(-1)

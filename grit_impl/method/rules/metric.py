@@ -4,7 +4,8 @@
     F_B = S_a (x) s_y I,    s_y = trace(S_g) / |B|^2,     since S_g = s^2 B' S_dy B
 
 Both scales are measured in the directions that matter, from what GRIT knows anyway. They make A and B, and all layers,
-comparable: a step D of one tensor changes the model by KL = D' F D / 2 per token.
+comparable: in this metric a step D of one tensor changes the model by D' F D / 2 per token. How far that is from the
+divergence itself: see `trust_region`.
 
 Averages lag, and B starts at 0 and grows: S_g = s^2 B' S_dy B of twenty steps ago is far too small a metric. The sizes
 |A|^2 and |B|^2 are averaged like the factors, so that s_x and s_y compare like with like, and a factor counts

@@ -2,7 +2,8 @@
 
 Derivation. With dA = sum_t g_t x_t' and dB = sum_t dy_t s a_t', the Fisher block of A is, in K-FAC's approximation,
 E[x x'] (x) S_g and that of B is S_a (x) E[dy dy']. Preconditioning with the r x r side of each gives the natural
-gradient in rank space: dA <- (S_g + d I)^-1 dA and dB <- dB (S_a + d I)^-1.
+gradient in rank space: dA <- (S_g + d I)^-1 dA and dB <- dB (S_a + d I)^-1. By default each keeps the norm that it
+had, which is this project's and not the published method's (`renormalise`; preset `released_defaults`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ Tone = Literal["supported", "refuted", "inconclusive"]
 NAMES = {
     "base": "the base model, untrained",
     "baseline": "plain LoRA, AdamW",
-    "hybrid": "published rule, in a callback",
-    "pure": "published rule, GRITTrainer",
+    "hybrid": "K-FAC rule, in a callback",
+    "pure": "K-FAC rule, GRITTrainer",
     "recommended": "preset recommended, GRITTrainer",
 }
 HELPED = {
@@ -50,7 +50,7 @@ class ArmLines:
 
 
 def arms(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[ArmLines]:
-    """The published rule and the preset `recommended`, as far as there is something to say; a trainer of one's own."""
+    """The K-FAC rule and the preset `recommended`, as far as there is something to say; a trainer of one's own."""
     found = []
     for name in ("pure", "recommended", "trainer"):
         mattered, helped = _mattered(evidence, judged, name), _helped(evidence, judged, name)
@@ -62,7 +62,7 @@ def arms(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[ArmLines]:
 
 def sentence(found: Sequence[ArmLines]) -> str:
     """What the arms' answers come to, a sentence each; empty if there are none."""
-    subjects = {"pure": "The published rule", "recommended": "The preset recommended", "trainer": "Your trainer"}
+    subjects = {"pure": "The K-FAC rule", "recommended": "The preset recommended", "trainer": "Your trainer"}
     sentences = []
     for arm in found:
         words = {each.question: each.word for each in arm.answers}

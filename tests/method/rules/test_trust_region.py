@@ -87,3 +87,21 @@ def test_trust_region_is_the_natural_gradient_within_it(side: str, gaussian: Any
     natural = -torch.linalg.solve(fisher, g.flatten()).view_as(g)
     moved = found["moved"] if side == "a" else found["moved"].T
     torch.testing.assert_close(moved, natural, rtol=1e-8, atol=1e-10)
+
+
+def test_the_bound_is_the_metrics_and_not_the_models(llama: Any, sequences: Any, collate: Any) -> None:
+    """Known to be wrong: on a language model the divergence of a step is larger than lr^2 / 2. Oracle: both models."""
+    model, lr = llama(dtype=torch.float64), 1e-3
+    batch = collate(sequences(4, 0))
+    manager = GRITManager(model, GRITConfig(update_rule="trust_region", **FAST)).attach()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optim = GRITOptimizer(torch.optim.AdamW(parameters, lr, weight_decay=0.0), manager)
+    real = batch["attention_mask"].bool()
+    for _ in range(8):
+        before = model(**batch).logits.detach()[real].log_softmax(-1)
+        model(**batch).loss.backward()
+        optim.step()
+        optim.zero_grad()
+    after = model(**batch).logits.detach()[real].log_softmax(-1)
+    assert lr**2 < float(manager.rule.decrement)  # the bound binds
+    assert float((before.exp() * (before - after)).sum(-1).mean()) > 2 * lr**2 / 2

@@ -239,12 +239,12 @@ def test_rounded_zero_has_no_sign(make_evidence):
 @pytest.mark.parametrize(
     ("right", "effective", "expected"),
     [
-        (0.70, True, "The published rule mattered and helped."),
-        (0.61, True, "The published rule mattered; whether it helped is open."),
-        (0.50, True, "The published rule mattered, but did not help."),
-        (0.50, False, "The published rule did not matter and did not help."),
-        (0.70, False, "The published rule did not matter, but helped."),
-        (0.61, None, "The published rule may have mattered; whether it helped is open."),
+        (0.70, True, "The K-FAC rule mattered and helped."),
+        (0.61, True, "The K-FAC rule mattered; whether it helped is open."),
+        (0.50, True, "The K-FAC rule mattered, but did not help."),
+        (0.50, False, "The K-FAC rule did not matter and did not help."),
+        (0.70, False, "The K-FAC rule did not matter, but helped."),
+        (0.61, None, "The K-FAC rule may have mattered; whether it helped is open."),
     ],
 )
 def test_first_sentence(make_evidence, claims, right, effective, expected):
