@@ -21,7 +21,7 @@ from torch import Tensor
 from grit_impl.config import GRITConfig
 from grit_impl.recipes.tokens import IGNORE
 from grit_impl.sweep.optimizers import build_optimizer
-from grit_impl.sweep.run import MAX_GRAD_NORM, _collate, _encode, _model, _schedule, find_task
+from grit_impl.sweep.run import MAX_GRAD_NORM, _encode, _model, _schedule, collate, find_task
 
 DRAWS = 4  # of labels from the model itself
 FACTORS = {
@@ -148,7 +148,7 @@ def main() -> None:
     print("step", "predicted", *FACTORS, "measured / predicted", sep=" | ")
     parameters = [p for layer in manager.layers for p in (layer.a, layer.b)]
     for step in range(1, max(asked.probes) + 1):
-        batch = _collate(rows[8 * (step - 1) : 8 * step], tokenizer, "cpu")
+        batch = collate(rows[8 * (step - 1) : 8 * step], tokenizer, "cpu")
         rate = asked.lr * _schedule(step, 200, 5)
         for group in optimizer.param_groups:
             group["lr"] = rate
