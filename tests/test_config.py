@@ -42,6 +42,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("log_fisher_spectrum", None, "bool"),
     ("log_top_eigs", -1, "0 or more"),
     ("kfac_inversion_device", "gpu", "cpu, cuda or cuda:N"),
+    ("spectral_floor", -0.1, "0 or more"),
     ("update_rule", "adam", "eigenbasis, gram, precondition, spectral, trust_region"),
 ]
 

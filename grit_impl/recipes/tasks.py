@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from grit_impl import aqi
@@ -21,6 +22,8 @@ Draw = Callable[[random.Random], tuple[str, str]]
 SPLIT_SEEDS = {"validation": 20240601, "test": 20240602}
 HELD_OUT = {"validation": 160, "test": 160}
 """Questions in each held-out set."""
+HELD_OUT_ROWS = 200
+"""The same of a folder's rows."""
 
 _UNITS = (
     ("km", "m", 3),
@@ -161,12 +164,61 @@ TASKS = {
 }
 
 
-def find_task(name: str) -> Task:
-    """The task of this name.
+@dataclass(frozen=True)
+class FolderTask:
+    """Somebody's rows: a folder with files `train` and `test`, in any layout that `load_instructions` knows.
+
+    Attributes:
+        name: The folder.
+    """
+
+    name: str
+
+    def rows(self, side: str, base: str, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+        """`input_ids` and `labels` of a side, as the base is asked, in a fixed order.
+
+        `validation` is drawn from the training rows, `train` has the others, `test` is drawn from its own file.
+
+        Raises:
+            GRITError: the folder lacks a file, or a row is wrong.
+        """
+        from grit_impl.recipes.datasets import load_instructions
+        from grit_impl.recipes.formats import find_format
+        from grit_impl.recipes.tokens import encode
+
+        how = find_format(base, tokenizer)
+        file = self.file("test" if side == "test" else "train")
+        rows = load_instructions(file, seed=SPLIT_SEEDS["test"], form=how.form, tokenizer=tokenizer)
+        kept = slice(HELD_OUT_ROWS, None) if side == "train" else slice(HELD_OUT_ROWS)
+        names = [name for name in ("prompt", "completion", "rendered") if name in rows.column_names]
+        found = encode({name: list(rows[name])[kept] for name in names}, tokenizer, max_length, how.end)
+        return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+
+    def file(self, side: str) -> Path:
+        """The file of `train` or `test`.
+
+        Raises:
+            GRITError: there is none.
+        """
+        found = sorted(Path(self.name).glob(f"{side}.*"))
+        if not found:
+            raise GRITError(f"task {self.name}: the folder has no file {side}.jsonl (or .json, .csv, .parquet)")
+        return found[0]
+
+
+def find_task(name: str) -> Task | FolderTask:
+    """The task of this name, or that of a folder.
 
     Raises:
         GRITError: there is none.
     """
-    if name not in TASKS:
-        raise GRITError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
+    if "/" not in name:
+        raise GRITError(
+            f"unknown task {name!r}: choose one of {', '.join(TASKS)}, or a folder with train and test files"
+        )
+    task = FolderTask(name)
+    for side in ("train", "test"):
+        task.file(side)
+    return task

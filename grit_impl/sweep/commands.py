@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def sweep() -> None:
 @click.option("--task", "tasks", multiple=True, help="Only this task of the plan (repeatable).")
 @click.option("--seed", "seeds", type=int, multiple=True, help="After tuning, only this seed (repeatable).")
 @click.option("--retry", is_flag=True, help="Run again what failed.")
+@click.option("--dry", is_flag=True, help="Say what would run, and run nothing.")
 def run(
     plan: str,
     out: Path,
@@ -66,6 +68,7 @@ def run(
     tasks: tuple[str, ...],
     seeds: tuple[int, ...],
     retry: bool,
+    dry: bool,
 ) -> None:
     """Run PLAN (a plan of the project by name, or a .toml file), or what is still missing of it.
 
@@ -93,6 +96,12 @@ def run(
     if base is not None:
         chosen = dataclasses.replace(chosen, base=base)
     selected = chosen.only(tasks, seeds)
+    if dry:
+        counts = Counter((job.phase, job.task, job.arm) for job in selected.jobs())
+        for (phase, task, arm), count in counts.items():
+            click.echo(f"{phase:10s} {task:20s} {arm:20s} {count:4d} runs")
+        click.echo(f"{sum(counts.values())} runs of {selected.common.get('steps', 'their own')} steps")
+        return
     check_device(device)
     with Store(out / DATABASE) as store:
         before = store.meta.get("plan")

@@ -83,7 +83,7 @@ def travelled(
 
 def table() -> str:
     """The table, on the embedded base and AQI's rows; B is drawn at random in A's size."""
-    from grit_impl.recipes.tasks import find_task
+    from grit_impl.recipes.tasks import TASKS
     from grit_impl.sweep.run import _encode, _model, collate
 
     job = {"base": "tiny", "method": "adamw", "seed": 0}
@@ -97,7 +97,7 @@ def table() -> str:
         return model.double()
 
     _, tokenizer = _model(job, {"rank": 16, "alpha": 16}, "cpu")
-    rows = _encode(find_task("aqi").training(4 * STEPS, 0), tokenizer)
+    rows = _encode(TASKS["aqi"].training(4 * STEPS, 0), tokenizer)
     batches = [collate(rows[i : i + 4], tokenizer, "cpu") for i in range(0, len(rows), 4)]
     changes = transforms(16)
     lines = [f"| method | {' | '.join(changes)} |", "| --- " * (1 + len(changes)) + "|"]

@@ -38,6 +38,7 @@ TRAINING: dict[str, type] = {
     "alpha": float,
     "steps": int,
     "batch_size": int,
+    "max_length": int,
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_impl.recipes.tasks import find_task
+from grit_impl.recipes.tasks import FolderTask, find_task
 from grit_impl.recipes.tiny_llama import knowledge
 from grit_impl.recipes.tiny_llama.corpus import SHORT_TEMPLATE
 from grit_impl.recipes.tokens import IGNORE, encode
@@ -55,10 +55,15 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
     training, _ = split_settings(job["method"], settings)
     steps, size, task = training["steps"], training["batch_size"], find_task(job["task"])
     split = "validation" if job["phase"] == "tuning" else "test"
-    held_out = _evaluation_batches(task.held_out(split), tokenizer, device)
+    length = settings.get("max_length", MAX_LENGTH)
+    if isinstance(task, FolderTask):
+        held_out = by_length(task.rows(split, job["base"], tokenizer, length), tokenizer, device)
+        rows = _epochs(task.rows("train", job["base"], tokenizer, length) if steps else [], steps * size, job["seed"])
+    else:
+        held_out = _evaluation_batches(task.held_out(split), tokenizer, device)
+        rows = _encode(task.training(steps * size, job["seed"]), tokenizer) if steps else []
+        random.Random(job["seed"]).shuffle(rows)
     facts = [(item["question"], item["answer"]) for item in knowledge.frozen_items()]
-    rows = _encode(task.training(steps * size, job["seed"]), tokenizer) if steps else []
-    random.Random(job["seed"]).shuffle(rows)
     batches = [collate(rows[i : i + size], tokenizer, device) for i in range(0, len(rows), size)]
     result = fit(
         model,
@@ -176,6 +181,14 @@ def _model(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> 
     base.config.use_cache = False
     lora = LoRASettings(r=settings["rank"], alpha=settings["alpha"], rslora=job["method"] == "rslora")
     return add_lora(base, lora, job["seed"]).train(), tokenizer
+
+
+def _epochs(rows: Sequence[dict[str, list[int]]], n: int, seed: int) -> list[dict[str, list[int]]]:
+    """`n` rows in the seed's order, each once before any comes again."""
+    random_, found = random.Random(seed), list[dict[str, list[int]]]()
+    while rows and len(found) < n:
+        found += random_.sample(rows, len(rows))
+    return found[:n]
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from grit_impl.config import GRITConfig
+from grit_impl.recipes.tasks import TASKS
 from grit_impl.recipes.tokens import IGNORE
 from grit_impl.sweep.optimizers import build_optimizer
-from grit_impl.sweep.run import MAX_GRAD_NORM, _encode, _model, _schedule, collate, find_task
+from grit_impl.sweep.run import MAX_GRAD_NORM, _encode, _model, _schedule, collate
 
 DRAWS = 4  # of labels from the model itself
 FACTORS = {
@@ -141,7 +142,7 @@ def main() -> None:
     settings = {"rank": 16, "alpha": 16, "lr": asked.lr, "beta1": 0.9, "beta2": 0.999}
     model, tokenizer = _model({"base": "tiny", "method": "grit", "seed": asked.seed}, settings, "cpu")
     model.double()
-    rows = _encode(find_task(asked.task).training(200 * 8, asked.seed), tokenizer)
+    rows = _encode(TASKS[asked.task].training(200 * 8, asked.seed), tokenizer)
     optimizer, manager = build_optimizer(model, "grit", settings, GRITConfig(update_rule="trust_region"), MAX_GRAD_NORM)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0

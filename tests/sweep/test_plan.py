@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from grit_impl.errors import GRITError
 from grit_impl.sweep.commands import sweep
-from grit_impl.sweep.plan import load_plan
+from grit_impl.sweep.plan import METHODS, load_plan
 from grit_impl.sweep.store import Store
 
 PLANS = ("grit-vs-lora-tiny", "grit-vs-lora-40m")
@@ -121,3 +121,23 @@ def test_a_folder_holds_runs_of_one_plan(plan_text: str, tmp_path: Path, old: st
         result = CliRunner().invoke(sweep, ["run", str(plan), "--out", str(out)])
         assert isinstance(result.exception, GRITError)
         assert f"another {named}: give another --out" in str(result.exception)
+
+
+def test_the_real_tasks_plan_is_fair_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the plan's own numbers. Without its rows it is refused by name; --dry lists it and runs nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GRITError, match="task data/gsm8k: the folder has no file train"):
+        load_plan("real-tasks-smollm2")
+    for name in ("gsm8k", "boolq", "openbookqa"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for side in ("train", "test"):
+            (tmp_path / "data" / name / f"{side}.jsonl").touch()
+    plan = load_plan("real-tasks-smollm2")
+    assert set(plan.methods.values()) == {*METHODS} - {"none"}
+    assert {len(trials) for trials in plan.trials.values()} == {6}
+    assert all(set(trial) == {"lr"} for trials in plan.trials.values() for trial in trials)
+    assert all(set(fixed) <= {"ratio", "reg", "update_rule", "preset"} for fixed in plan.fixed.values())
+    found = CliRunner().invoke(sweep, ["run", "real-tasks-smollm2", "--out", str(tmp_path / "out"), "--dry"])
+    arms = len(plan.trials)
+    assert f"{arms * 4 * (6 * 3 + 8) + 4} runs of 600 steps" in found.output
+    assert not (tmp_path / "out").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,8 @@ from grit_impl import aqi
 from grit_impl.errors import GRITError
 from grit_impl.recipes.tasks import HELD_OUT, TASKS, find_task
 from grit_impl.recipes.tiny_llama import knowledge
+
+SIDES = ("train", "validation", "test")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -86,3 +90,26 @@ def test_an_unknown_task_or_split_is_refused() -> None:
         find_task("juggle")
     with pytest.raises(GRITError, match="'train'"):
         find_task("convert").held_out("train")
+
+
+def test_a_folders_sides_have_no_row_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the files. Every training row comes once before any comes again; seeds order them; a run trains."""
+    from grit_impl.recipes import tasks
+    from grit_impl.recipes.bases import load_tokenizer
+    from grit_impl.sweep.run import _epochs, train
+
+    monkeypatch.setattr(tasks, "HELD_OUT_ROWS", 8)
+    for side, n in (("train", 24), ("test", 10)):
+        rows = [{"question": f"What is {side} {i}?", "answer": str(i)} for i in range(n)]
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, tokenizer = find_task(str(tmp_path)), load_tokenizer("tiny")
+    sides = {side: {tuple(r["input_ids"]) for r in task.rows(side, "tiny", tokenizer, 64)} for side in SIDES}
+    assert {side: len(rows) for side, rows in sides.items()} == {"train": 16, "validation": 8, "test": 8}
+    assert not sides["train"] & sides["validation"]
+    rows = task.rows("train", "tiny", tokenizer, 64)
+    orders = [[tuple(row["input_ids"]) for row in _epochs(rows, 32, seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert set(orders[0][:16]) == set(orders[0][16:]) == sides["train"]
+    settings = {"lr": 3e-3, "warmup": 1, "rank": 4, "alpha": 4, "steps": 2, "batch_size": 2, "every": 2}
+    job = {"base": "tiny", "task": str(tmp_path), "method": "adamw", "seed": 0, "phase": "evaluation"}
+    assert train(job, {**settings, "max_length": 64}, "cpu")["status"] == "done"
