@@ -58,7 +58,7 @@ class Scalars:
             `grit/inversions`. `grit/condition_a`, `grit/condition_g`: of the damped factors, median over layers, and
             `grit/effective_rank_a`, `grit/effective_rank_g`: their mean, both at the last inversion.
             `grit/predicted_kl`: by what the last step changes the model in trust_region's own metric, in nats; the
-            divergence itself is 23 to 4,380 times that (docs/measurements/grit-vs-lora.md, section 11).
+            divergence itself is 23 to 4,380 times that (docs/measurements/grit-vs-lora.md, section 12).
         """
         manager = self.manager
         found = {

@@ -10,7 +10,7 @@ preconditioned after averaging, so that old gradients meet the present metric.
 
 What is promised: D' F D <= lr^2 for this F. That is no bound on the divergence of the model, which was measured 23 to
 4,380 times lr^2 / 2 on the embedded base (suites/benchmarks/trust_region_kl.py; docs/measurements/grit-vs-lora.md,
-section 11): the tensors' steps agree where a block-diagonal F lets each count alone (5 to 24 x), tokens with large
+section 12): the tensors' steps agree where a block-diagonal F lets each count alone (5 to 24 x), tokens with large
 activations have large gradients too, which a product of averages misses (2 to 12 x), and in the first steps the
 averages lag behind factors that grow. So the radius is to be tuned, like any learning rate.
 """
