@@ -189,6 +189,20 @@ def _ends(values: np.typing.NDArray[np.bool_]) -> bool:
     return runs[-1] >= max(2, -(-n // 10)) and runs[-1] >= 2 * max(runs[:-1], default=0)
 
 
+def waiting(f: Facts) -> pd.Series:
+    """Rows of A whose gradient is zero because B, which has one, is what it was when the run began: zero.
+
+    In the same way of B where A begins with zeros.
+    """
+    t = f.tensors
+    first = t.sort_values("step").groupby("name").hash_before.transform("first")
+    still = t[(t.raw > 0) & ~t.unheld & ((t.hash_before == first) | (t.step == t.step.min()))]
+    sides = {"A": "B", "B": "A"}
+    waited_for = set(zip(still.layer, still.group.map(sides), still.step, strict=True))
+    keys = zip(t.layer, t.group, t.step, strict=True)
+    return (t.raw == 0) & pd.Series([key in waited_for for key in keys], t.index, dtype=bool)
+
+
 def transitions(f: Facts) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
     """Updates that were seen; which of them moved the tensor; and its hash when it was seen next."""
     rows = f.tensors[f.tensors.hash_after.notna() & ~f.tensors.unheld].sort_values(["step", "name"], kind="stable")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from grit_impl.ledger.chain import CHECKS, Breach, Check
-from grit_impl.ledger.chain.table import LinkRow, chain_of, not_checked
+from grit_impl.ledger.chain.table import LinkRow, chain_of, not_checked, unmoved
 from grit_impl.ledger.chain.words import degrees, most, number, of_all, steps_of
 from grit_impl.ledger.findings import Facts, facts
 from grit_impl.notebook import card
@@ -157,7 +157,8 @@ def _plain(f: Facts, chain: Sequence[LinkRow]) -> str:
     text = (
         f"Plain training: {optimizer} found the gradients of {number(f.live.name.nunique(), 'tensor')} as backward left"
     )
-    return f"{text} them, in {number(len(f.steps), 'step')}, and moved the weights by them ({moved} updates seen)"
+    text += f" them, in {number(len(f.steps), 'step')}, and moved the weights by them ({moved} updates seen)"
+    return f"{text}; not checked: {late}" if (late := unmoved(f)) else text
 
 
 def _of_a_part(verdict: Verdict, f: Facts) -> Verdict:

@@ -5,7 +5,46 @@ from __future__ import annotations
 from ledgers import BENT, NAMES, Case, ledger, some, statuses
 
 DEAD = NAMES[3]
+FROZEN = {"absent": 1, "why": "frozen", "raw": None, "entry": None}
 CASES: dict[str, Case] = {
+    "in-turn": (
+        "no-gradient",
+        ledger(lambda s, n: {} if ("lora_A" in n) == (s % 8 < 4) else FROZEN, steps=16),
+        None,
+        {},
+    ),
+    "in-turn-one-cycle": (
+        "no-gradient",
+        ledger(lambda s, n: {} if NAMES.index(n) == (s - 1) // 5 else FROZEN, steps=20),
+        None,
+        {},
+    ),
+    "unfrozen-late": ("no-gradient", ledger(lambda s, n: FROZEN if n == DEAD and s < 8 else {}), None, {}),
+    "frozen-late": (
+        "no-gradient",
+        ledger(lambda s, n: FROZEN if n == DEAD and s > 5 else {}),
+        "B of layer 1, q_proj got no gradient from step 6 of 10 on (frozen); the other 3 tensors did",
+        {"without": 5},
+    ),
+    "short-run": ("no-gradient", ledger(lambda s, n: {"raw": 0.0} if "lora_A" in n else {}, steps=1), None, {}),
+    "short-run-in-warm-up": (
+        "no-gradient",
+        ledger(lambda s, n: {"raw": 0.0} if "lora_A" in n else {"hash_before": n}, steps=2),
+        None,
+        {},
+    ),
+    "a-zero-though-b-moves": (
+        "no-gradient",
+        ledger(lambda s, n: {"raw": 0.0} if "lora_A" in n else {}, steps=4),
+        "A of all 2 layers never got a gradient; the other 2 tensors did",
+        {"without": 6},
+    ),
+    "warm-up-of-two-steps": (
+        "learning-rate-zero",
+        ledger(lambda s, n: {"rate_zero": 1, "hash_after": f"{n}@1"} if s == 1 else {}, steps=2),
+        None,
+        {},
+    ),
     "nan-written": (
         "non-finite",
         some(3, {"nonfinite": 1, "by": "GRIT"}),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grit_impl.ledger.fingerprints import Fingerprinter
-from grit_impl.ledger.watches import HookWatch, access
+from grit_impl.ledger.watches import HookWatch, MemoryWatch, access
 from grit_impl.ledger.watches.kept import KeptWatch
 
 
@@ -83,6 +83,28 @@ def test_one_hook_registered_twice(same: bool) -> None:
         p.register_hook(partial(scale, by if same else [2.0]))
     watch.look([p], lambda j: {})
     assert watch.repeated == ({0} if same else set())
+
+
+@pytest.mark.parametrize("asks", ["another model's", "this one's", "this one's, through its gradients", "garbage"])
+def test_hooks_left_behind(asks: str) -> None:
+    """Oracle: whose hooks they are: those of another model's adapter say nothing about this one."""
+
+    class Reader:
+        def __init__(self, *known: nn.Module) -> None:
+            self.known = known
+            for part in known:
+                getattr(part, "lora_A", part).register_forward_hook(lambda *_: self)
+
+    model, old = Layer(), Layer()
+    watch, left = MemoryWatch(model), old.lora_A
+    Reader(model, left) if asks == "this one's" else Reader(left)
+    if asks == "this one's, through its gradients":
+        watch.read[id(left.weight)] = left.weight
+    del old
+    if asks == "garbage":
+        del left
+    watch.look(2, set(), [model.lora_A.weight])
+    assert watch.dead_hooks == asks.startswith("this one's")
 
 
 def test_reads_and_assignments_are_heard() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 
 from grit_impl.ledger.chain.links import Breach, check, rows_of
 from grit_impl.ledger.chain.words import most, number, of_all, since
-from grit_impl.ledger.findings import Facts, lasting
+from grit_impl.ledger.findings import Facts, lasting, waiting
 
 
 @check("used", "wrong-parameters", "gradients were written to tensors that no optimizer of this model uses")
@@ -91,16 +92,32 @@ def _no_gradient(f: Facts) -> Breach | None:
     if f.steps and not len(rows):
         return Breach("no backward pass left a gradient in any watched tensor", None, {"without": 0})
     flags = (rows.absent & (rows.why.isna() | (rows.why == "frozen"))) | (rows.raw == 0)
+    flags &= ~(_in_turn(rows) | waiting(f).reindex(rows.index))
     names = lasting(rows, flags)
     if not names:
         return None
     bad = rows_of(rows, names, flags)
-    never = len(bad) == len(rows[rows.name.isin(names)])
+    never = not (rows[rows.name.isin(names)].raw > 0).any()
     what = "never got a gradient" if never else f"got no gradient {since(bad, f)}"
     frozen = " (frozen)" if (bad.why == "frozen").any() else ""
     rest = rows.name.nunique() - len(names)
     others = f"; the other {number(rest, 'tensor')} did" if rest else ""
     return Breach(f"{of_all(names, f)} {what}{frozen}{others}", names, {"without": len(bad)})
+
+
+def _in_turn(rows: pd.DataFrame) -> pd.Series:
+    """Rows of tensors that are frozen for a while: until they are trained, or while others that were frozen are."""
+    rows = rows.sort_values(["name", "step"])
+    off, frozen = rows.absent, rows.why == "frozen"
+    run = ((off != off.shift()) | (rows.name != rows.name.shift())).cumsum()
+    by_run = rows.assign(frozen=frozen, off=off, run=run).groupby("run")
+    runs = by_run.agg(name=("name", "first"), off=("off", "first"), frozen=("frozen", "any"), first=("step", "min"))
+    runs["frozen"] &= runs.off
+    thawed = runs.frozen.shift(fill_value=False) & (runs.name == runs.name.shift())
+    began = runs["first"] > rows.step.min()
+    with_others = began & runs["first"].isin(runs["first"][thawed])
+    planned = runs.frozen & (thawed.shift(-1, fill_value=False) | with_others)
+    return run.map(planned).reindex(rows.index)
 
 
 @check("read", "starved", "no statistics reach the preconditioner: its hooks never fire")

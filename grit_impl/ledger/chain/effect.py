@@ -14,6 +14,8 @@ APART, LEAD = 0.02, 0.003
 """1 - cos between the raw and the modified gradient from which on an update can follow one of them, and by how much."""
 FURTHER = 2.0
 """So many times the way of the steps since the last time is more than a constraint on the weights takes back."""
+FEW = 6
+"""Steps from which on a run tells more than how it begins."""
 ROUNDED = 2e-3
 """So much of its size a gradient may lose to a coarser type and back."""
 SOME_STEPS = 0.7
@@ -112,7 +114,7 @@ def _normalised(rows: pd.DataFrame) -> bool:
 def _rate_zero(f: Facts) -> Breach | None:
     rows = f.live[f.live.hash_after.notna()]
     still = rows.hash_before == rows.hash_after
-    names = lasting(rows, still & rows.rate_zero)
+    names = lasting(rows, still & rows.rate_zero & ~_warm_up(rows, still))
     rates = [s["lr"][1] for s in f.steps if s.get("lr")]
     if names:
         bad = rows_of(rows, names, still & rows.rate_zero)
@@ -124,11 +126,18 @@ def _rate_zero(f: Facts) -> Breach | None:
     return None
 
 
+def _warm_up(rows: pd.DataFrame, still: pd.Series) -> pd.Series:
+    """A rate that begins with zero, in runs so short that its first step may be half of them."""
+    moved = rows.step.where(~still).groupby(rows.name).transform("min")
+    short: pd.Series = rows.groupby("name").step.transform("size") < FEW
+    return short & rows.rate_zero & (rows.step < moved)
+
+
 @check("moved", "no-update", "the optimizer ran but changed no bit of the parameters, or rounding left nothing")
 def _no_update(f: Facts) -> Breach | None:
     rows = f.live[f.live.hash_after.notna()]
     still = rows.hash_before == rows.hash_after
-    names = lasting(rows, still)
+    names = lasting(rows, still & ~_warm_up(rows, still))
     # Small updates of a few tensors round to nothing, in plain training too: the table tells of them.
     if names and 2 * len(names) >= rows.name.nunique():
         bad = rows_of(rows, names, still)

@@ -10,7 +10,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from grit_impl.ledger.chain.effect import follows
 from grit_impl.ledger.chain.links import LINKS, REPLAYED, SAME_UPDATE
 from grit_impl.ledger.chain.words import number, of_all
-from grit_impl.ledger.findings import AWAY, Facts, transitions
+from grit_impl.ledger.findings import AWAY, Facts, transitions, waiting
 from grit_impl.ledger.timeline import TURN
 
 
@@ -117,6 +117,13 @@ def custody(f: Facts) -> list[tuple[int, int, list[tuple[int, int, str]]]]:
     return rows
 
 
+def unmoved(f: Facts) -> str:
+    """Of which tensors no gradient could be seen, because their partners were zero until then; empty: of none."""
+    names = set(f.tensors[waiting(f)].name) - set(f.live.name)
+    sides = " and ".join(sorted(set(f.tensors[f.tensors.name.isin(names)].group)))
+    return f"{of_all(names, f)} (too few steps to see {sides}: the other factor was zero until then)" if names else ""
+
+
 def not_checked(f: Facts, chain: tuple[LinkRow, ...]) -> list[str]:
     """Links that nobody could see, and why, for a run in which something is modified."""
     seen, out = {row.link: row.seen for row in chain}, []
@@ -131,6 +138,8 @@ def not_checked(f: Facts, chain: tuple[LinkRow, ...]) -> list[str]:
         out.append("whether the parameters moved")
     if not seen["kept"]:
         out.append("whether the weights were kept")
+    if late := unmoved(f):
+        out.append(late)
     unsampled = len(f.steps) - f.tensors[f.tensors.hash_raw.notna()].step.nunique()
     if unsampled > 0:
         out.append(f"{number(unsampled, 'step')} in which only the sample was followed")

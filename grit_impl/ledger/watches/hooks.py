@@ -137,8 +137,13 @@ def _content(cell: Any) -> Any:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of others."""
+    return bool(foreign_hooks(module))
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """A module's hooks, but for the ledger's."""
     hooks = (hook for kind in _MODULE_HOOKS for hook in getattr(module, kind).values())
-    return any(not hasattr(hook, "of_the_ledger") for hook in hooks)
+    return [hook for hook in hooks if not hasattr(hook, "of_the_ledger")]
 
 
 def _gradient_hooks(parameter: nn.Parameter) -> str | None:

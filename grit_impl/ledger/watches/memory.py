@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Collection, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grit_impl.ledger.watches.hooks import hooked
+from grit_impl.ledger.watches.hooks import foreign_hooks, hooked
 
 MEMORY_STEP = 3
+MOST_OBJECTS = 100_000
+"""Objects that are gone through in search of who a hook belongs to."""
 
 
 class MemoryWatch:
@@ -29,7 +33,8 @@ class MemoryWatch:
             makes anew: of one kept for all layers, each layer's counts.
         read: By id, parameters that are not watched and whose gradients somebody has read, up to then.
         kept: Those of a LoRA tensor's shape that no module and no optimizer has.
-        dead_hooks: Modules that are part of no other, and have a LoRA tensor's shape and hooks of others.
+        dead_hooks: Modules that are part of no other, and have a LoRA tensor's shape and hooks of somebody who knows
+            the model, or reads the gradients of what it had.
         idle: Positions of tensors that an optimizer holds which has not stepped.
     """
 
@@ -53,9 +58,11 @@ class MemoryWatch:
         if steps + 1 == MEMORY_STEP:
             alive = _Alive(parameters)
             if alive.dead():
-                gc.collect()  # what nobody refers to
+                del alive
+                gc.collect()  # what nobody refers to, ourselves among others
                 alive = _Alive(parameters)
-            self.dead_hooks = alive.dead()
+            ours = {id(self.model), *map(id, self.model.parameters()), *self.read}
+            self.dead_hooks = sum(_reaches(foreign_hooks(module), ours) for module in alive.dead())
             self.kept, self.read = sum(id(o) in self.read for o in alive.lost()), {}
             known = held | alive.held | {id(p) for p in self.model.parameters()}
             self._seen = [
@@ -110,16 +117,33 @@ class _Alive:
         self.shaped = [o for o in self.tensors if o.is_leaf and o.requires_grad and o.shape in self._shapes]
         self.held = optimized()
 
-    def dead(self) -> int:
+    def dead(self) -> list[nn.Module]:
         """Hooked modules that are part of no other and have a watched tensor's shape."""
         parts = {id(part) for module in self._modules for part in module._modules.values()}
-        weights = (m._parameters.get("weight") for m in self._modules if id(m) not in parts and hooked(m))
-        return sum(w is not None and w.shape in self._shapes for w in weights)
+        alone = ((m, m._parameters.get("weight")) for m in self._modules if id(m) not in parts and hooked(m))
+        return [m for m, weight in alone if weight is not None and weight.shape in self._shapes]
 
     def lost(self) -> list[Tensor]:
         """Parameters that no module and no optimizer has."""
         owned = self.held | {id(p) for module in self._modules for p in module._parameters.values()}
         return [o for o in self.shaped if type(o) is nn.Parameter and o.ndim > 1 and id(o) not in owned]
+
+
+def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
+    """Whether one of these objects is found from somewhere, through what holds it but for the globals of modules.
+
+    Another model of the process leaves hooks behind that know nothing of this one, and that nobody asks in its steps.
+    """
+    seen, left = {id(vars(module)) for module in list(sys.modules.values())}, list(roots)
+    while left and len(seen) < MOST_OBJECTS:
+        o = left.pop()
+        if id(o) in wanted:
+            return True
+        if id(o) in seen or isinstance(o, type | ModuleType):
+            continue
+        seen.add(id(o))
+        left += gc.get_referents(o)
+    return False
 
 
 def _tensors_of(ledger: Any) -> list[Tensor]:
