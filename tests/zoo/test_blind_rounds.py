@@ -20,7 +20,6 @@ NOT_MENDED = {
     (4, "adaptive_clip_on_zero_initialised_b"): "the same, of one factor",
     (4, "double_buffered_gradients"): "the step before's preconditioned gradient, every time",
     (4, "orthogonalising_optimizer_undoes_whitening"): "Muon divides the matrix out but for its own iteration's error",
-    (4, "plain_alternating_factors"): "what is frozen for four steps in turn is called frozen",
 }
 """Round and name -> why the verdict is another one. Two more of round 4 are wrong only after others in one process."""
 
