@@ -30,7 +30,7 @@ EXPLAINED = 0.9
 CLEAR = 0.02
 """The tensor's own factor is named unless another explains the matrix better by this."""
 POWERS = {1.0: "the inverse of", 2.0: "the inverse root of", 0.5: "the inverse square of"}
-DECAYS = (0.0, 0.5, 0.95, 1.0)
+DECAYS = np.array([0.0, 0.5, 0.95, 1.0])[:, None, None]
 """Of the running averages that a preconditioner may keep: the last step alone, ..., the sum of all."""
 LARGEST_RANK = 128
 
@@ -91,7 +91,7 @@ class Explainer:
     """Names matrices, step after step: it keeps the running averages that a preconditioner may keep."""
 
     def __init__(self) -> None:
-        self._averages: dict[tuple[str, str, float], Matrix] = {}
+        self._averages: dict[tuple[str, str], Matrix] = {}  # (decays, r, r)
         self._first: dict[tuple[str, str], Matrix] = {}
 
     def see(self, statistics: dict[str, dict[str, Matrix]], squares: dict[str, Matrix]) -> None:
@@ -108,12 +108,11 @@ class Explainer:
             if not np.isfinite(scale) or scale <= 0 or len(value) > LARGEST_RANK:
                 continue
             self._first.setdefault((name, side), value / scale)
-            for decay in DECAYS:
-                # Relative to its size: losses fall, and with them what one step adds.
-                before = self._averages.get((name, side, decay))
-                if before is None or before.shape != value.shape:  # a rank that grew, or shrank
-                    before = np.zeros_like(value)
-                self._averages[name, side, decay] = decay * before + value / scale
+            before = self._averages.get((name, side))
+            if before is None or before.shape[1:] != value.shape:  # a rank that grew, or shrank
+                before = np.zeros((len(DECAYS), *value.shape))
+            # Relative to its size: losses fall, and with them what one step adds.
+            self._averages[name, side] = DECAYS * before + value / scale
 
     def explain(self, tensor: str, layer: str, side: str, operator: RankOperator) -> str:
         """What a matrix is.
@@ -130,48 +129,52 @@ class Explainer:
             return "a number"
         if operator.diagonal_distance < 1e-2:
             return "a diagonal"
+        averages = self._averages
         own, other = ("g", "a") if side == "A" else ("a", "g")
         candidates: dict[str, list[tuple[str, str]]] = {
             OWN: [(layer, own)],
             OTHER: [(layer, other)],
             GRADIENT: [(tensor, "gradient")],
             WEIGHTS: [(layer, "bb" if side == "A" else "aa")],
-            ELSEWHERE: [key[:2] for key in self._averages if key[1] == own and key[0] != layer and key[2] == 0],
+            ELSEWHERE: [key for key in averages if key[1] == own and key[0] != layer],
         }
-        scores: dict[tuple[str, float], float] = {}
-        for what, keys in candidates.items():
-            for name, kind in keys:
-                for decay in DECAYS:
-                    self._score(scores, what, operator.matrix, self._averages.get((name, kind, decay)))
-        self._score(scores, FIRST, operator.matrix, self._first.get((layer, own)))
+        known = {
+            what: [self._averages[key] for key in keys if key in self._averages] for what, keys in candidates.items()
+        }
+        known[FIRST] = [self._first[layer, own][None]] if (layer, own) in self._first else []
+        scores = _scores(operator.matrix, known)
         if not any(what in (OWN, OTHER) for what, _ in scores):
             scores = {k: v for k, v in scores.items() if k[0] == GRADIENT}
         best = max(scores.values(), default=0.0)
         if best < EXPLAINED:
-            known = any(what == OWN for what, _ in scores)
-            return "a matrix that no statistic explains" if known else "a matrix; its statistics were not seen"
+            seen = any(what == OWN for what, _ in scores)
+            return "a matrix that no statistic explains" if seen else "a matrix; its statistics were not seen"
         for what in (OWN, GRADIENT, OTHER, WEIGHTS, FIRST, ELSEWHERE):
             for power, name in POWERS.items():
                 if scores.get((what, power), 0.0) >= best - CLEAR:
                     return f"{name} {what}"
         return "a matrix that no statistic explains"
 
-    @staticmethod
-    def _score(scores: dict[tuple[str, float], float], what: str, matrix: Matrix, statistic: Matrix | None) -> None:
-        if statistic is None or statistic.shape != matrix.shape:
-            return
-        symmetric = (matrix + matrix.T) / 2
-        values, vectors = np.linalg.eigh(symmetric)
-        if np.linalg.norm(matrix - symmetric) > 0.1 * np.linalg.norm(matrix) or values[0] <= 1e-9 * values[-1]:
-            return
-        target = _traceless(statistic)
-        for power in POWERS:
-            found = _traceless((vectors * values**-power) @ vectors.T)
-            scale = float(np.linalg.norm(found) * np.linalg.norm(target))
-            score = float((found * target).sum()) / scale if scale > 0 else 0.0
-            scores[what, power] = max(scores.get((what, power), 0.0), score)
+
+def _scores(matrix: Matrix, known: dict[str, list[Matrix]]) -> dict[tuple[str, float], float]:
+    """By statistic and power, the best cosine with the matrix's own inverse power; none for one that is no inverse."""
+    symmetric = (matrix + matrix.T) / 2
+    values, vectors = np.linalg.eigh(symmetric)
+    if np.linalg.norm(matrix - symmetric) > 0.1 * np.linalg.norm(matrix) or values[0] <= 1e-9 * values[-1]:
+        return {}
+    powers = np.array(list(POWERS))
+    found = _unit((vectors * values ** -powers[:, None, None]) @ vectors.T)
+    out = {}
+    for what, statistics in known.items():
+        fitting = [s for s in statistics if s.shape[1:] == matrix.shape]
+        if fitting:
+            cosines = np.einsum("kij,pij->kp", _unit(np.concatenate(fitting)), found).max(0)
+            out |= {(what, power): max(0.0, float(c)) for power, c in zip(powers.tolist(), cosines, strict=True)}
+    return out
 
 
-def _traceless(matrix: Any) -> Matrix:
-    part: Matrix = matrix - np.trace(matrix) / len(matrix) * np.eye(len(matrix))
-    return part
+def _unit(matrices: Matrix) -> Matrix:
+    """(K, r, r), each without its multiple of the identity, of norm 1; 0 where nothing is left."""
+    r = matrices.shape[-1]
+    parts: Matrix = matrices - np.trace(matrices, axis1=1, axis2=2)[:, None, None] / r * np.eye(r)
+    return parts / np.maximum(np.linalg.norm(parts, axis=(1, 2), keepdims=True), 1e-300)
