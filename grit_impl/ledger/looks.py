@@ -88,7 +88,8 @@ class Looks:
         else:
             missing = np.array([g is None for g in grads])
             look = self._take(grads, before)
-            probe = Probe(who or self.context[-1], moment, look.table, missing, self._structures(grads), look=look)
+            samples = self._structures(grads) if now.structured or who == timeline.AUTOGRAD else {}
+            probe = Probe(who or self.context[-1], moment, look.table, missing, samples, look=look)
             probe.written = before is not None and not same
             now.stamps, now.check = stamps(grads), self._checksum(grads)
         now.probes.append(probe)

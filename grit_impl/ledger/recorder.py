@@ -37,7 +37,7 @@ from grit_impl.ledger.interception import Guarded, Interception
 from grit_impl.ledger.observer import Observer
 from grit_impl.ledger.rows import RowWriter, factor_row, run_row
 from grit_impl.ledger.step import Step
-from grit_impl.ledger.stepping import EARLY, FACTOR_STEPS, FOLLOWED
+from grit_impl.ledger.stepping import EARLY, FACTOR_STEPS, FOLLOWED, LOOKED_INTO
 from grit_impl.ledger.structure import Memory
 from grit_impl.ledger.watches import access, sharded, spread
 
@@ -230,7 +230,8 @@ class GradientLedger(Observer):
     def _begin(self) -> None:
         full = self._looks.seen < 2 or self.steps % self.every == 0
         self._trained = self._trained | np.array([p.requires_grad for p in self._parameters])
-        self._looks.begin(self._trained, full=full)
+        now = self._looks.begin(self._trained, full=full)
+        now.structured = self._looks.seen < EARLY or (self.steps + 1) % LOOKED_INTO == 0
         self._reads = 0
         self._hooks.reset()
 
@@ -269,7 +270,7 @@ class GradientLedger(Observer):
             **self._hooks.facts(),
         }
         now.facts = {k: v for k, v in facts.items() if v is not None}
-        now.previous = self._last.by_age()
+        now.previous = self._last.by_age() if now.structured else {}
         self._last.add(now.raw_samples())
         now.witness = self._witness.take()
         now.fetch(cuda=self._parameters[0].is_cuda)

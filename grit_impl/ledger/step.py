@@ -25,6 +25,7 @@ class Step:
 
     Attributes:
         full: Fingerprints are taken in this step.
+        structured: What is applied is looked into, for a few tensors.
         pending: The last backward pass, whose fingerprints wait for the next look.
         stamps: (weak reference, version) of every gradient at the last look.
         check: Hashes of a few gradients at that look.
@@ -68,6 +69,7 @@ class Step:
     shadows: list[Any] = field(default_factory=list)
     optimizers: list[str] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    structured: bool = True
     pending: Probe | None = None
     stamps: list[Stamp | None] = field(default_factory=list)
     check: Any = None

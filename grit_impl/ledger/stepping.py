@@ -27,6 +27,8 @@ LARGEST_RANK = 512
 FACTOR_STEPS = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000}
 EARLY, FOLLOWED = 8, 4
 """Steps in which the whole sample is shadowed, and how many tensors of it from then on."""
+LOOKED_INTO = 4
+"""From then on what was applied is looked into at every so manieth step."""
 READS = 6
 """Most foreign reads of a step that are looks."""
 
