@@ -73,7 +73,6 @@ TENSOR: dict[str, tuple[str, str]] = {
     "fit": (NUMBER, "structure: relative residual of the best r x r matrix that makes the written gradient"),
     "condition": (NUMBER, "structure: that matrix's condition number"),
     "identity": (NUMBER, "structure: its relative distance from a multiple of the identity"),
-    "diagonal": (NUMBER, "structure: its relative distance from a diagonal matrix"),
     "positive": (NUMBER, "structure: smallest over largest eigenvalue of its symmetric part, its sign apart"),
     "matrix": (TEXT, "structure: what the matrix is, by the ledger's own statistics"),
     "twice": (NUMBER, "structure: how badly it explains the second change too, 0: exactly"),

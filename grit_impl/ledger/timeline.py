@@ -348,7 +348,7 @@ def _structure(
         row = {"fit": operator.residual}
         if operator.determined:
             row |= {"condition": operator.condition, "identity": operator.identity_distance}
-            row |= {"diagonal": operator.diagonal_distance, "positive": operator.positive}
+            row["positive"] = operator.positive
         second = places.get(turned[1]) if len(turned) > 1 else None
         if second is not None:
             # Against the residual of a mere scaling: near 0, the second change is the first one again.

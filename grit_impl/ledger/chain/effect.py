@@ -144,7 +144,8 @@ def _no_update(f: Facts) -> Breach | None:
         text = f"{len(bad)} of {number(len(rows), 'update')} changed no bit: {of_all(names, f)}, {since(bad, f)}"
         rates = [s["lr"][1] for s in f.steps if s.get("lr")]
         return Breach(text, names, {"still": len(bad), "highest_lr": max(rates, default=None)})
-    known = f.live[f.live.arrived.notna()]
+    # Rounding at random leaves the intended change on average alone.
+    known = f.live[f.live.arrived.notna() & ~(f.live.noise > 0).any()]
     names = lasting(known, known.arrived < 0.2)
     if names and 2 * len(names) >= known.name.nunique():
         arrived = median(known[known.name.isin(names)].arrived)
