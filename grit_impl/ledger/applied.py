@@ -164,7 +164,7 @@ def _scores(matrix: Matrix, known: dict[str, list[Matrix]]) -> dict[tuple[str, f
         return {}
     powers = np.array(list(POWERS))
     found = _unit((vectors * values ** -powers[:, None, None]) @ vectors.T)
-    out = {}
+    out: dict[tuple[str, float], float] = {}
     for what, statistics in known.items():
         fitting = [s for s in statistics if s.shape[1:] == matrix.shape]
         if fitting:
@@ -177,4 +177,5 @@ def _unit(matrices: Matrix) -> Matrix:
     """(K, r, r), each without its multiple of the identity, of norm 1; 0 where nothing is left."""
     r = matrices.shape[-1]
     parts: Matrix = matrices - np.trace(matrices, axis1=1, axis2=2)[:, None, None] / r * np.eye(r)
-    return parts / np.maximum(np.linalg.norm(parts, axis=(1, 2), keepdims=True), 1e-300)
+    parts /= np.maximum(np.linalg.norm(parts, axis=(1, 2), keepdims=True), 1e-300)
+    return parts
