@@ -59,6 +59,8 @@ def test_help_is_light(command):
         (("try", "--dataset", "aqi", "--metric", "regex"), "--pattern and --metric regex go together"),
         (("export", "missing"), "missing is no run record, no PEFT adapter and no model folder"),
         (("serve", "missing.gguf"), "missing.gguf is no GGUF file"),
+        (("serve", "x.gguf", "--conformance", "h:1"), "--conformance asks h:1 and serves nothing: leave out x.gguf"),
+        (("serve", "x.gguf", "--junit", "rows.xml"), "--junit writes the rows of --conformance: give both"),
         (("deploy", "missing"), "missing is no GGUF file"),
         (("evaluate", "--model", "base=x", "--aqi-dataset", "missing.jsonl"), "cannot read missing.jsonl"),
         (("evaluate", "--min-retention", "700"), "--min-retention takes a percentage between 0 and 100, not '700'"),

@@ -7,11 +7,14 @@ when the server is asked again, and so does the difference between two models, w
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from grit_impl.errors import GRITError
 from grit_impl.evaluate.metrics import share
+from grit_impl.serve.openai_client import open_endpoint
 from grit_impl.statistics.intervals import Interval
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ Task = tuple[str, str, str]
 NEAR = 0.02
 """Nats between the two likeliest tokens, below which a place counts as a tie."""
 CONFIDENCE = 0.95
+MOST_FAILURES = 2
+"""Second requests that may fail before the server is asked for no more."""
 FILE = "again.jsonl"
 """What was answered the second time, beside `answers.jsonl`."""
 
@@ -84,8 +89,8 @@ class Noise:
         if beside:
             return text
         if not self.allowance:
-            return f"{text}; the server computes each request alone, so no interval is widened"
-        return f"{text}; widens an accuracy by {self.allowance:.1f} points, a difference by {2 * self.allowance:.1f}"
+            return f"{text}; the server computes each request alone: no interval is widened"
+        return f"{text}; widens a retention by {self.allowance:.1f} points, a difference by {2 * self.allowance:.1f}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -119,6 +124,24 @@ def sample(answered: Collection[Task], repeats: int, seed: int) -> list[Task]:
         tasks = sorted(task for task in answered if task[0] == label)
         drawn += random.Random(seed).sample(tasks, min(repeats, len(tasks)))
     return drawn
+
+
+@contextmanager
+def open_beside(url: str | None, models: list[str], **how: Any) -> Iterator[Endpoint | None]:
+    """The other server that the sample is asked of; None without an address. Other arguments as `Endpoint`.
+
+    Raises:
+        GRITError: it does not answer, or lacks a model; before any question is asked.
+    """
+    if url is None:
+        yield None
+        return
+    with open_endpoint(url, **how) as other:
+        try:
+            other.require(models)
+        except GRITError as error:
+            raise GRITError(f"--beside-url {url}: {error}") from None
+        yield other
 
 
 def lead_at_parting(endpoint: Endpoint, request: Mapping[str, Any], first: str, second: str) -> float | None:

@@ -182,12 +182,12 @@ def evaluate(
     if options.base not in models:
         raise GRITError(f"no model is labelled {options.base!r}: delta_AQI needs the base (have: {', '.join(models)})")
     suites = {"aqi": aqi_items if isinstance(aqi_items, ItemSet) else load_aqi(aqi_items)}
-    if knowledge_items is not None:
-        facts = knowledge_items
+    if (facts := knowledge_items) is not None:
         suites["knowledge"] = facts if isinstance(facts, ItemSet) else load_knowledge(facts)
     folder, started = Path(out), datetime.now(UTC).isoformat(timespec="seconds")
     how = {"timeout": options.timeout, "attempts": options.attempts, "backoff": options.backoff}
-    with open_endpoint(url, **how, connections=options.in_flight + 1) as endpoint:
+    beside_it = noise.open_beside(beside, list(models.values()), **how)
+    with open_endpoint(url, **how, connections=options.in_flight + 1) as endpoint, beside_it as other:
         version = endpoint.version()
         if knowledge_items is not None and options.knowledge_by == "likelihood":
             require(version, "schema", "logprobs")
@@ -202,11 +202,8 @@ def evaluate(
         if preview is not None and (first := session.first()):
             preview(first)
         session.ask()
-        session.ask_again(endpoint)
-        if beside is not None:
-            with open_endpoint(beside, **how) as other:
-                other.require(list(models.values()))
-                session.ask_again(other, called(other.url, other.version()))
+        notes += session.ask_again(endpoint)
+        notes += session.ask_again(other, called(other.url, other.version())) if other else []
         session.measure()
         if endpoint.require(list(models.values())) != digests:
             raise GRITError(f"a model on {endpoint.url} was replaced during the evaluation: run it again")
@@ -362,20 +359,23 @@ class _Session:
             self.failures[task] = self._row(task, error="not asked: the server stopped answering", faults=[])
         return False
 
-    def ask_again(self, endpoint: Endpoint, beside: str = "") -> None:
-        """A sample of the answered questions once more, one at a time, of the same server or of the one `beside` it."""
+    def ask_again(self, endpoint: Endpoint, beside: str = "") -> list[str]:
+        """A sample once more, one at a time, of the same server or of the one `beside` it; notes on what failed."""
+        failed: list[str] = []
         done = {(row["label"], row["suite"], row["item"]) for row in self.again if row["beside"] == beside}
         with appending(self.folder / noise.FILE) as write:
             drawn = noise.sample(self.answers, self.options.repeats, self.options.seed)
-            for task in (task for task in drawn if task not in done):
+            for task in (each for each in drawn if each not in done and len(failed) <= noise.MOST_FAILURES):
                 row = {**self._one(task, endpoint), "beside": beside}
                 if "error" in row:
-                    break
+                    failed.append(row["error"])
+                    continue
                 said = self.answers[task]["answer"], row["answer"]
                 if said[0] != said[1] and "likelihoods" not in row:
                     row["lead"] = noise.lead_at_parting(self.endpoint, self._request(task), *said)
                 write(row)
                 self.again.append(row)
+        return [f"{len(failed)} questions got no second answer {beside}, e.g. because: {failed[0]}"] if failed else []
 
     def _request(self, task: tuple[str, str, str]) -> Row:
         """A question as `Endpoint.generate` takes it."""

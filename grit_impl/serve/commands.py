@@ -28,7 +28,12 @@ ROWS = Path("tests/serve/test_conformance.py")
     "--context", type=click.IntRange(4), default=4096, show_default=True, help="Default context window in tokens."
 )
 @click.option("--keep-models", type=click.IntRange(1), default=8, show_default=True, help="Models loaded at once.")
-@click.option("--conformance", metavar="URL", default=None, help="Serve nothing: does that server answer as Ollama?")
+@click.option(
+    "--conformance",
+    metavar="URL",
+    default=None,
+    help="Serve nothing: does that server answer as Ollama? In the project's root.",
+)
 @click.option("--junit", type=click.Path(path_type=Path), default=None, help="Write its rows as JUnit XML.")
 def serve(
     models: tuple[str, ...],
@@ -45,6 +50,10 @@ def serve(
 
     With --conformance, ask another server what docs/conformance.md lists; exit status 1 if a row differs.
     """
+    if conformance is not None and models:
+        raise GRITError(f"--conformance asks {conformance} and serves nothing: leave out {models[0]}")
+    if junit is not None and conformance is None:
+        raise GRITError("--junit writes the rows of --conformance: give both")
     if conformance is not None:
         sys.exit(_conform(conformance, junit))
     if not models:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from grit_impl import aqi
+from grit_impl.errors import GRITError
+from grit_impl.evaluate import session
 from grit_impl.evaluate.gates import decide
 from grit_impl.evaluate.noise import Noise
 from grit_impl.evaluate.results import Evaluation
@@ -121,6 +123,34 @@ def test_two_servers_are_compared_on_the_sample(fake_ollama, questions: Path, tm
     assert found.noise() == Noise(2 * REPEATS, 0, 0, 0, 0, exact=False)
     told = decide(found, "delta_aqi", "pure", 0.0).evidence["asked again"]
     assert told[other] == "20 of 20 answers differ there (100.0% [83.9, 100.0]), 10 between right and wrong"
+
+
+def test_the_other_server_is_tried_first(fake_ollama, questions: Path, tmp_path: Path) -> None:
+    """Oracle: a port where nobody listens, and a server without one of the models: no question was asked."""
+    here = fake_ollama(lambda model, prompt: TRUTH[prompt], DIGESTS)
+    there = fake_ollama(lambda model, prompt: TRUTH[prompt], {})
+    for url in ("http://127.0.0.1:9", there.url):
+        with pytest.raises(GRITError, match=f"--beside-url {url}: "):
+            evaluate(here.url, MODELS, questions, None, tmp_path / "out", replace(OPTIONS, backoff=0.0), beside=url)
+    assert here.requests == []
+
+
+def test_a_question_without_a_second_answer_is_told(fake_ollama, questions: Path, tmp_path: Path, monkeypatch) -> None:
+    """Oracle: the first of twenty repeats fails, by a plant; the others are asked."""
+    here = fake_ollama(lambda model, prompt: TRUTH[prompt], DIGESTS)
+    original, failed = session._Session._one, []
+
+    def one(self, task, other=None):
+        if other is not None and not failed:
+            failed.append(task)
+            return self._row(task, error="as planted", faults=[])
+        return original(self, task, other)
+
+    monkeypatch.setattr(session._Session, "_one", one)
+    found = evaluate(here.url, MODELS, questions, None, tmp_path / "out", OPTIONS)
+    assert found.noise().asked == 2 * REPEATS - 1
+    (note,) = [note for note in found.meta["notes"] if "as planted" in note]
+    assert note.startswith("1 questions got no second answer")
 
 
 def test_the_share_stands_beside_the_accuracy(forgetful, questions: Path, tmp_path: Path) -> None:
