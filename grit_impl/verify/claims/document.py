@@ -64,10 +64,10 @@ thousand times as large is called blown up although AdamW divides a constant fac
 updates are.
 
 Known to be open: gradients of samples that `torch.func.vmap` has made and a loop has averaged are not followed
-(undecided); the update of an optimizer that holds parts of a flat buffer is not replayed, and said so; adapters of rank 1
-have no directions, so that their preconditioner is a number and is called that; a tensor of one element can be turned by
-its sign alone. A composition of two matrices by one function that goes over all gradients twice, with matrices alike, is
-taken for the same one applied twice.
+(undecided); the update of an optimizer that holds parts of a flat buffer is not replayed, and said so; adapters of
+rank 1 have no directions, so that their preconditioner is a number and is called that; a tensor of one element can be
+turned by its sign alone. A composition of two matrices by one function that goes over all gradients twice, with
+matrices alike, is taken for the same one applied twice.
 """
 
 OPTIONS = """
