@@ -37,6 +37,7 @@ class Facts:
         weights: Name -> hash of the tensor when the ledger was closed.
         kept: Name -> what was left of the way of the steps then, and its cosine with what was taken back.
         vectors: Names of tensors that no matrix can turn (DoRA's magnitudes, biases).
+        sizes: Name -> elements.
         tied: Name -> how many names the tensor has, where it has several.
     """
 
@@ -53,6 +54,7 @@ class Facts:
         t, known = self.tensors, self.run["tensors"]
         known = known if isinstance(known, list) else []
         self.vectors = {x["name"] for x in known if math.prod(x["shape"]) == max(x["shape"], default=1)}
+        self.sizes = {x["name"]: math.prod(x["shape"]) for x in known}
         self.tied = {x["name"]: int(x["names"]) for x in known if x.get("names")}
         self.live, self.bent = t[t.live], t[t.bent]
         self.touched = t[t.live & (t.mods > 0)]
@@ -157,6 +159,7 @@ def _derive(t: pd.DataFrame, steps: list[dict[str, Any]]) -> pd.DataFrame:
     t["skipped"] = t.step.isin([s["step"] for s in steps if s.get("skipped")])
     t["live"] = (t.raw > 0) & ~t.unheld & np.isfinite(t.raw)
     t["bent"] = t.live & (t.turn > TURN) & (t.mods > 0)
+    t["own"] = t.own.fillna(t.fit)
     events = ((s["step"], e) for s in steps for e in s.get("events", ()))
     unscaled = {step: float(e["factor"]) for step, e in events if e["who"] == SCALER and "factor" in e}
     t["unscaled"] = t.raw * t.step.map(unscaled).astype(float).fillna(1.0)

@@ -68,6 +68,10 @@ TENSOR: dict[str, tuple[str, str]] = {
     "arrived": (NUMBER, "sample, 16-bit parameters: share of the intended change that rounding left"),
     "along": (NUMBER, "sample: cosine of the change, momentum apart, and the gradient found, negated"),
     "along_raw": (NUMBER, "sample: the same with the raw gradient"),
+    "factor_turn": (
+        NUMBER,
+        "early steps: 1 - cos of both updates' orthogonal factors, where an optimizer makes them so",
+    ),
     "kept": (NUMBER, "where somebody wrote to it since: the share of the way of the steps before that is still there"),
     "back": (NUMBER, "the same: cosine of that way and of what was taken back"),
     "fit": (NUMBER, "structure: relative residual of the best r x r matrix that makes the written gradient"),
@@ -77,6 +81,7 @@ TENSOR: dict[str, tuple[str, str]] = {
     "matrix": (TEXT, "structure: what the matrix is, by the ledger's own statistics"),
     "twice": (NUMBER, "structure: how badly it explains the second change too, 0: exactly"),
     "alike": (NUMBER, "structure: cosine of that matrix and the second change's, multiples of the identity apart"),
+    "own": (NUMBER, "structure: residual of what the optimizer found, where it was written to more than once"),
     "stale": (NUMBER, "structure: residual where one of the last two steps' gradients stands for the raw one"),
     "mix": (NUMBER, "structure: residual of the best mix of this and earlier raw gradients, by one number each"),
 }

@@ -25,9 +25,12 @@ from torch.optim import Optimizer
 GHOST = "_ledger_ghost"
 # |u|, |u_raw|, cos(u, u_raw), |u - u_replay| / |u|, cos(u, u_replay); where they were tried: |u_replay - u_other| / |u|
 # with other gradients, |u_replay - u_again| / |u| for optimizers that draw random numbers; <u, U> / |U|^2, where U is
-# the replay in float32 of a 16-bit parameter; cos(-u, g) and cos(-u, raw g), see `_along`.
-COLUMNS = 10
+# the replay in float32 of a 16-bit parameter; cos(-u, g) and cos(-u, raw g), see `_along`; in the same steps
+# cos(u, u_raw) of orthogonal factors, see `_orthogonal`.
+COLUMNS = 11
 TRIALS = 5
+FLAT, LARGEST_RANK = 0.8, 128
+"""How far the squares of an orthogonal update's singular values may lie from their mean, relative to it."""
 
 
 class Shadows:
@@ -102,6 +105,9 @@ class Shadows:
                 last = self._last.get(index)
                 values += [_along(u, g, last) for g in (written[index], unmodified.get(index))]
                 self._last[index] = u
+                early = runs is not None and index in runs[2] and index in runs[1]
+                us = runs[1][index].float() - start if runs is not None and early else None
+                values.append(_orthogonal(u, us, unmodified.get(index)))
                 out[row] = torch.stack(values).double()
         return out
 
@@ -190,6 +196,26 @@ def _along(update: Tensor, gradient: Tensor | None, last: Tensor | None) -> Tens
         u, g = u - (u @ unit) * unit, g - (g @ unit) * unit
     cosine: Tensor = (u @ g) / (u.norm() * g.norm())
     return cosine
+
+
+def _orthogonal(update: Tensor, of_raw: Tensor | None, raw: Tensor | None) -> Tensor:
+    """Cosine of two updates' orthogonal factors, if they are what the optimizer made of a gradient that is not so.
+
+    An iteration leaves singular values between 0.7 and 1.2; what a matrix does to those alone is its error.
+    """
+    nothing = torch.full((), torch.nan, device=update.device)
+    if of_raw is None or raw is None or update.ndim != 2 or min(update.shape) > LARGEST_RANK:
+        return nothing
+    u, v, g = (
+        x.double().nan_to_num() if x.shape[0] <= x.shape[1] else x.double().nan_to_num().mT
+        for x in (update, of_raw, raw)
+    )
+    squares, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in (u, v, g)]))
+    spread = (squares / squares.mean(-1, keepdim=True) - 1).square().mean(-1).sqrt()
+    roots = (vectors * squares.clamp(min=1e-300).rsqrt().unsqueeze(-2)) @ vectors.mT
+    cosine = (roots[0] @ u @ v.mT @ roots[1]).trace() / len(u)
+    made = (spread[:2] < FLAT).all() & (spread[1] < spread[2] / 2)
+    return torch.where(made, cosine, nothing)
 
 
 def _copied(value: Any) -> Any:

@@ -358,6 +358,8 @@ def _structure(
                 row["alike"] = operator.likeness(other)
     if last is not None and (earlier := sorted(place for j, place in places.items() if j < 0)):
         fits = [grams.fit(places[j], last) for j in (-1, -2)]
+        if last != first and (own := grams.fit(before, last)) is not None:
+            row["own"] = own.residual
         row["stale"] = min((fit.residual for fit in fits if fit is not None), default=math.nan)
         row["mix"] = grams.mix(last, [before, *earlier])
     row = {k: short(v) for k, v in row.items() if math.isfinite(v)}
@@ -370,10 +372,10 @@ def _structure(
 def _shadow(values: list[float]) -> dict[str, Any]:
     if not values or not np.isfinite(values[0]):
         return {}
-    u, raw, cosine, replay, agreement, reaction, noise, arrived, along, along_raw = values
+    u, raw, cosine, replay, agreement, reaction, noise, arrived, along, along_raw, orthogonal = values
     row = {"update_exact": u, "update_raw": raw, "update_turn": 1 - cosine, "replay": replay, "reaction": reaction}
     row |= {"replay_turn": 1 - agreement, "noise": noise, "arrived": arrived}
-    row |= {"along": along, "along_raw": along_raw}
+    row |= {"along": along, "along_raw": along_raw, "factor_turn": 1 - orthogonal}
     return {k: short(v) for k, v in row.items() if np.isfinite(v)}
 
 

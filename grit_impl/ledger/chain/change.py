@@ -18,6 +18,8 @@ BLOWN_UP = 1e4
 
 ALIKE = 0.5
 """Cosine of two matrices, multiples of the identity apart, from which on they are made of the same statistics."""
+NOTHING = 1e-6
+"""A factor that no loss scale and no number of tokens in a step explains."""
 ONE_NUMBER = 3e-4
 """Numbers that agree to this are one: rows have five digits."""
 
@@ -47,8 +49,8 @@ def _against(f: Facts) -> Breach | None:
 
 @check("turned", "stale-gradient", "the optimizer was given an earlier step's gradient")
 def _stale(f: Facts) -> Breach | None:
-    known = f.bent[f.bent.stale.notna() & f.bent.fit.notna()]
-    old = known[(known.stale < 0.05) & (known.fit > 0.2)]
+    known = f.bent[f.bent.stale.notna() & f.bent.own.notna()]
+    old = known[(known.stale < 0.05) & (known.own > 0.2)]
     ordered = f.bent.sort_values(["name", "step"])
     repeated = (ordered.hash_entry == ordered.groupby("name").hash_entry.shift()) & ordered.hash_entry.notna()
     numbers = {"stale": len(old), "repeated": int(repeated.sum())}
@@ -62,7 +64,7 @@ def _stale(f: Facts) -> Breach | None:
 
 @check("turned", "unrelated-gradient", "what was written has nothing to do with this tensor's gradient")
 def _unrelated(f: Facts) -> Breach | None:
-    residual, cosine = median(f.bent.fit), 1 - median(f.bent.turn)
+    residual, cosine = median(f.bent.own), 1 - median(f.bent.turn)
     if len(f.bent) and abs(cosine) < 0.1 and residual >= 0.3:
         text = (
             f"the written gradients stand at {degrees(f.bent.turn)} to the raw ones and are no r x r multiple of them"
@@ -259,13 +261,28 @@ def _clipped(f: Facts) -> Breach | None:
         return None
     norms = f.live.groupby("step").unscaled.apply(lambda x: float(np.sqrt((x**2).sum())))
     room = float(np.median([limits[s] / n for s, n in norms.items() if s in limits and n > 0] or [np.inf]))
-    gain = rows.gain
-    if not limits:  # a training loop may unscale by hand
-        scaled = {s["step"]: e["factor"] for s in f.steps for e in s.get("events", ()) if e["who"] == LOOP_SCALING}
-        gain = gain / rows.step.map(scaled).astype(float).fillna(1.0)
-    gain = median(gain)
-    effect = median(rows.update_exact / rows.update_raw)
+    by_hand = {s["step"]: float(e["factor"]) for s in f.steps for e in s.get("events", ()) if e["who"] == LOOP_SCALING}
+    scaled = rows.step.map(by_hand).astype(float).fillna(1.0)
+    # A training loop may unscale by hand, or divide by a count; what differs from step to step and is next to nothing
+    # is neither.
+    if not limits and (scaled.median() > NOTHING or 2 * rows.step.map(by_hand).nunique() < rows.step.nunique()):
+        rows = rows.assign(gain=rows.gain / scaled)
+    gain, effect = median(rows.gain), median(rows.update_exact / rows.update_raw)
     if room < 1e-4 or (gain < 1e-4 and effect < 0.05):
         text = f"{'clipping' if limits else most(rows.by)} left {min(room, gain):.1e} of the gradients' norm"
         return Breach(text, None, {"room": room, "gain": gain, "update_ratio": effect})
+    return _one_side_clipped(f, rows)
+
+
+def _one_side_clipped(f: Facts, rows: pd.DataFrame) -> Breach | None:
+    """One factor hardly moves, and the other, whose gradient is in proportion to it, with it."""
+    raw = f.live.groupby("group").raw.median()
+    for group, mine in rows.groupby("group"):
+        gain, effect = median(mine.gain), median(mine.update_exact / mine.update_raw)
+        others = raw[raw.index != group]
+        if gain < 1e-4 and effect < 0.05 and len(others) and others.max() < 1e-3 * raw[group]:
+            names = mine.name.unique()
+            text = f"{most(mine.by)} left {gain:.1e} of the gradients' norm of {of_all(names, f)}: it stays where it "
+            text += "was, and the other factor has next to no gradient"
+            return Breach(text, names, {"gain": gain, "update_ratio": effect})
     return None

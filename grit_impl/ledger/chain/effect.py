@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from grit_impl.ledger.chain.links import REPLAYED, SAME_UPDATE, Breach, check, rows_of
-from grit_impl.ledger.chain.words import median, number, of_all, since
+from grit_impl.ledger.chain.words import degrees, median, number, of_all, since
 from grit_impl.ledger.findings import Facts, lasting, transitions
 from grit_impl.ledger.timeline import LOOP_SCALING, TURN, UNIFORM
 
@@ -76,8 +76,13 @@ def _cancelled(f: Facts) -> Breach | None:
             "LoRA of rank 1 has no directions to weigh: a preconditioner's matrix is a number, as is what was seen here"
         )
         return Breach(text, None, {"scaled_steps": len(by_loop)}, "scaled-only")
-    if not len(touched) or len(touched) < 0.05 * len(f.live) or _normalised(touched):
+    if not len(touched) or len(touched) < 0.05 * len(f.live) or _normalised(touched, f.sizes):
         return None
+    made, tried = touched[touched.factor_turn.notna()], touched[touched.reaction.notna()]
+    if 2 * len(made) > len(tried) and median(made.factor_turn) < SAME_UPDATE:
+        numbers = {"factor_turn": median(made.factor_turn), "update_turn": median(made.update_turn)}
+        text = "the optimizer makes each update orthogonal, which divides the matrix out again: what is left is the"
+        return Breach(f"{text} error of its iteration, {degrees(made.update_turn)}", None, numbers)
     rows = touched[touched.update_turn.notna() & (touched.update_exact > 0)]
     turn, gradient = median(rows.update_turn), median(touched.turn)
     scaled = not len(f.bent)
@@ -98,17 +103,21 @@ def _cancelled(f: Facts) -> Breach | None:
     return Breach(text, None, numbers)
 
 
-def _normalised(rows: pd.DataFrame) -> bool:
-    """Whether gradients were scaled to one norm, all together or each by itself: a way of clipping, no modifier."""
+def _normalised(rows: pd.DataFrame, sizes: dict[str, int]) -> bool:
+    """Whether gradients were scaled to one norm, all together or each by itself: a way of clipping, no modifier.
+
+    Norms that differ between tensors of one size are no norm of a gradient's: they are their weights', say.
+    """
     if len(rows[rows.bent]) or rows.step.nunique() < 3:
         return False
     total = np.sqrt((rows.entry**2).groupby(rows.step).sum())
     before = np.sqrt((rows.unscaled**2).groupby(rows.step).sum())
-    sizes = rows.groupby("name").entry.agg(["std", "mean"])
-    spread = sizes["std"] / sizes["mean"].where(sizes["mean"] > 0)
-    # A trust ratio follows the weights' norm, which moves; a bound that does so only makes smaller.
-    within = 1e-2 if bool((rows.gain <= 1 + UNIFORM).all()) else 2e-3
-    same = total.std() < within * total.mean() or bool((spread < within).all())
+    # A bound may be the weights' norm, and only makes smaller.
+    bound = bool((rows.gain <= 1 + UNIFORM).all())
+    norms = rows.groupby(rows.name if bound else rows.name.map(sizes).fillna(0)).entry
+    gains = rows.groupby("step").gain
+    together = total.std() < 1e-2 * total.mean() and bool((gains.max() < gains.min() * (1 + UNIFORM)).all())
+    same = together or bool((norms.std() < 1e-2 * norms.mean()).all())
     return bool(same and before.std() > 1e-2 * before.mean())
 
 
