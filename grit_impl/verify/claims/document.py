@@ -63,6 +63,12 @@ trained in turn are no break. One thing is as the cases' authors wanted it, not 
 thousand times as large is called blown up although AdamW divides a constant factor out; the sentence says how large the
 updates are.
 
+The fourth round missed a result handed back one batch late where the matrix was seen at work, updates scaled to next to
+nothing or B clipped by its own norm of zero, a matrix that Muon divides out but for the error of its iteration, factors
+that take turns to be trained, and, after other runs in one process, hooks that another model had left behind. All are
+mended by kind; and a run of one or two steps, in which A has no gradient yet because B is zero, says so, and is no
+fault.
+
 Known to be open: gradients of samples that `torch.func.vmap` has made and a loop has averaged are not followed
 (undecided); the update of an optimizer that holds parts of a flat buffer is not replayed, and said so; adapters of
 rank 1 have no directions, so that their preconditioner is a number and is called that; a tensor of one element can be
