@@ -206,10 +206,10 @@ def _orthogonal(update: Tensor, of_raw: Tensor | None, raw: Tensor | None) -> Te
     nothing = torch.full((), torch.nan, device=update.device)
     if of_raw is None or raw is None or update.ndim != 2 or min(update.shape) > LARGEST_RANK:
         return nothing
-    u, v, g = (
-        x.double().nan_to_num() if x.shape[0] <= x.shape[1] else x.double().nan_to_num().mT
-        for x in (update, of_raw, raw)
-    )
+    if not update.shape == of_raw.shape == raw.shape:
+        return nothing
+    finite = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (update, of_raw, raw))
+    u, v, g = (x if x.shape[0] <= x.shape[1] else x.mT for x in finite)
     squares, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in (u, v, g)]))
     spread = (squares / squares.mean(-1, keepdim=True) - 1).square().mean(-1).sqrt()
     roots = (vectors * squares.clamp(min=1e-300).rsqrt().unsqueeze(-2)) @ vectors.mT

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from grit_impl.ledger.fingerprints import Fingerprinter
+from grit_impl.ledger.shadow import _orthogonal
 from grit_impl.ledger.watches import HookWatch, MemoryWatch, access
 from grit_impl.ledger.watches.kept import KeptWatch
 
@@ -105,6 +106,18 @@ def test_hooks_left_behind(asks: str) -> None:
         del left
     watch.look(2, set(), [model.lora_A.weight])
     assert watch.dead_hooks == asks.startswith("this one's")
+
+
+def test_cosine_of_orthogonal_factors() -> None:
+    """Oracle: by hand: one rotation but for singular values; a rotation by 60 degrees; SGD; what is not finite."""
+    turned = torch.tensor([[0.5, -(0.75**0.5)], [0.75**0.5, 0.5]])
+    eye, raw = torch.eye(2), torch.diag(torch.tensor([5.0, 0.1]))
+    assert float(_orthogonal(torch.diag(torch.tensor([0.7, 1.2])), eye, raw)) == pytest.approx(1)
+    assert float(_orthogonal(turned, eye, raw)) == pytest.approx(0.5)
+    assert _orthogonal(eye, raw, raw).isnan()
+    assert _orthogonal(eye, eye, raw.flatten()).isnan()
+    for value in (float("inf"), float("nan"), 0.0):
+        assert _orthogonal(torch.full((2, 2), value), torch.full((2, 2), value), raw).isnan()
 
 
 def test_reads_and_assignments_are_heard() -> None:
