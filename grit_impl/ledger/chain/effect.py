@@ -79,7 +79,7 @@ def _cancelled(f: Facts) -> Breach | None:
     if not len(touched) or len(touched) < 0.05 * len(f.live) or _normalised(touched, f.sizes):
         return None
     made, tried = touched[touched.factor_turn.notna()], touched[touched.reaction.notna()]
-    if 2 * len(made) > len(tried) and median(made.factor_turn) < SAME_UPDATE:
+    if 2 * len(made) > len(tried) and median(made.factor_turn) < SAME_UPDATE <= median(made.update_turn):
         numbers = {"factor_turn": median(made.factor_turn), "update_turn": median(made.update_turn)}
         text = "the optimizer makes each update orthogonal, which divides the matrix out again: what is left is the"
         return Breach(f"{text} error of its iteration, {degrees(made.update_turn)}", None, numbers)
