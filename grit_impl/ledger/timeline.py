@@ -358,7 +358,7 @@ def _structure(
                 row["alike"] = operator.likeness(other)
     if last is not None and (earlier := sorted(place for j, place in places.items() if j < 0)):
         fits = [grams.fit(places[j], last) for j in (-1, -2)]
-        if last != first and (own := grams.fit(before, last)) is not None:
+        if len(turned) > 1 and (own := grams.fit(before, last)) is not None:
             row["own"] = own.residual
         row["stale"] = min((fit.residual for fit in fits if fit is not None), default=math.nan)
         row["mix"] = grams.mix(last, [before, *earlier])
