@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grit_impl.errors import GRITError
 from grit_impl.evaluate.items import MOST_LABELS
+from grit_impl.evaluate.scoring import score
+from grit_impl.evaluate.scoring.text import spoken
 from grit_impl.recipes.tokens import IGNORE, Tokens
 from grit_impl.record import write_atomic
 from grit_impl.tryout.split import SIDES, Split, question, split
@@ -61,8 +65,6 @@ def items(tokens: Tokens, tokenizer: Any, metric: str, pattern: str) -> list[dic
     Raises:
         GRITError: the answers are not of the kind that the metric reads.
     """
-    import re
-
     prompts = [ids[:n] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
     answers = [ids[n:] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
     if not all(prompts):
@@ -75,9 +77,28 @@ def items(tokens: Tokens, tokenizer: Any, metric: str, pattern: str) -> list[dic
             f"--metric choice: the held-out rows have {len(choices)} different answers, more than {MOST_LABELS}"
         )
     if metric == "regex":
-        hits = [re.search(pattern, truth) for truth in truths]
-        if not all(hits):
-            raise GRITError(f"--pattern {pattern}: it is not in the answer {truths[hits.index(None)][:60]!r}")
-        truths = [re.escape(hit.group(hit.re.groups and 1)) for hit in hits if hit]
-    chosen = {"choices": choices} if metric == "choice" else {}
+        found = [extract(pattern, truth) for truth in truths]
+        if None in found:
+            raise GRITError(f"--pattern {pattern}: it is not in the answer {truths[found.index(None)][:60]!r}")
+        truths = [text for text in found if text is not None]
+    by_metric: dict[str, dict[str, Any]] = {"choice": {"choices": choices}, "regex": {"pattern": pattern}}
+    chosen = by_metric.get(metric, {})
     return [{"features": ask, "answer": truth, **chosen} for ask, truth in zip(asked, truths, strict=True)]
+
+
+def extract(pattern: str, text: str) -> str | None:
+    """A pattern's first group, or all of it, where it first matches; None: it does not, or without that group."""
+    hit = re.search(pattern, text)
+    found: str | None = hit and hit.group(hit.re.groups and 1)
+    return found.casefold() if found and hit and hit.re.flags & re.IGNORECASE else found
+
+
+def is_right(metric: str, item: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer is right; for a pattern: whether the answer's extract is the truth's.
+
+    Raises:
+        GRITError: the item's truth is not of the kind that the metric reads.
+    """
+    if metric == "regex":
+        return extract(item["pattern"], spoken(answer)) == str(item["answer"])
+    return bool(score(metric, item, answer)["correct"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grit_impl.recipes.arms import TrainingSettings, default_training
-from grit_impl.settings import count_or_nothing, one_of, positive, seed, setting
+from grit_impl.settings import count_or_nothing, number, one_of, positive, seed, setting
 
 METRICS = ("loss", "exact", "numeric", "choice", "regex")
 
@@ -18,6 +19,22 @@ def evaluation_seeds(text: str) -> int | None:
     return value
 
 
+def effect(text: str) -> float:
+    """a number above 0 and below 100"""
+    if not 0 < (value := number(text)) < 100:
+        raise ValueError(text)
+    return value
+
+
+def expression(text: str) -> str:
+    """a regular expression"""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(text) from error
+    return text
+
+
 @dataclass(frozen=True)
 class Trying:
     """What `grit try` can be told, besides base, data and the training options that it shares with `grit train`."""
@@ -27,8 +44,10 @@ class Trying:
     steps: int | None = setting(None, "optimizer steps of a run", count_or_nothing, "max_steps", "steps")
     minutes: float = setting(30.0, "time for everything: steps, trials and seeds that are not given fit it", positive)
     metric: str = setting("loss", f"what is compared on the held-out rows: {', '.join(METRICS)}", one_of(*METRICS))
-    pattern: str = setting("", "--metric regex: what must be the same in answer and truth, e.g. AQI ([0-9]+)")
-    smallest_effect: float = setting(1.0, "smallest gain of interest: percent of the loss, or points", positive)
+    pattern: str = setting(
+        "", "--metric regex: what must be the same in answer and truth, e.g. AQI ([0-9]+)", expression
+    )
+    smallest_effect: float = setting(1.0, "smallest gain of interest: percent of the loss, or points", effect)
     seed: int = setting(3407, "seed of the split and of the tuning; those of the pairs follow it", seed)
 
 

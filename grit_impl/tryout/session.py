@@ -31,6 +31,7 @@ from grit_impl.tryout.plan import GRIT, METHODS, Costs, Size
 from grit_impl.tryout.work import HOW, LEDGER, work
 
 REQUEST, SIZE, ANSWER, RESULTS = "request.json", "size.json", "answer.json", "runs.db"
+PROBE = "probe.db"
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 Row = Mapping[str, Any]
@@ -88,7 +89,7 @@ def claim_folder(folder: Path, asked: Asked) -> None:
     """Take a folder for this question; what is in it must be the same question's.
 
     Raises:
-        GRITError: it holds something else; what differs is named.
+        GRITError: it holds runs of something else; what differs is named.
     """
     now, file = asked.request(), folder / REQUEST
     try:
@@ -100,10 +101,24 @@ def claim_folder(folder: Path, asked: Asked) -> None:
         return
     except (OSError, ValueError) as error:
         raise GRITError(f"cannot read {file}: {error}: choose another --out") from None
-    if named := differences(before, now):
+    if not (named := differences(before, now)):
+        return
+    if _has_runs(folder):
         raise GRITError(
             f"{folder} was begun with other options ({'; '.join(named[:4])}): ask for the same, or choose another --out"
         )
+    # What was refused before its first run: nothing of it is kept, lest its size or its clock be taken for this one's.
+    for name in (SIZE, PROBE, RESULTS):
+        for path in folder.glob(f"{name}*"):
+            path.unlink()
+    write_atomic(file, json.dumps(now, indent=2))
+
+
+def _has_runs(folder: Path) -> bool:
+    if not (folder / RESULTS).is_file():
+        return False
+    with Store(folder / RESULTS) as store:
+        return bool(store.runs())
 
 
 def run(asked: Asked, folder: Path, *, jobs: int, say: Say, progress: Progress) -> dict[str, Any]:
@@ -181,18 +196,17 @@ def _check_items(asked: Asked, folder: Path) -> None:
     """Refuse answers that the metric cannot read, before anything is trained."""
     if asked.trying.metric == "loss":
         return
-    from grit_impl.evaluate.scoring import score
     from grit_impl.recipes.bases import load_tokenizer
-    from grit_impl.tryout.data import items, read_side
+    from grit_impl.tryout.data import is_right, items, read_side
 
     wanted = items(read_side(folder, "test"), load_tokenizer(asked.base), asked.trying.metric, asked.trying.pattern)
     for item in wanted:
-        score(asked.trying.metric, item, str(item["answer"]))
+        is_right(asked.trying.metric, item, str(item["answer"]))
 
 
 def _sweep(asked: Asked, folder: Path, jobs: int, progress: Progress, label: str, plan: Plan) -> list[dict[str, Any]]:
     """Run what is missing of a plan; all its runs."""
-    with Store(folder / ("probe.db" if plan.name == "probe" else RESULTS)) as store:
+    with Store(folder / (PROBE if plan.name == "probe" else RESULTS)) as store:
         sweep = Sweep(
             plan,
             store,

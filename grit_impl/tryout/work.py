@@ -122,7 +122,7 @@ def accuracy(
     """
     import torch
 
-    from grit_impl.evaluate.scoring import score
+    from grit_impl.tryout.data import is_right
 
     prompts = [ids[:n] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
     room = 2 * max(len(ids) - n for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True))
@@ -146,5 +146,5 @@ def accuracy(
                 pad_token_id=tokens.pad,
             )
         answers = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-        right += sum(score(metric, wanted[place], text)["correct"] for place, text in zip(chosen, answers, strict=True))
+        right += sum(is_right(metric, wanted[place], text) for place, text in zip(chosen, answers, strict=True))
     return 100 * right / len(prompts)

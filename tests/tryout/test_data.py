@@ -13,7 +13,7 @@ from grit_impl.recipes.bases import load_base, load_tokenizer
 from grit_impl.recipes.tiny_llama import knowledge
 from grit_impl.recipes.tiny_llama.corpus import SHORT_TEMPLATE
 from grit_impl.recipes.tokens import Tokens, tokenize
-from grit_impl.tryout.data import encoded, items, prepare, read_side
+from grit_impl.tryout.data import encoded, is_right, items, prepare, read_side
 from grit_impl.tryout.split import SIDES
 from grit_impl.tryout.work import accuracy, order
 
@@ -53,17 +53,28 @@ def test_an_order_has_every_row_before_any_twice() -> None:
 
 
 def test_items_have_what_the_scorer_reads(tokenizer: Any) -> None:
-    """Choices of labels; of a pattern what is in its group, escaped; and what is none of it is refused."""
+    """Choices of labels; of a pattern what is in its group; and what is none of it is refused."""
     labels = tokens_of(tokenizer, "red", "blue", "red")
     assert sorted(items(labels, tokenizer, "choice", "")[0]["choices"]) == ["blue", "red"]
     indices = tokens_of(tokenizer, "AQI 12", "AQI 13")
     assert [item["answer"] for item in items(indices, tokenizer, "regex", "AQI ([0-9]+)")] == ["12", "13"]
     with pytest.raises(GRITError, match="--pattern third: it is not in the answer 'AQI 12'"):
         items(indices, tokenizer, "regex", "third")
+    with pytest.raises(GRITError, match="it is not in the answer 'AQI 12'"):
+        items(indices, tokenizer, "regex", "AQI (x)?")
     with pytest.raises(GRITError, match="11 different answers, more than 10"):
         items(tokens_of(tokenizer, *map(str, range(11))), tokenizer, "choice", "")
     with pytest.raises(GRITError, match="learnt whole"):
         items(Tokens([[5, 6]], [0], 0), tokenizer, "exact", "")
+
+
+def test_what_a_pattern_extracts_must_be_the_same(tokenizer: Any) -> None:
+    """A truth within a longer number, or elsewhere in the answer, is not right."""
+    item = items(tokens_of(tokenizer, "AQI 5"), tokenizer, "regex", "AQI ([0-9]+)")[0]
+    said = {"AQI 5": True, "5 is too low: AQI 5.": True, "AQI 150": False, "AQI 9, not 5": False, "5": False}
+    assert {text: is_right("regex", item, text) for text in said} == said
+    item = items(tokens_of(tokenizer, "First"), tokenizer, "regex", "(?i)first|second")[0]
+    assert [is_right("regex", item, text) for text in ("it is FIRST", "second, then first")] == [True, False]
 
 
 def test_accuracy_counts_what_the_base_answers(tokenizer: Any) -> None:

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import grit_impl
+from grit_impl.errors import GRITError
+from grit_impl.sweep.store import Store
+from grit_impl.tryout import session
+from grit_impl.tryout.commands import try_
+from grit_impl.tryout.options import Trying, training_of
+from grit_impl.tryout.plan import Size, make_plan
 
 SMALL = ("--steps", "12", "--trials", "2", "--seeds", "3", "--rank", "4", "--batch-size", "4")
 
@@ -148,3 +155,41 @@ def test_what_cannot_be_answered_is_refused_before_it_is_trained(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "runs.db").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metric", "regex", "--pattern", "("), "--pattern takes a regular expression, not '\\('"),
+        (("--smallest-effect", "100"), "--smallest-effect takes a number above 0 and below 100"),
+    ],
+)
+def test_an_option_that_no_run_could_be_judged_by_is_refused(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    """Before base and rows are read."""
+    with pytest.raises(GRITError, match=message):
+        CliRunner().invoke(
+            try_, ["--dataset", "none.jsonl", "--out", str(tmp_path), *arguments], catch_exceptions=False
+        )
+
+
+def test_a_folder_without_runs_may_be_asked_something_else(tmp_path: Path) -> None:
+    """What was measured for the refused question goes; with one run in it, the folder is that question's."""
+    data, out = rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    training = training_of("tiny", cuda=False, given={})
+    short, long = (session.Asked("tiny", str(data), Trying(minutes=n), training, "cpu") for n in (0.01, 30))
+    plan = make_plan("tiny", "rows", short.common(), Size(2, 1, 3), centre=1e-3, spacing=2.0, seed=0)
+    session.claim_folder(out, short)
+    for name in (session.SIZE, session.PROBE):
+        (out / name).write_text("")
+    with Store(out / session.RESULTS) as store:
+        assert store.runs() == []
+    session.claim_folder(out, long)
+    assert not (out / session.SIZE).exists()
+    assert not (out / session.PROBE).exists()
+    with Store(out / session.RESULTS) as store:
+        store.add(next(iter(plan.jobs())), {}, {"status": "done"}, "cpu")
+    session.claim_folder(out, long)
+    with pytest.raises(GRITError, match=r"--minutes 30 there, 0\.01 now"):
+        session.claim_folder(out, short)
