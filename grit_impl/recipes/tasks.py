@@ -180,7 +180,7 @@ class FolderTask:
         `validation` is drawn from the training rows, `train` has the others, `test` is drawn from its own file.
 
         Raises:
-            GRITError: the folder lacks a file, or a row is wrong.
+            GRITError: the folder lacks a file or training rows, or a row is wrong.
         """
         from grit_impl.recipes.datasets import load_instructions
         from grit_impl.recipes.formats import find_format
@@ -189,6 +189,10 @@ class FolderTask:
         how = find_format(base, tokenizer)
         file = self.file("test" if side == "test" else "train")
         rows = load_instructions(file, seed=SPLIT_SEEDS["test"], form=how.form, tokenizer=tokenizer)
+        if side != "test" and len(rows) <= HELD_OUT_ROWS:
+            raise GRITError(
+                f"task {self.name}: {len(rows)} training rows are too few: the first {HELD_OUT_ROWS} are for validation"
+            )
         kept = slice(HELD_OUT_ROWS, None) if side == "train" else slice(HELD_OUT_ROWS)
         names = [name for name in ("prompt", "completion", "rendered") if name in rows.column_names]
         found = encode({name: list(rows[name])[kept] for name in names}, tokenizer, max_length, how.end)

@@ -58,7 +58,7 @@ def train(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> d
     length = settings.get("max_length", MAX_LENGTH)
     if isinstance(task, FolderTask):
         held_out = by_length(task.rows(split, job["base"], tokenizer, length), tokenizer, device)
-        rows = _epochs(task.rows("train", job["base"], tokenizer, length) if steps else [], steps * size, job["seed"])
+        rows = epochs(task.rows("train", job["base"], tokenizer, length) if steps else [], steps * size, job["seed"])
     else:
         held_out = _evaluation_batches(task.held_out(split), tokenizer, device)
         rows = _encode(task.training(steps * size, job["seed"]), tokenizer) if steps else []
@@ -183,9 +183,9 @@ def _model(job: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> 
     return add_lora(base, lora, job["seed"]).train(), tokenizer
 
 
-def _epochs(rows: Sequence[dict[str, list[int]]], n: int, seed: int) -> list[dict[str, list[int]]]:
+def epochs(rows: Sequence[Any], n: int, seed: int) -> list[Any]:
     """`n` rows in the seed's order, each once before any comes again."""
-    random_, found = random.Random(seed), list[dict[str, list[int]]]()
+    random_, found = random.Random(seed), list[Any]()
     while rows and len(found) < n:
         found += random_.sample(rows, len(rows))
     return found[:n]

@@ -14,6 +14,7 @@ from grit_impl.recipes.bases import find_base, require_base
 from grit_impl.recipes.datasets import require_dataset
 from grit_impl.settings import click_options
 from grit_impl.tryout.options import SHARED, Trying, training_of
+from grit_impl.tryout.plan import jobs_that_fit
 
 PAGE = "answer.md"
 
@@ -49,7 +50,12 @@ PAGE = "answer.md"
 @click.option(
     "--output-dir", "--out", "out", type=click.Path(path_type=Path), default=None, help="[default: reports/try/DATASET]"
 )
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Runs at a time.  [default: cores, or GPUs]")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=None,
+    help="Runs at a time, as far as memory allows.  [default: cores, or GPUs]",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None, help="[default: a GPU if there is one]")
 @click.option("--export", is_flag=True, help="Write the winner of the first pair as GGUF.")
 @click.pass_context
@@ -67,7 +73,7 @@ def try_(context: click.Context, /, **options: Any) -> None:
         raise GRITError("--pattern and --metric regex go together: say what must be the same in answer and truth")
     require_dataset(options["dataset"])
     base = find_base(options["base_model"])
-    from grit_impl.machine import cores, has_gpu, visible_gpus
+    from grit_impl.machine import available_memory, cores, has_gpu, visible_gpus
 
     device = options["device"] or ("cuda" if has_gpu() and base.gpu else "cpu")
     if device == "cuda" and not has_gpu():
@@ -76,6 +82,8 @@ def try_(context: click.Context, /, **options: Any) -> None:
     shared = {name: own[name] for name in SHARED if name in own}
     training = training_of(options["base_model"], cuda=device == "cuda", given=shared)
     require_base(options["base_model"])
+    if device == "cpu":
+        jobs = jobs_that_fit(jobs, base.size(), available_memory())
     _calm(device)
     from grit_impl.runs.progress import ProgressLine
     from grit_impl.sweep.scheduler import Interrupted

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ def prepare(base: str, dataset: str, max_length: int, seed: int, folder: Path) -
     tokenizer = load_tokenizer(base)
     how = find_format(base, tokenizer)
     rows = load_instructions(dataset, form=how.form, tokenizer=tokenizer)
-    columns: dict[str, list[Any]] = {name: list(rows[name]) for name in rows.column_names}
-    asked = columns.pop("asked", [""] * len(rows))
-    found = split([question(*each) for each in zip(columns["prompt"], columns["completion"], asked, strict=True)], seed)
+    # As `encode` tells whether a row is dropped: before the split, so that its sides are as large as is said.
+    prompts = tokenizer(list(rows["prompt"]), add_special_tokens="rendered" not in rows.column_names)["input_ids"]
+    fits = [len(ids) < max_length for ids in prompts]
+    columns: dict[str, list[Any]] = {name: list(compress(rows[name], fits)) for name in rows.column_names}
+    asked = columns.pop("asked", [""] * sum(fits))
+    questions = [question(*each) for each in zip(columns["prompt"], columns["completion"], asked, strict=True)]
+    found = split(questions, seed, len(fits) - sum(fits))
     content: dict[str, Any] = {}
     for side in SIDES:
         texts = {name: [values[number] for number in found.rows[side]] for name, values in columns.items()}

@@ -121,6 +121,7 @@ def _commands(result: Result) -> list[str]:
         "--warmup-steps": training["warmup"],
         "--per-device-train-batch-size": training["batch_size"],
         "--gradient-accumulation-steps": training["accumulation"],
+        "--max-length": training["max_length"],
         "--lora-r": training["rank"],
         "--lora-alpha": training["alpha"],
     }
@@ -172,5 +173,6 @@ def _rules(result: Result) -> str:
         f"Every arm had {trials} trials, along the learning rate alone, on one seed and {rows['validation']} "
         f"validation rows; the opponent is the best of three by those trials, and met GRIT on {size['seeds']} other "
         f"seeds and {rows['test']} test rows. All runs trained {size['steps']} steps on {rows['train']} rows, a pair "
-        "from the same adapters and the same batches. Rows that ask the same stand on one side."
+        "from the same adapters and the same batches. Rows that ask the same stand on one side. "
+        "The interval is over seeds: it is for these held-out rows and these learning rates, which all seeds share."
     )

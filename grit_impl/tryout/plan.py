@@ -31,6 +31,8 @@ EPOCHS = 4
 WIDENED = 2
 """Trials that every arm gets besides, at most, as long as any arm's best lies at an end of its range."""
 PROBE_STEPS = 12
+LIBRARIES = 2**29
+"""Bytes that a process takes besides the base's weights, about."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,14 @@ class Size:
     seeds: int
 
     @property
+    def wider(self) -> int:
+        """Trials that an arm may get besides: of fewer than three, both ends of the range say nothing."""
+        return WIDENED if self.trials >= 3 else 0
+
+    @property
     def runs(self) -> int:
-        """Trainings: of every trial, and of two arms per seed."""
-        return len(METHODS) * self.trials + 2 * self.seeds
+        """Trainings, at most: of every trial, and of two arms per seed."""
+        return len(METHODS) * (self.trials + self.wider) + 2 * self.seeds
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ class Costs:
     answers: float
 
     def seconds(self, size: Size, jobs: int) -> float:
-        """Of all runs, with so many at a time."""
-        tuning = sum(size.trials * (self.run + size.steps * self.of(arm)) for arm in METHODS)
+        """Of all runs, at most, with so many at a time."""
+        tuning = sum((size.trials + size.wider) * (self.run + size.steps * self.of(arm)) for arm in METHODS)
         pair = 2 * (self.run + self.answers) + size.steps * (self.of(GRIT) + self.of("adamw"))
         return (tuning + size.seeds * pair) / jobs
 
@@ -85,7 +92,7 @@ def choose_size(
         asked: `steps`, `trials`, `seeds`, as far as they were given.
 
     Returns:
-        The size, and the seconds that it takes.
+        The size, and the seconds that it takes at most.
 
     Raises:
         GRITError: nothing fits.
@@ -96,9 +103,22 @@ def choose_size(
         if (seconds := costs.seconds(size, jobs)) <= 60 * minutes:
             return size, seconds
     raise GRITError(
-        f"--minutes {minutes:g} is too short: {size.runs} runs of {size.steps} steps take about "
+        f"--minutes {minutes:g} is too short: up to {size.runs} runs of {size.steps} steps take about "
         f"{math.ceil(seconds / 60)} minutes here"
     )
+
+
+def jobs_that_fit(wanted: int, weights: int, free: int | None) -> int:
+    """Runs at a time for which there is memory, at least one.
+
+    Args:
+        wanted: More are not run.
+        weights: Bytes of the base's, as stored; 0: not known. In float32 they may be twice that.
+        free: Bytes; None: not known.
+    """
+    if not weights or free is None:
+        return wanted
+    return max(1, min(wanted, free // (2 * weights + LIBRARIES)))
 
 
 def rates(centre: float, arm: str, trials: int, spacing: float) -> list[float]:

@@ -171,13 +171,13 @@ def run(asked: Asked, folder: Path, *, jobs: int, say: Say, progress: Progress) 
         asked, folder, jobs, most, lambda: together("measuring a few steps", plans.probe(make(Size(1, 1, 3))))
     )
     say(
-        f"{size.runs} runs of {size.steps} steps: {size.trials} learning rates for each of {len(METHODS)} arms, then "
-        f"{size.seeds} pairs; about {_minutes(seconds)} with {jobs} at a time (--minutes {asked.trying.minutes:g})"
+        f"up to {size.runs} runs of {size.steps} steps: {size.trials} learning rates for each of {len(METHODS)} arms"
+        f"{f', and at most {size.wider} more' if size.wider else ''}, then {size.seeds} pairs; at most about {_minutes(seconds)} with {jobs} at a time (--minutes {asked.trying.minutes:g})"
     )
     tuning = make(size)
     tuned = _tuned(together("tuning", tuning), tuning)
-    for more in range(plans.WIDENED):
-        if size.trials < 3 or not any(plans.at_an_end(each["rates"], each["lr"]) for each in tuned.values()):
+    for more in range(size.wider):
+        if not any(plans.at_an_end(each["rates"], each["lr"]) for each in tuned.values()):
             break
         tuning = plans.widen(tuning, {arm: each["lr"] for arm, each in tuned.items()}, spacing)
         say("a best learning rate lies at an end of its range: one more trial for every arm")
@@ -244,7 +244,7 @@ def _size(
     step = {arm: row["step_seconds"] for arm, row in rows.items()}
     # The first run waits for the libraries that all of them share.
     rest = min(row["seconds"] - row["train_seconds"] for row in rows.values())
-    # A token of an answer takes about a third of a training step's forward and backward over a batch.
+    # No answer was generated on the clock: a guess, three times what a run takes to load and to evaluate.
     answers = 0.0 if asked.trying.metric == "loss" else 3 * rest
     costs = Costs(step, rest, answers)
     trying = asked.trying
@@ -296,7 +296,8 @@ def _result(
         "rows": {name: len(numbers) for name, numbers in sides.items()},
         "size": plans.described(size),
         "seconds": _seconds(folder),
-        "training": asked.common() | {"accumulation": asked.training.accumulation},
+        "training": asked.common()
+        | {"accumulation": asked.training.accumulation, "max_length": asked.training.max_length},
         "seed": asked.trying.seed,
         "tuned": dict(tuned),
         "reference": reference,

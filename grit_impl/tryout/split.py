@@ -27,14 +27,18 @@ class Split:
     Attributes:
         rows: Side to the numbers of its rows, in file order.
         repeated: Rows that ask what an earlier row asks; they are on its side.
+        dropped: Rows on no side, as their questions leave no room for an answer.
     """
 
     rows: Mapping[str, Sequence[int]]
     repeated: int
+    dropped: int = 0
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(self.rows[side])} {side}" for side in reversed(SIDES))
-        return f"{sizes}; {self.repeated} rows repeat another's question and stand on its side"
+        return f"{sizes}; {self.repeated} rows repeat another's question and stand on its side" + (
+            f"; {self.dropped} rows are left out, as their questions fill --max-length" if self.dropped else ""
+        )
 
 
 def question(prompt: str, completion: str, asked: str = "") -> str:
@@ -57,12 +61,13 @@ def side(asked: str, seed: int, shares: Mapping[str, float]) -> str:
     return "validation" if place < shares["test"] + shares["validation"] else "train"
 
 
-def split(questions: Sequence[str], seed: int) -> Split:
+def split(questions: Sequence[str], seed: int, dropped: int = 0) -> Split:
     """Split rows.
 
     Args:
         questions: Of every row, what `question` gives.
         seed: Of the split.
+        dropped: Rows besides, that were left out.
 
     Raises:
         GRITError: too few rows for three sides.
@@ -74,9 +79,10 @@ def split(questions: Sequence[str], seed: int) -> Split:
     distinct = len(set(questions))
     for name, found in rows.items():
         if len({questions[number] for number in found}) < FEWEST:
+            left = f" ({dropped} more have questions that fill --max-length)" if dropped else ""
             raise GRITError(
-                f"{len(questions)} rows, {distinct} of them with a question of their own, are too few: {FEWEST} "
+                f"{len(questions)} rows{left}, {distinct} of them with a question of their own, are too few: {FEWEST} "
                 f"questions are needed in each of {', '.join(SIDES)}, and {name} has {len(found)}; give about "
                 f"{round(1.5 * FEWEST / SHARES['validation'])} rows"
             )
-    return Split(rows, len(questions) - distinct)
+    return Split(rows, len(questions) - distinct, dropped)

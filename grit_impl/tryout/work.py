@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ def work(folder: str, job: Mapping[str, Any], settings: Mapping[str, Any], devic
     from grit_impl.ledger.recorder import gradient_ledger
     from grit_impl.method.reprojection import save_adapter
     from grit_impl.record import write_atomic
-    from grit_impl.sweep.run import by_length, collate, fit, held_out_loss
+    from grit_impl.sweep.run import by_length, collate, epochs, fit, held_out_loss
     from grit_impl.tryout.data import encoded, items, read_side
 
     torch.set_num_threads(1)
@@ -49,7 +48,7 @@ def work(folder: str, job: Mapping[str, Any], settings: Mapping[str, Any], devic
     test = read_side(where, "validation" if tuning else "test")
     held_out = by_length(encoded(test), tokenizer, device)
     size, accumulation = settings["batch_size"], how["accumulation"]
-    rows = order(encoded(read_side(where, "train")), settings["steps"] * accumulation * size, job["seed"])
+    rows = epochs(encoded(read_side(where, "train")), settings["steps"] * accumulation * size, job["seed"])
     batches = [collate(rows[i : i + size], tokenizer, device) for i in range(0, len(rows), size)]
     first = job["arm"] == GRIT and job["seed"] == how["first"] and not tuning
     if device == "cuda":
@@ -76,15 +75,6 @@ def work(folder: str, job: Mapping[str, Any], settings: Mapping[str, Any], devic
         note = where / "measures" / f"{job['arm']}-{job['seed']}.json"
         write_atomic(note, json.dumps({"memory_bytes": peak, "ledger": first}))
     return result
-
-
-def order(rows: Sequence[Any], wanted: int, seed: int) -> list[Any]:
-    """So many rows in the order of a seed: every row once, then every row again in another order."""
-    source = random.Random(seed)
-    found: list[Any] = []
-    while len(found) < wanted:
-        found += source.sample(rows, len(rows))
-    return found[:wanted]
 
 
 def _model(job: Mapping[str, Any], settings: Mapping[str, Any], how: Mapping[str, Any], device: str) -> tuple[Any, Any]:

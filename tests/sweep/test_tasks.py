@@ -96,18 +96,22 @@ def test_a_folders_sides_have_no_row_in_common(tmp_path: Path, monkeypatch: pyte
     """Oracle: the files. Every training row comes once before any comes again; seeds order them; a run trains."""
     from grit_impl.recipes import tasks
     from grit_impl.recipes.bases import load_tokenizer
-    from grit_impl.sweep.run import _epochs, train
+    from grit_impl.sweep.run import epochs, train
 
     monkeypatch.setattr(tasks, "HELD_OUT_ROWS", 8)
     for side, n in (("train", 24), ("test", 10)):
         rows = [{"question": f"What is {side} {i}?", "answer": str(i)} for i in range(n)]
         (tmp_path / f"{side}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task, tokenizer = find_task(str(tmp_path)), load_tokenizer("tiny")
+    monkeypatch.setattr(tasks, "HELD_OUT_ROWS", 24)
+    with pytest.raises(GRITError, match="24 training rows are too few: the first 24"):
+        task.rows("train", "tiny", tokenizer, 64)
+    monkeypatch.setattr(tasks, "HELD_OUT_ROWS", 8)
     sides = {side: {tuple(r["input_ids"]) for r in task.rows(side, "tiny", tokenizer, 64)} for side in SIDES}
     assert {side: len(rows) for side, rows in sides.items()} == {"train": 16, "validation": 8, "test": 8}
     assert not sides["train"] & sides["validation"]
     rows = task.rows("train", "tiny", tokenizer, 64)
-    orders = [[tuple(row["input_ids"]) for row in _epochs(rows, 32, seed)] for seed in (0, 0, 1)]
+    orders = [[tuple(row["input_ids"]) for row in epochs(rows, 32, seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert set(orders[0][:16]) == set(orders[0][16:]) == sides["train"]
     settings = {"lr": 3e-3, "warmup": 1, "rank": 4, "alpha": 4, "steps": 2, "batch_size": 2, "every": 2}

@@ -13,9 +13,10 @@ from grit_impl.recipes.bases import load_base, load_tokenizer
 from grit_impl.recipes.tiny_llama import knowledge
 from grit_impl.recipes.tiny_llama.corpus import SHORT_TEMPLATE
 from grit_impl.recipes.tokens import Tokens, tokenize
+from grit_impl.sweep.run import epochs
 from grit_impl.tryout.data import encoded, is_right, items, prepare, read_side
 from grit_impl.tryout.split import SIDES
-from grit_impl.tryout.work import accuracy, order
+from grit_impl.tryout.work import accuracy
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,29 @@ def test_all_rows_are_on_a_side_as_the_tokenizer_reads_them(tmp_path: Path, toke
     assert all(row["labels"][0] == -100 and row["labels"][-1] == tokenizer.eos_token_id for row in found)
 
 
+def test_rows_without_room_for_an_answer_are_on_no_side(tmp_path: Path) -> None:
+    """They are counted apart, and not among those that a side needs."""
+    file = tmp_path / "mine.jsonl"
+    asked = [f"What is {n}?" + " really" * 80 * (n % 2) for n in range(400)]
+    file.write_text("".join(json.dumps({"prompt": ask, "completion": "it"}) + "\n" for ask in asked))
+    split = prepare("tiny", str(file), 64, 0, tmp_path)
+    assert "200 rows are left out" in str(split)
+    sizes = {side: len(read_side(tmp_path, side).prompts) for side in SIDES}
+    assert sizes == {side: len(numbers) for side, numbers in split.rows.items()}
+    assert sum(sizes.values()) == 200
+    file.write_text("".join(json.dumps({"prompt": ask, "completion": "it"}) + "\n" for ask in asked[:150]))
+    with pytest.raises(GRITError, match=r"75 rows \(75 more have questions that fill --max-length\), 75 of them"):
+        prepare("tiny", str(file), 64, 0, tmp_path)
+
+
 def test_an_order_has_every_row_before_any_twice() -> None:
     """Other seeds, other orders; the same seed, the same."""
     rows = list(range(10))
-    found = order(rows, 25, 3)
+    found = epochs(rows, 25, 3)
     assert sorted(found[:10]) == sorted(found[10:20]) == rows
     assert found[:10] != found[10:20]
-    assert found == order(rows, 25, 3) != order(rows, 25, 4)
-    assert order(rows, 0, 3) == []
+    assert found == epochs(rows, 25, 3) != epochs(rows, 25, 4)
+    assert epochs(rows, 0, 3) == []
 
 
 def test_items_have_what_the_scorer_reads(tokenizer: Any) -> None:

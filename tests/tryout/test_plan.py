@@ -14,6 +14,7 @@ from grit_impl.tryout.plan import (
     Size,
     at_an_end,
     choose_size,
+    jobs_that_fit,
     make_plan,
     paired,
     probe,
@@ -66,12 +67,13 @@ def test_a_range_is_widened_where_its_best_lies() -> None:
 
 
 def test_the_largest_size_that_fits_is_chosen() -> None:
-    """Oracle: seconds worked out by hand; the first of the ladder with ample time, the last with little."""
-    seconds = 4 * 5 * 2.0 + 5 * 200 * (3 * 0.05 + 0.06) + 6 * (2 * 2.0 + 200 * 0.11)
+    """Oracle: seconds worked out by hand, ranges widened twice; the first of the ladder with ample time."""
+    seconds = 4 * 7 * 2.0 + 7 * 200 * (3 * 0.05 + 0.06) + 6 * (2 * 2.0 + 200 * 0.11)
     assert COSTS.seconds(Size(200, 5, 6), 1) == pytest.approx(seconds)
+    assert (Size(200, 5, 6).runs, Size(200, 2, 6).runs) == (4 * 7 + 12, 4 * 2 + 12)
     assert COSTS.seconds(Size(200, 5, 6), 4) == pytest.approx(seconds / 4)
     assert choose_size(COSTS, 60, 1, 10_000, NOTHING)[0] == Size(*LADDER[0])
-    for minutes in (1.2, 2, 4):
+    for minutes in (1.5, 2, 4):
         size, took = choose_size(COSTS, minutes, 1, 10_000, NOTHING)
         assert took <= 60 * minutes
         assert size != Size(*LADDER[0])
@@ -80,7 +82,16 @@ def test_the_largest_size_that_fits_is_chosen() -> None:
 
 def test_what_was_asked_for_is_kept_or_refused() -> None:
     """A number of steps that does not fit is refused with the time that it needs."""
-    size, _ = choose_size(COSTS, 4, 1, 80, {**NOTHING, "steps": 150})
+    size, _ = choose_size(COSTS, 5, 1, 80, {**NOTHING, "steps": 150})
     assert size.steps == 150
-    with pytest.raises(GRITError, match=r"--minutes 1 is too short: .* runs of 5000 steps take about \d+ minutes"):
+    with pytest.raises(
+        GRITError, match=r"--minutes 1 is too short: up to .* runs of 5000 steps take about \d+ minutes"
+    ):
         choose_size(COSTS, 1, 1, 80, {**NOTHING, "steps": 5000})
+
+
+def test_no_more_runs_at_a_time_than_memory_holds() -> None:
+    """Two GiB of weights in 16 bits are four in float32, and a process takes half a GiB besides."""
+    gib = 2**30
+    assert [jobs_that_fit(8, 2 * gib, free * gib) for free in (100, 14, 1)] == [8, 3, 1]
+    assert (jobs_that_fit(8, 0, gib), jobs_that_fit(8, gib, None)) == (8, 8)

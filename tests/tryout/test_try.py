@@ -76,7 +76,13 @@ def test_the_page_answers(answered: tuple[Path, str]) -> None:
     result = json.loads((folder / "out" / "answer.json").read_text())
     page = (folder / "out" / "answer.md").read_text()
     assert page in printed
-    for part in ("Did it matter?** Yes: in 12 of 12 steps", "Did it help?", "ms per step", "alpha 0.05"):
+    for part in (
+        "Did it matter?** Yes: in 12 of 12 steps",
+        "Did it help?",
+        "ms per step",
+        "alpha 0.05",
+        "which all seeds share",
+    ):
         assert part in page, part
     assert result["answer"]["outcome"] in ("yes", "no", "inconclusive")
     assert result["ledger"]["cause"] == "effective"
