@@ -170,9 +170,11 @@ def run(asked: Asked, folder: Path, *, jobs: int, say: Say, progress: Progress) 
     size, seconds = _size(
         asked, folder, jobs, most, lambda: together("measuring a few steps", plans.probe(make(Size(1, 1, 3))))
     )
+    wider = f", and at most {size.wider} more" if size.wider else ""
     say(
         f"up to {size.runs} runs of {size.steps} steps: {size.trials} learning rates for each of {len(METHODS)} arms"
-        f"{f', and at most {size.wider} more' if size.wider else ''}, then {size.seeds} pairs; at most about {_minutes(seconds)} with {jobs} at a time (--minutes {asked.trying.minutes:g})"
+        f"{wider}, then {size.seeds} pairs; at most about {_minutes(seconds)} with {jobs} at a time "
+        f"(--minutes {asked.trying.minutes:g})"
     )
     tuning = make(size)
     tuned = _tuned(together("tuning", tuning), tuning)
