@@ -173,6 +173,13 @@ def train(case: Case) -> list[str]:
     return ["train", "--dataset", rows(case), *out, *junk, *case.some("--dataset", "--base-model", junk=0.05)]
 
 
+def try_(case: Case) -> list[str]:
+    """Four rows at most, which are too few to try anything."""
+    model = base(case) if case.chance.random() < 0.2 else "tiny"
+    chosen = ["try", "--dataset", rows(case), "--out", str(case.folder / "try"), "--base-model", model]
+    return [*chosen, *case.some("--metric", "--pattern", "--minutes", "--smallest-effect", "--seeds", "--max-length")]
+
+
 def restart(case: Case) -> list[str]:
     """A run's folder whose record is damaged, which must not be continued."""
     record = {"schema": 1, "arm": "pure", "config": {"seed": 1, "training": {"steps": 5}}}
@@ -292,7 +299,7 @@ def options(case: Case) -> list[str]:
 
 
 COMMANDS: tuple[Callable[[Case], list[str]], ...] = (
-    *(train, train, train, restart, evaluate, evaluate, address, alignment, compare, compare),
+    *(train, train, train, try_, restart, evaluate, evaluate, address, alignment, compare, compare),
     *(verdict, export, deploy, serve, report, sweep, options),
 )
 
