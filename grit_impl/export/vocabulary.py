@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.errors import GRITError
 from grit_impl.export.checkpoint import Checkpoint, read_json
 from grit_impl.gguf.splits import split_name
-from grit_impl.tables import one_line
+from grit_impl.tables import brief, one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -211,8 +211,10 @@ def _ends(base: Checkpoint, tokenizer: Any, adapter: Path | None) -> list[int]:
     for folder in (base.folder, adapter):
         if folder is not None and (folder / "generation_config.json").is_file():
             declared = read_json(folder / "generation_config.json").get("eos_token_id", declared)
-    listed = declared if isinstance(declared, list) else [declared]
-    found = list(dict.fromkeys(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None))
+    listed = [i for i in (declared if isinstance(declared, list) else [declared]) if i is not None]
+    if wrong := [i for i in listed if not isinstance(i, int) or isinstance(i, bool)]:
+        raise GRITError(f"stop-token: eos_token_id of {base.folder} is {brief(wrong[0])}, which is no token's number")
+    found = list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
     if not found:
         raise GRITError(f"stop-token: {base.folder} names no eos_token, so generation would never end; set it")
     return found

@@ -26,11 +26,13 @@ from grit_impl.gguf.architecture import (
 )
 from grit_impl.gguf.splits import pre_tokenizer
 from grit_impl.gguf.tensors import Weights
+from grit_impl.tables import brief
 
 if TYPE_CHECKING:
     import torch
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+ENDS = ("eos", "eot", "eom")
 # Bytes of weights in one file of the folder.
 SHARD = 4 << 30
 
@@ -93,29 +95,35 @@ def read_config(source: Weights) -> dict[str, Any]:
             raise GRITError(f"{path} lacks {ours.name}.{key}")
         return value
 
-    heads = int(get("attention.head_count"))
+    def whole(key: str, default: int | None = None) -> int:
+        return _whole(get(key, default), f"{path} has {ours.name}.{key}", least=1)
+
+    def real(key: str, default: float | None = None) -> float:
+        return _real(get(key, default), f"{path} has {ours.name}.{key}")
+
+    heads = whole("attention.head_count")
     config: dict[str, Any] = {
         "architectures": [ours.model],
         "vocab_size": source.entries["token_embd.weight"].shape[0],
-        "hidden_size": int(get("embedding_length")),
-        "intermediate_size": int(get("feed_forward_length")),
-        "num_hidden_layers": int(get("block_count")),
+        "hidden_size": whole("embedding_length"),
+        "intermediate_size": whole("feed_forward_length"),
+        "num_hidden_layers": whole("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(get("attention.head_count_kv", heads)),
-        "max_position_embeddings": int(get("context_length")),
+        "num_key_value_heads": whole("attention.head_count_kv", heads),
+        "max_position_embeddings": whole("context_length"),
         # Stored in float32; the shortest decimal that gives the same number is what was meant.
-        "rms_norm_eps": _short(get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _short(get("rope.freq_base", 10000.0)),
+        "rms_norm_eps": _short(real("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(real("rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in source,
         "attention_bias": "blk.0.attn_q.bias" in source,
         "mlp_bias": "blk.0.ffn_up.bias" in source,
     }
-    config["head_dim"] = int(get("attention.key_length", config["hidden_size"] // heads))
+    config["head_dim"] = whole("attention.key_length", config["hidden_size"] // heads)
     for key in ("expert_count", "attention.sliding_window"):
         if found.get(f"{ours.name}.{key}"):
             raise GRITError(f"{path} has {ours.name}.{key}={found[f'{ours.name}.{key}']}, which is not supported")
-    rotated = int(get("rope.dimension_count", config["head_dim"]))
-    if rotated != config["head_dim"] or int(get("attention.value_length", rotated)) != rotated:
+    rotated = whole("rope.dimension_count", config["head_dim"])
+    if rotated != config["head_dim"] or whole("attention.value_length", rotated) != rotated:
         raise GRITError(f"{path} rotates {rotated} of {config['head_dim']} numbers per head, which is not supported")
     config["rope_scaling"] = _rope_scaling(source, ours, config)
     _check_tensors(source, config)
@@ -128,6 +136,20 @@ def _known(name: Any, path: Path) -> Architecture:
             return known
     names = ", ".join(known.name for known in ARCHITECTURES.values())
     raise GRITError(f"{path} has architecture {name!r}: only {names} can be turned into a model folder")
+
+
+def _whole(value: Any, what: str, least: int = 0) -> int:
+    """A count or a token's number, which a file may hold as anything."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    raise GRITError(f"{what} = {brief(value)}, which is no whole number of at least {least}")
+
+
+def _real(value: Any, what: str) -> float:
+    """A finite number above zero."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise GRITError(f"{what} = {brief(value)}, which is no number above zero")
 
 
 def _short(number: float) -> float:
@@ -144,7 +166,8 @@ def _rope_scaling(source: Weights, ours: Architecture, config: dict[str, Any]) -
         return None
     if kind != "linear":
         raise GRITError(f"{source.path} has rope scaling {kind!r}: only linear and Llama 3's are supported")
-    return {"rope_type": "linear", "factor": float(source.metadata[f"{ours.name}.rope.scaling.factor"])}
+    key = f"{ours.name}.rope.scaling.factor"
+    return {"rope_type": "linear", "factor": _real(source.metadata.get(key), f"{source.path} has {key}")}
 
 
 def _llama3(divisors: torch.Tensor, config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -221,8 +244,8 @@ def build_tokenizer(source: Weights) -> Any:
         raise GRITError(f"the tokenizer of {path} {reason}")
     # Names that padding gave to rows without a token are no tokens.
     vocabulary = {text: i for i, (text, kind) in enumerate(zip(texts, kinds, strict=True)) if kind != UNUSED}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     try:
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # tokenizers raises the base class
         raise GRITError(f"the tokenizer of {path} is damaged: {error}") from error
@@ -235,10 +258,12 @@ def build_tokenizer(source: Weights) -> Any:
     tokenizer.add_tokens(added)
 
     def text(name: str) -> str | None:
-        i = get(f"{name}_token_id")
-        if i is not None and not 0 <= int(i) < len(texts):
+        if (value := get(key := f"{name}_token_id")) is None:
+            return None
+        i = _whole(value, f"{path} has tokenizer.ggml.{key}")
+        if i >= len(texts):
             raise GRITError(f"{path} names token {i} as its {name}, of {len(texts)} tokens")
-        return None if i is None else str(texts[int(i)])
+        return str(texts[i])
 
     names = {"bos_token": text("bos"), "eos_token": text("eos"), "pad_token": text("padding") or text("eos"),
              "unk_token": text("unknown")}  # fmt: skip
@@ -265,7 +290,8 @@ def _write_config(folder: Path, config: dict[str, Any], source: Weights, tokeniz
     from transformers import LlamaConfig, Qwen2Config
 
     kinds: dict[str, Any] = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
-    ends = [source.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    found = {key: source.metadata.get(key) for key in (f"tokenizer.ggml.{name}_token_id" for name in ENDS)}
+    stops = {_whole(i, f"{source.path} has {key}"): None for key, i in found.items() if i is not None}
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -281,8 +307,7 @@ def _write_config(folder: Path, config: dict[str, Any], source: Weights, tokeniz
         saved.pop(name, None)
     rope = {name: config[name] for name in ("rope_theta", "rope_scaling")}
     path.write_text(json.dumps({**saved, **rope, "torch_dtype": dtype}, indent=2))
-    stops = list(dict.fromkeys(int(i) for i in ends if i is not None))
-    generation = {**tokens, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+    generation = {**tokens, "eos_token_id": list(stops) if len(stops) > 1 else next(iter(stops))}
     (folder / "generation_config.json").write_text(json.dumps({k: v for k, v in generation.items() if v is not None}))
 
 

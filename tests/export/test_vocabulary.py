@@ -68,6 +68,18 @@ def test_the_proof_reads_the_trainings_side(chatml: SimpleNamespace, tmp_path: P
     assert {"stop-token", "chat-template", "vocabulary"} <= found
 
 
+@pytest.mark.parametrize("value", ["x", "\ud800", [1, "2"], {}, True, 2.5], ids=repr)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_is_named(tmp_path: Path, file: str, value: Any) -> None:
+    """Oracle: the plant in one of the files that name the ends of a text."""
+    base = tiny.make_base(tmp_path / "base")
+    (base / "generation_config.json").write_text("{}")
+    tiny.edit_json(base / file, eos_token_id=value)
+    with pytest.raises(GRITError, match=r"eos_token_id|config\.json") as caught:
+        export_merged(base, None, tmp_path / "m.gguf", "f16")
+    assert "\n" not in str(caught.value)
+
+
 def tokenizer_config(folder: Path, **fields: Any) -> Path:
     """Change a folder's tokenizer settings."""
     tiny.edit_json(folder / "tokenizer_config.json", **fields)

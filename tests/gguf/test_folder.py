@@ -155,6 +155,33 @@ def test_refused_in_one_line(files: Path, tmp_path: Path, kind: str) -> None:
     assert list(tmp_path.iterdir()) == [broken]
 
 
+COUNTS = ("embedding_length", "feed_forward_length", "block_count", "context_length", "attention.head_count")
+COUNTS += ("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count")
+SIZES = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")
+TOKENS = ("bos_token_id", "eos_token_id", "eot_token_id", "padding_token_id", "unknown_token_id")
+JUNK = ("x", "\ud800", [1, 2], {}, True, -1)
+PLANTS = [
+    *((f"llama.{key}", value) for key in COUNTS for value in (*JUNK, 0, 2.5)),
+    *((f"llama.{key}", value) for key in SIZES for value in (*JUNK, 0, float("nan"))),
+    *((f"tokenizer.ggml.{key}", value) for key in TOKENS for value in (*JUNK, 2.5)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), PLANTS, ids=repr)
+def test_what_is_no_number_is_named(files: Path, tmp_path: Path, monkeypatch, key: str, value: Any) -> None:
+    """Oracle: the plant in what the file's header says: the message names the key, on one line."""
+
+    def planted(path: Path, **options: Any) -> Any:
+        metadata, entries = read_header(path, **options)
+        return {**metadata, key: value}, entries
+
+    monkeypatch.setattr("grit_impl.gguf.tensors.read_header", planted)
+    with pytest.raises(GRITError) as caught:
+        to_folder(files / "linear-rope.gguf", tmp_path / "out")
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("length", [0, 3, 20, 5000, -40_000, -1])
 def test_truncated(files: Path, tmp_path: Path, length: int) -> None:
     """Oracle: a file cut in its magic, header, vocabulary, or tensors."""
