@@ -412,3 +412,20 @@ class Whitening:
         for name, p in self.parameters.items():
             if p.grad is not None:
                 p.grad.copy_(self.result(name, p.grad))
+
+
+def whitened(bench: Bench) -> Moments:
+    """That preconditioner, before every step: what most cases begin with."""
+    return Moments(before_step=Whitening(bench.lora).apply)
+
+
+def at_step(step: int, action: Callable[[], Any]) -> Callable[[], None]:
+    """Do something once, when called for the step-th time."""
+    count = [0]
+
+    def run() -> None:
+        count[0] += 1
+        if count[0] == step:
+            action()
+
+    return run

@@ -9,6 +9,10 @@ from typing import Any
 from grit_impl.zoo.bench import OPTIMIZERS, TRAINERS, Bench, Moments
 
 Build = Callable[[Bench], Moments]
+TORCH = ("adamw", "sgd")
+HUGGING_FACE = ("trainer", "sft")
+OPEN_ORDER = ("loop", *HUGGING_FACE, "hybrid")
+"""Optimizers and trainers that cases name together; in OPEN_ORDER a case may come before clipping or after."""
 FAULTS: list[Case] = []
 SOUND: list[Case] = []
 

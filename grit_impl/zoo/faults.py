@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from grit_impl.zoo.bench import Bench, Moments, Whitening
-from grit_impl.zoo.cases import fault
+from grit_impl.zoo.cases import OPEN_ORDER, fault
 from grit_impl.zoo.kernels import HookedKFAC, fuse
 from grit_impl.zoo.optimizers import BufferSGD, KeepsGradients
 
 CALLBACK_TRAINERS = ("trainer", "sft", "hybrid", "pure")
-OPEN_ORDER = ("loop", "trainer", "sft", "hybrid")
 
 
 def _change(bench: Bench, new: Callable[[str, nn.Parameter, Tensor], Tensor | None]) -> Callable[[], None]:

@@ -10,19 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from grit_impl.config import GRITConfig
-from grit_impl.zoo.bench import Bench, Moments, Whitening
-from grit_impl.zoo.cases import SOUND, Case, sound
+from grit_impl.zoo.bench import Bench, Moments, Whitening, whitened
+from grit_impl.zoo.cases import OPEN_ORDER, SOUND, Case, sound
 from grit_impl.zoo.kernels import HookedKFAC, fuse
 from grit_impl.zoo.optimizers import Lion
 
 PLAIN, EFFECTIVE = ("no-modifier",), ("effective",)
-OPEN_ORDER = ("loop", "trainer", "sft", "hybrid")
-HUGGING_FACE = ("trainer", "sft")
 CONFIG = GRITConfig(kfac_update_freq=1, kfac_min_samples=4)
-
-
-def _white(bench: Bench) -> Moments:
-    return Moments(before_step=Whitening(bench.lora).apply)
 
 
 def _register(id: str, causes: tuple[str, ...], text: str, build: Callable[[Bench], Moments], **options: Any) -> None:
@@ -55,15 +49,17 @@ _register("plain-tight-clipping", PLAIN, "Clipping at every step.", _plain, sett
 _register("plain-no-accumulation", PLAIN, "One micro-batch a step.", _plain, setting={"accumulation": 1})
 _register("plain-accumulation-8", PLAIN, "Eight micro-batches a step.", _plain, setting={"accumulation": 8, "steps": 4})
 _register("plain-warm-up", PLAIN, "The first step's learning rate is zero.", _plain, setting={"warmup": 3})
-_register("effective", EFFECTIVE, "A preconditioner at the right moment.", _white)
-_register("effective-unclipped", EFFECTIVE, "The same without clipping.", _white, setting={"max_norm": 0.0})
-_register("effective-tight-clipping", EFFECTIVE, "The same, clipped at every step.", _white, setting={"max_norm": 1e-2})
-_register("effective-no-accumulation", EFFECTIVE, "One micro-batch a step.", _white, setting={"accumulation": 1})
-_register("effective-accumulation-4", EFFECTIVE, "Four.", _white, setting={"accumulation": 4, "steps": 6})
-_register("effective-accumulation-8", EFFECTIVE, "Eight.", _white, setting={"accumulation": 8, "steps": 4})
-_register("effective-warm-up", EFFECTIVE, "With warm-up.", _white, setting={"warmup": 3})
-_register("effective-sampled", EFFECTIVE, "The ledger looks at every third step.", _white, ledger={"every": 3})
-_register("effective-small-sample", EFFECTIVE, "Only four tensors are shadowed.", _white, ledger={"sample": 4})
+_register("effective", EFFECTIVE, "A preconditioner at the right moment.", whitened)
+_register("effective-unclipped", EFFECTIVE, "The same without clipping.", whitened, setting={"max_norm": 0.0})
+_register(
+    "effective-tight-clipping", EFFECTIVE, "The same, clipped at every step.", whitened, setting={"max_norm": 1e-2}
+)
+_register("effective-no-accumulation", EFFECTIVE, "One micro-batch a step.", whitened, setting={"accumulation": 1})
+_register("effective-accumulation-4", EFFECTIVE, "Four.", whitened, setting={"accumulation": 4, "steps": 6})
+_register("effective-accumulation-8", EFFECTIVE, "Eight.", whitened, setting={"accumulation": 8, "steps": 4})
+_register("effective-warm-up", EFFECTIVE, "With warm-up.", whitened, setting={"warmup": 3})
+_register("effective-sampled", EFFECTIVE, "The ledger looks at every third step.", whitened, ledger={"every": 3})
+_register("effective-small-sample", EFFECTIVE, "Only four tensors are shadowed.", whitened, ledger={"sample": 4})
 
 _register(
     "grad-scaler",
@@ -77,7 +73,7 @@ _register(
     "grad-scaler-effective",
     EFFECTIVE,
     "The same with a preconditioner after unscaling.",
-    _options(_white, scaler=True),
+    _options(whitened, scaler=True),
     trainers=("loop",),
     optimizers=("adamw", "sgd"),
 )
@@ -85,7 +81,7 @@ _register(
     "gradients-zeroed-in-place",
     EFFECTIVE,
     "zero_grad(set_to_none=False).",
-    _options(_white, set_to_none=False),
+    _options(whitened, set_to_none=False),
     trainers=("loop",),
 )
 _register(
@@ -117,7 +113,7 @@ for _name, _make in {
         f"{_name}-effective",
         EFFECTIVE,
         "Another optimizer.",
-        _optimizer(_white, _make),
+        _optimizer(whitened, _make),
         optimizers=("adamw",),
         trainers=("loop", "pure"),
     )
@@ -132,7 +128,7 @@ def _checkpointing(bench: Bench) -> Moments:
     bench.model.gradient_checkpointing_enable({"use_reentrant": False})
     bench.model.enable_input_require_grads()
     bench.model.train()
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("checkpointing-reentrant", *EFFECTIVE)
@@ -142,7 +138,7 @@ def _reentrant(bench: Bench) -> Moments:
     bench.model.gradient_checkpointing_enable({"use_reentrant": True})
     bench.model.enable_input_require_grads()
     bench.model.train()
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("before-clipping", *EFFECTIVE, trainers=OPEN_ORDER)
@@ -217,7 +213,7 @@ def _frozen(bench: Bench) -> Moments:
     for name, p in bench.lora.items():
         if "layers.0." in name:
             p.requires_grad_(False)
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("frozen-factor", *EFFECTIVE)
@@ -226,7 +222,7 @@ def _frozen_a(bench: Bench) -> Moments:
     for name, p in bench.lora.items():
         if "lora_A" in name:
             p.requires_grad_(False)
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("two-adapters", *EFFECTIVE)
@@ -235,7 +231,7 @@ def _two_adapters(bench: Bench) -> Moments:
     from peft import LoraConfig
 
     bench.model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("bf16-parameters", *EFFECTIVE, optimizers=("adamw", "sgd"))
@@ -243,7 +239,7 @@ def _bf16(bench: Bench) -> Moments:
     """Everything in bfloat16."""
     bench.rate = 1.0 if bench.optimizer == "sgd" else 1e-2  # smaller steps of SGD round to nothing
     bench.model.to(torch.bfloat16)
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("weights-bounded", *PLAIN)
@@ -293,7 +289,7 @@ def _starts_late(bench: Bench) -> Moments:
 def _fused(bench: Bench) -> Moments:
     """Fused kernels, and a preconditioner that needs no hooks."""
     fuse(bench.model)
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("resumed", *EFFECTIVE, optimizers=("adamw", "sgd"))
@@ -302,7 +298,7 @@ def _resumed(bench: Bench) -> Moments:
 
     def make(b: Bench) -> Any:
         first = Bench("loop", b.optimizer, b.seed, steps=3)
-        first.train(_white(first))
+        first.train(whitened(first))
         state = copy.deepcopy(first.built.state_dict())
         for name, p in b.lora.items():
             p.data.copy_(first.lora[name].data)
@@ -311,7 +307,7 @@ def _resumed(bench: Bench) -> Moments:
         return optimizer
 
     bench.make_optimizer = make
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("two-optimizers", *EFFECTIVE, trainers=("loop",), optimizers=("adamw", "sgd"))

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from grit_impl.zoo.bench import Bench, Moments, Whitening
-from grit_impl.zoo.cases import sound
+from grit_impl.zoo.bench import Bench, Moments, Whitening, whitened
+from grit_impl.zoo.cases import TORCH, sound
 from grit_impl.zoo.optimizers import NormalisedSGD, ScheduleFree, StochasticRounding
 
 LOOP = {"trainers": ("loop",), "optimizers": ("adamw",)}
-TORCH = ("adamw", "sgd")
-
-
-def _white(bench: Bench) -> Moments:
-    return Moments(before_step=Whitening(bench.lora).apply)
 
 
 def _rows(bench: Bench) -> list[Tensor]:
@@ -33,7 +28,7 @@ def _adafactor(bench: Bench) -> Moments:
 
     bench.make_optimizer = lambda b: Adafactor(list(b.lora.values()))  # type: ignore[no-untyped-call]
     bench.options["loop"] = _without_scheduler
-    return _white(bench)
+    return whitened(bench)
 
 
 def _without_scheduler(bench: Bench, moments: Moments) -> None:
@@ -72,7 +67,7 @@ def _inside_plain(bench: Bench) -> Moments:
 def _inside_effective(bench: Bench) -> Moments:
     """The same with a preconditioner in front of each."""
     bench.options["loop"] = _inside
-    return _white(bench)
+    return whitened(bench)
 
 
 def _manual(bench: Bench, moments: Moments) -> None:
@@ -100,7 +95,7 @@ def _manual_plain(bench: Bench) -> Moments:
 def _manual_effective(bench: Bench) -> Moments:
     """The same with a preconditioner."""
     bench.options["loop"] = _manual
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("pre-hook", "effective", trainers=("loop", "trainer"))
@@ -158,7 +153,7 @@ def _masters_plain(bench: Bench) -> Moments:
 def _masters(bench: Bench) -> Moments:
     """The same with a preconditioner."""
     bench.options["loop"] = _with_masters
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("turned-in-copies", "effective", trainers=("loop",), optimizers=TORCH)
@@ -202,7 +197,7 @@ def _flat(bench: Bench) -> Moments:
             optimizer.step()
 
     bench.options["loop"] = loop
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("functional-gradients", "effective", trainers=("loop",), optimizers=TORCH)
@@ -223,7 +218,7 @@ def _functional(bench: Bench) -> Moments:
             optimizer.step()
 
     bench.options["loop"] = loop
-    return _white(bench)
+    return whitened(bench)
 
 
 def _lbfgs_loop(bench: Bench, moments: Moments) -> None:
@@ -244,7 +239,7 @@ def _lbfgs_loop(bench: Bench, moments: Moments) -> None:
 def _lbfgs(bench: Bench) -> Moments:
     """LBFGS calls its closure several times a step, and the closure preconditions."""
     bench.options["loop"] = _lbfgs_loop
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("critic", "effective", trainers=("loop",), optimizers=TORCH)
@@ -274,7 +269,7 @@ def _schedule_free(bench: Bench) -> Moments:
         optimizer.eval()
 
     bench.options["loop"] = loop
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("normalised-descent", "no-modifier", trainers=("loop",), optimizers=TORCH)
@@ -295,7 +290,7 @@ def _normalised(bench: Bench) -> Moments:
 def _normalised_inside(bench: Bench) -> Moments:
     """The optimizer divides by the norm of all gradients: a sample of tensors cannot be replayed exactly."""
     bench.make_optimizer = lambda b: NormalisedSGD(list(b.lora.values()), lr=b.rate)
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("stochastic-rounding", "effective", **LOOP)
@@ -303,7 +298,7 @@ def _stochastic(bench: Bench) -> Moments:
     """bfloat16 parameters whose optimizer rounds at random."""
     bench.model.to(torch.bfloat16)
     bench.make_optimizer = lambda b: StochasticRounding(list(b.lora.values()), lr=0.3)
-    return _white(bench)
+    return whitened(bench)
 
 
 @sound("averaged-weights-at-the-end", "effective")

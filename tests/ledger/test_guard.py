@@ -19,8 +19,7 @@ from grit_impl.ledger.shadow import Shadows
 from grit_impl.ledger.verdict import judge_ledger
 from grit_impl.ledger.watches import HookWatch, LayerWatch, MemoryWatch
 from grit_impl.ledger.watches.kept import KeptWatch
-from grit_impl.zoo.bench import Bench, Moments, Whitening
-from grit_impl.zoo.faults_of_links import _at
+from grit_impl.zoo.bench import Bench, Moments, Whitening, at_step
 
 REPORTS = [name for name in vars(Listener) if not name.startswith("_")]
 HOOKS = [
@@ -258,7 +257,7 @@ def test_a_model_can_be_copied_and_pickled_meanwhile() -> None:
         copies.extend([copy.deepcopy(bench.model), pickle.loads(pickle.dumps(bench.model))])
 
     with gradient_ledger(bench.model) as ledger:
-        bench.train(Moments(step_end=_at(4, copied)))
+        bench.train(Moments(step_end=at_step(4, copied)))
     assert ledger.problem is None
     expected = bench.model(input_ids=rows).logits
     for other in copies:
