@@ -54,6 +54,17 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+def leave_torch_to_runs(device: str) -> None:
+    """Set what must be set before torch is loaded anywhere: a run has one thread, and only runs touch a GPU."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # Asking whether there is a GPU must not initialise it in the process that the runs are forked from.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def has_gpu() -> bool:
     """Whether an NVIDIA driver is loaded and not hidden by CUDA_VISIBLE_DEVICES."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grit_impl.errors import GRITError
-from grit_impl.machine import cores
+from grit_impl.machine import cores, leave_torch_to_runs
 from grit_impl.settings import within
 from grit_impl.sweep.plan import Plan, load_plan
 
@@ -77,15 +77,8 @@ def run(
     sweep: give each a copy of OUT with the tuning done, other seeds or tasks, and bring the results together with
     `grit sweep merge`.
     """
-    # Before torch is loaded anywhere: a run has one thread.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # Asking whether there is a GPU must not initialise it in the process that the runs are forked from.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    leave_torch_to_runs(device)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import dataclasses
 
     from grit_impl.machine import git_commit, versions

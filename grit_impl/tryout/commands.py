@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def try_(context: click.Context, /, **options: Any) -> None:
         raise GRITError("--pattern and --metric regex go together: say what must be the same in answer and truth")
     require_dataset(options["dataset"])
     base = find_base(options["base_model"])
-    from grit_impl.machine import available_memory, cores, has_gpu, visible_gpus
+    from grit_impl.machine import available_memory, cores, has_gpu, leave_torch_to_runs, visible_gpus
 
     device = options["device"] or ("cuda" if has_gpu() and base.gpu else "cpu")
     if device == "cuda" and not has_gpu():
@@ -84,7 +83,7 @@ def try_(context: click.Context, /, **options: Any) -> None:
     require_base(options["base_model"])
     if device == "cpu":
         jobs = jobs_that_fit(jobs, base.size(), available_memory())
-    _calm(device)
+    leave_torch_to_runs(device)
     from grit_impl.runs.progress import ProgressLine
     from grit_impl.sweep.scheduler import Interrupted
     from grit_impl.tryout.page import markdown
@@ -108,13 +107,3 @@ def try_(context: click.Context, /, **options: Any) -> None:
 
         winner = "recommended" if result["answer"]["outcome"] == "yes" else result["reference"]
         context.invoke(export, run=out / f"adapter-{winner}", base_spec=options["base_model"], out=out / "gguf")
-
-
-def _calm(device: str) -> None:
-    """What must be set before torch is loaded anywhere: a run has one thread, and only runs touch a GPU."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
