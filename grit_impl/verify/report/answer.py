@@ -162,7 +162,9 @@ def models(evidence: Evidence, judged: Sequence[JudgedClaim]) -> list[tuple[str,
         over = found.metrics[name].delta_over_baseline
         against = Cell() if over is None else cell(Metric("", over.estimate, over.low, over.high), sign=True)
         accuracy, kept = (cell(measured(evidence, name, each)) for each in ("aqi_accuracy", "retention"))
-        beside = "; ".join(filter(None, (accuracy.interval, changed_answers(evidence, name))))
+        # That none changed is in the table of all figures; here it would crowd out the names.
+        changed = changed_answers(evidence, name) if found.noise(name).changed else ""
+        beside = "; ".join(filter(None, (accuracy.interval, changed)))
         cells = [Cell(accuracy.value, beside), against, kept]
         rows.append((name, NAMES[name], cells))
     return rows
