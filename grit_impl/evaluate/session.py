@@ -95,7 +95,7 @@ class EvaluationOptions:
     num_ctx: int | None = None
     repeats: int = 20
     speed_rounds: int = 30
-    speed_width: float = 4.0
+    speed_width: float = 5.0
     speed_seconds: float = 300.0
     speed_tokens: int = 64
     progress: bool = True

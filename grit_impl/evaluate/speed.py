@@ -64,7 +64,7 @@ class Schedule:
     """
 
     rounds: int = 30
-    width: float = 4.0
+    width: float = 5.0
     seconds: float = 300.0
 
     @property
@@ -84,6 +84,15 @@ class Schedule:
         if self.widest(rows, base, labels) <= self.width:
             return "narrow enough"
         return "out of time" if sum(row["seconds"] for row in rows) > self.seconds else ""
+
+
+def width_for(max_loss: float) -> float:
+    """How narrow the intervals are made, in percent of the base's speed, where a loss of so many percent is judged.
+
+    Half of the bound: asked for at most 10%, a model is undecided only if it loses between 7.5 and 12.5%. To ask for
+    less width would cost rounds that decide nothing.
+    """
+    return max(max_loss / 2, 1.0)
 
 
 @contextmanager

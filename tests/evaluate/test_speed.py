@@ -191,6 +191,19 @@ def test_noise_is_measured_longer_and_a_quiet_machine_is_not() -> None:
         assert (why == "narrow enough") == (delta.high - delta.low <= Schedule().width)
 
 
+@pytest.mark.parametrize("lost", [6, 14])
+def test_the_width_decides_what_the_bound_asks(lost: int) -> None:
+    """Oracle: models that lose 6 and 14%, at a scatter of 3%: both decided against 10%, in half of the rounds of 4%."""
+    found = {}
+    for width in (4.0, speed.width_for(10.0)):
+        machine = _Machine(np.random.default_rng(8), math.log(1 - lost / 100), lambda rng: 0.03 * rng.normal())
+        rows, _ = speed.measure(machine, MODELS, "q", base="base", schedule=Schedule(width=width), tokens=32)
+        evaluation = Evaluation(MODELS, [], rows, {"speed": {"looks": Schedule().looks}})
+        found[width] = evaluation.delta_speed("pure", 1 - GATE_ALPHA)
+    assert (found[5.0].low > -10) if lost < 10 else (found[5.0].high < -10)
+    assert (found[4.0].n, found[5.0].n) == (120, 60)
+
+
 def test_measuring_ends_with_the_budget() -> None:
     """Oracle: a model that needs 0.31 s for a sample: 30 rounds of two take 19 s, 60 rounds 37 s."""
     for seconds, rounds in ((10.0, 30), (30.0, 60), (math.inf, 240)):
