@@ -143,6 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sessions", type=int, default=20, help="of each condition")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first, its seed: where many run side by side"
+    )
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 2], help="processes that keep a core busy meanwhile")
     parser.add_argument("--room", type=int, default=8, help="models that the server keeps")
     parser.add_argument("--seconds", type=float, default=300.0, help="budget of a session")
@@ -163,7 +166,7 @@ def main() -> None:
         )
         for count in given.busy:
             how = {"busy": count, "room": given.room, "seconds": given.seconds, "cores": len(cores), "words": words}
-            for number in range(given.sessions):
+            for number in range(given.first, given.first + given.sessions):
                 there = any(how.items() <= row.items() and row["session"] == number for row in rows)
                 if there or time.monotonic() > end:
                     continue
