@@ -57,7 +57,6 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
     from grit_impl.evaluate.gates import judge
     from grit_impl.evaluate.session import EvaluationOptions
     from grit_impl.evaluate.session import evaluate as run
-    from grit_impl.evaluate.speed import width_for
     from grit_impl.evaluate.terminal import junit_xml, show, show_first
 
     settings = EvaluationOptions(
@@ -70,7 +69,7 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
         in_flight=options["in_flight"],
         timeout=options["timeout"],
         speed_rounds=options["speed_rounds"],
-        speed_width=width_for(limits.max_speed_loss),
+        speed_loss=limits.max_speed_loss,
         repeats=options["repeats"],
     )
     evaluation = run(

@@ -70,6 +70,7 @@ class EvaluationOptions:
         speed_width: Percent of the base's speed: how narrow (see `speed.Schedule`).
         speed_seconds: Time for speed samples, after which wider intervals do.
         speed_tokens: Tokens per speed sample.
+        speed_loss: Percent of the base's speed that a model may lose, if that is judged (see `speed.Schedule`).
         progress: Show a progress bar on standard error.
     """
 
@@ -95,9 +96,10 @@ class EvaluationOptions:
     num_ctx: int | None = None
     repeats: int = 20
     speed_rounds: int = 30
-    speed_width: float = 5.0
+    speed_width: float = 4.0
     speed_seconds: float = 300.0
     speed_tokens: int = 64
+    speed_loss: float | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class EvaluationOptions:
     @property
     def schedule(self) -> speed.Schedule:
         """When measuring speed ends."""
-        return speed.Schedule(self.speed_rounds, self.speed_width, self.speed_seconds)
+        return speed.Schedule(self.speed_rounds, self.speed_width, self.speed_seconds, self.speed_loss)
 
     def engine(self) -> Row:
         """Ollama options that every request has."""

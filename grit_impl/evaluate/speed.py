@@ -53,46 +53,41 @@ class Schedule:
     """When measuring ends.
 
     After `rounds` rounds, and twice, four and eight times as many, the intervals are looked at. It ends at the first
-    look at which each is narrow enough, or which comes after the budget. Every interval is made for one of four looks
-    (`metrics.median`), so that its confidence does not depend on this rule.
+    look at which each is narrow enough or far from the bound, or which comes after the budget. Every interval is made
+    for one of four looks (`metrics.median`), so that its confidence does not depend on this rule.
 
     Attributes:
         rounds: Until the first look; 0: no measurement.
         width: Of each model's interval of delta_speed, in percent of the base's speed.
         seconds: Budget: the time of measured requests with the loads and warm-ups before them, after which no further
             look is waited for.
+        loss: Percent of the base's speed that a model may lose. Once every interval, the copy's too, lies within half
+            of it around zero, every model keeps the bound, whatever is made of the copy (`gates`). None: not judged.
     """
 
     rounds: int = 30
-    width: float = 5.0
+    width: float = 4.0
     seconds: float = 300.0
+    loss: float | None = None
 
     @property
     def looks(self) -> tuple[int, ...]:
         """Numbers of rounds after which it may end."""
         return tuple(self.rounds * factor for factor in LOOKS) if self.rounds else ()
 
-    def widest(self, rows: Sequence[Row], base: str, labels: Iterable[str]) -> float:
-        """Width of the widest interval of delta_speed, at the confidence of a gate; 0 if there is none."""
-        found = [
-            speed_difference(rows, label, base, 1 - GATE_ALPHA, len(self.looks)) for label in labels if label != base
-        ]
-        return max((each.high - each.low for each in found if each is not None), default=0.0)
-
     def end(self, rows: Sequence[Row], base: str, labels: Iterable[str]) -> str:
         """Why measuring ends with these rows, all of one look; empty if it goes on."""
-        if self.widest(rows, base, labels) <= self.width:
+        intervals = [
+            interval
+            for label in labels
+            if label != base
+            and (interval := speed_difference(rows, label, base, 1 - GATE_ALPHA, len(self.looks))) is not None
+        ]
+        if all(each.high - each.low <= self.width for each in intervals):
             return "narrow enough"
+        if self.loss is not None and all(max(-each.low, each.high) <= self.loss / 2 for each in intervals):
+            return "far from the bound"
         return "out of time" if sum(row["seconds"] for row in rows) > self.seconds else ""
-
-
-def width_for(max_loss: float) -> float:
-    """How narrow the intervals are made, in percent of the base's speed, where a loss of so many percent is judged.
-
-    Half of the bound: asked for at most 10%, a model is undecided only if it loses between 7.5 and 12.5%. To ask for
-    less width would cost rounds that decide nothing.
-    """
-    return max(max_loss / 2, 1.0)
 
 
 @contextmanager

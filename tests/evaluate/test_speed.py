@@ -143,8 +143,8 @@ NOISES = {
 
 
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES.keys())
-@pytest.mark.parametrize("width", [4.0, 10.0])
-def test_the_stopping_rule_keeps_the_error(monkeypatch, noise, width: float) -> None:
+@pytest.mark.parametrize(("width", "loss"), [(4.0, None), (10.0, None), (4.0, 10.0), (4.0, 25.0)])
+def test_the_stopping_rule_keeps_the_error(monkeypatch, noise, width: float, loss: float | None) -> None:
     """Oracle: pure is exactly 10% slower, the bound itself, so either verdict is false: at most alpha of them.
 
     With alpha .1 for a gate (at 1e-4 nothing would ever be seen) and 500 measurements, of which 67 would be an error
@@ -153,7 +153,7 @@ def test_the_stopping_rule_keeps_the_error(monkeypatch, noise, width: float) -> 
     alpha = 0.1
     monkeypatch.setattr(speed, "GATE_ALPHA", alpha)
     rng, wrong, rounds = np.random.default_rng(5), 0, set()
-    schedule = Schedule(10, width=width)
+    schedule = Schedule(10, width=width, loss=loss)
     for _ in range(500):
         machine = _Machine(rng, math.log(0.9), noise)
         rows, _ = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)
@@ -191,17 +191,22 @@ def test_noise_is_measured_longer_and_a_quiet_machine_is_not() -> None:
         assert (why == "narrow enough") == (delta.high - delta.low <= Schedule().width)
 
 
-@pytest.mark.parametrize("lost", [6, 14])
-def test_the_width_decides_what_the_bound_asks(lost: int) -> None:
-    """Oracle: models that lose 6 and 14%, at a scatter of 3%: both decided against 10%, in half of the rounds of 4%."""
+@pytest.mark.parametrize("lost", [0, 8, 14])
+def test_measuring_ends_far_from_the_bound(lost: int) -> None:
+    """Oracle: models that lose 0, 8 and 14% at a scatter of 4%: only equality is far from 10%, and told early."""
     found = {}
-    for width in (4.0, speed.width_for(10.0)):
-        machine = _Machine(np.random.default_rng(8), math.log(1 - lost / 100), lambda rng: 0.03 * rng.normal())
-        rows, _ = speed.measure(machine, MODELS, "q", base="base", schedule=Schedule(width=width), tokens=32)
-        evaluation = Evaluation(MODELS, [], rows, {"speed": {"looks": Schedule().looks}})
-        found[width] = evaluation.delta_speed("pure", 1 - GATE_ALPHA)
-    assert (found[5.0].low > -10) if lost < 10 else (found[5.0].high < -10)
-    assert (found[4.0].n, found[5.0].n) == (120, 60)
+    for loss in (None, 10.0):
+        machine = _Machine(np.random.default_rng(8), math.log(1 - lost / 100), lambda rng: 0.04 * rng.normal())
+        schedule = Schedule(loss=loss)
+        rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)
+        delta = Evaluation(MODELS, [], rows, {"speed": {"looks": schedule.looks}}).delta_speed("pure", 1 - GATE_ALPHA)
+        found[loss] = why, delta.n
+    assert found[None][0] == "narrow enough"
+    if lost:
+        assert found[10.0] == found[None]
+    else:
+        assert found[10.0] == ("far from the bound", 60)
+        assert found[None][1] == 240
 
 
 def test_measuring_ends_with_the_budget() -> None:

@@ -136,7 +136,6 @@ class ProductEvidence(Evidence):
             only: Takes some of the questions; speed is not measured then.
         """
         from grit_impl.evaluate.session import EvaluationOptions, evaluate
-        from grit_impl.evaluate.speed import width_for
         from grit_impl.serve.client import server_url
 
         aqi, knowledge = map(only, questions(self.options)) if only else questions(self.options)
@@ -170,7 +169,7 @@ class ProductEvidence(Evidence):
                 # The embedded server holds all models, each with cores of its own; another may hold only one.
                 in_flight=2 if self.ollama_url else max(2, min(len(names), cores())),
                 in_turn=not self.ollama_url,
-                speed_width=width_for(self.options.max_speed_loss),
+                speed_loss=self.options.max_speed_loss,
                 progress=False,
             )
             if only:
