@@ -6,7 +6,9 @@ zero_grad. Only what happens before optimizer.step can change an update.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
+from grit_impl.method.engines import keep_whole
 from grit_impl.method.manager import GRITManager
 from grit_impl.method.optimizer import GRITOptimizer
 from grit_impl.method.reprojection import save_adapter
@@ -48,6 +51,7 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
             self.args: TrainingArguments = copy.copy(self.args)
             self._grit_clip = float(self.args.max_grad_norm or 0.0)
             self.args.max_grad_norm = MEASURE_ONLY
+            keep_whole(self.model, self.args)
             self.grit_manager = GRITManager(self.model, grit_config)
             self._grit_scalars = Scalars(self.grit_manager)
 
@@ -79,6 +83,31 @@ def with_grit(trainer_class: type[Trainer]) -> type[Trainer]:
             # On every process, before one of them writes: what has not been added up yet.
             self.grit_manager.factors.merge()
             super()._save_checkpoint(*args, **kwargs)
+
+        @contextlib.contextmanager
+        def _whole_adapters(self) -> Iterator[None]:
+            """Checkpoints under FSDP2 are those of one process: what is trained, and its optimizer, are whole.
+
+            torch's own way through FSDP makes a trial step of the optimizer, and leaves GRIT's state out.
+            """
+            sharded: bool = vars(self)["is_fsdp_enabled"]
+            self.is_fsdp_enabled = False
+            try:
+                yield
+            finally:
+                self.is_fsdp_enabled = sharded
+
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            with self._whole_adapters():
+                super().save_model(*args, **kwargs)
+
+        def _save_optimizer_and_scheduler(self, *args: Any) -> None:
+            with self._whole_adapters():
+                super()._save_optimizer_and_scheduler(*args)
+
+        def _load_optimizer_and_scheduler(self, *args: Any) -> None:
+            with self._whole_adapters():
+                super()._load_optimizer_and_scheduler(*args)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             super()._save(output_dir, state_dict)
@@ -121,8 +150,13 @@ class GRITCallback(TrainerCallback):
         self._scalars: Scalars | None = None
         self._given_clip: float | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Where the callback is among the trainer's `callbacks`: what an engine must know before it takes the model."""
+        keep_whole(kw["model"], args)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Build the manager, restore it on a resumed run, and take over clipping."""
+        keep_whole(kw["model"], args)
         self.manager = self.manager_class(kw["model"], self.config).attach()
         self._scalars = Scalars(self.manager)
         if isinstance(self.manager.rule, WholeStep):

@@ -16,6 +16,7 @@ from grit_impl.method.capture.fused import FusedAdapters, FusedTap
 from grit_impl.method.capture.modules import LossTap, ModuleTap
 from grit_impl.method.capture.rank_statistics import RankStatistics
 from grit_impl.method.capture.sites import loaded_sites
+from grit_impl.method.engines import Averaging, is_sharded, require_same_layers, require_whole
 from grit_impl.method.factors import READY, STATUS, KroneckerFactors, world_size
 from grit_impl.method.layers import find_layers
 from grit_impl.method.reprojection import Reprojection
@@ -70,6 +71,9 @@ class GRITManager:
         self.completeness: Tensor | None = None
         self._spectra = SpectrumHistory(self.config.log_top_eigs)
         self._window_open = False
+        # What an engine leaves to us; None: not known before the first forward, when the model is what will be trained.
+        self._averaging: Averaging | None = None
+        self._engine_known, self._same_layers = False, False
         self._loss_tokens: float | None = None
         self._taps: list[Any] = []
         self._fused: FusedAdapters | None = None
@@ -92,7 +96,11 @@ class GRITManager:
             previous = getattr(self.model, "_grit_manager", None)
             if isinstance(previous, GRITManager):
                 previous.detach()
-            loss = LossTap(self.model, self._before_forward)
+            require_whole(self.model, self.layers)
+            if not self._same_layers:
+                require_same_layers(self.layers)
+                self._same_layers = True
+            loss = LossTap(self.model, self._before_forward, self._backward_begins)
             loss.loss_tokens = self._loss_tokens
             self._taps = [loss]
             if self.rule.captures:
@@ -127,11 +135,18 @@ class GRITManager:
 
     def _before_forward(self) -> None:
         """At each forward: gradients that are gone mean that a new window begins (a scaler may have skipped a step)."""
+        if not self._engine_known:
+            self._averaging = Averaging(self.model) if world_size() > 1 and is_sharded(self.model) else None
+            self._engine_known = True
         self.statistics.flush()
         if self._fused is not None:
             self._fused.refresh()  # adapters may have moved, and one to another's old place
         if not self._window_open or self._no_gradients():
             self.begin_window()
+
+    def _backward_begins(self) -> None:
+        if self._averaging is not None:
+            self._averaging.backward_begins()
 
     def before_step(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:
         """Where an optimizer is about to step: precondition and clip, in the update rule's order.
@@ -143,6 +158,8 @@ class GRITManager:
         Raises:
             GRITError: no LoRA layer has a gradient, so that GRIT would do nothing; or as `precondition`.
         """
+        if self._averaging is not None:
+            self._averaging.finish()
         if self._no_gradients():
             raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
         if not self.rule.whole_step:
@@ -164,6 +181,10 @@ class GRITManager:
                 statistics do not add up to the gradients (a layer was bypassed).
         """
         self._check_active()
+        if self._averaging is not None:
+            self._averaging.finish()
+        if not self.step:  # an engine may have taken the model since `attach`; nothing has moved yet
+            require_whole(self.model, self.layers)
         if not self._window_open:  # no forward was seen: the gradients of one that was not must not pass unchecked
             self.begin_window()
         if self.statistics.collecting:

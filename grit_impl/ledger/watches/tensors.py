@@ -29,8 +29,8 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def sharded(model: nn.Module) -> str | None:
-    """What a model's parameters are sharded by, if they are: a process then holds parts of gradients only."""
-    for p in model.parameters():
+    """What a model's watched tensors are sharded by, if they are: a process then holds parts of gradients only."""
+    for p in (module.get_parameter(key) for module, key in owners(model).values()):
         if type(p.data).__name__ == "DTensor" or type(p).__name__ in ("FlatParameter", "DTensor"):
             return type(p).__name__ if type(p).__name__ == "FlatParameter" else "DTensor"
         if hasattr(p, "ds_id"):

@@ -36,10 +36,10 @@ class LossTap:
             is current again, whatever has run since.
     """
 
-    def __init__(self, model: nn.Module, on_window: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, on_window: Callable[[], None], on_backward: Callable[[], None]) -> None:
         self.context: ForwardContext | None = None
         self.loss_tokens: float | None = None
-        self._on_window = on_window
+        self._on_window, self._on_backward = on_window, on_backward
         self._names = list(inspect.signature(model.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -70,6 +70,7 @@ class LossTap:
         def enter(grad: Tensor | None) -> None:
             if self.context is not None:
                 self.context = context
+                self._on_backward()
 
         for value in _tensors(output):
             if value.grad_fn is not None:  # a parameter would keep the hook
