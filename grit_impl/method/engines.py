@@ -149,12 +149,15 @@ class Averaging:
             # As DDP and FSDP themselves: when all gradients of this pass are there.
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Average what no pass's end has averaged; at the latest when the optimizer is about to step."""
-        if not self._due:
-            return
-        self._due = False
+        if self._due:
+            self._due = False
+            self.average()
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Average all of them, now."""
         bucket: list[nn.Parameter] = []
         for p in self.model.parameters():  # looked up each time: peft may re-create them
             if not p.requires_grad or _is_dtensor(p):
