@@ -27,7 +27,7 @@ _MARK = re.compile(
 )
 _CONCEDES = re.compile(
     r"\b(?:(?:many|most|some) (?:people |would )?|often |commonly |widely )"
-    r"(?:think|believe|say|assume|thought|believed|assumed|mistaken)",
+    r"(?:think|believe|say|assume|thought|believed|assumed|mistaken)|\b(?:misconception|myth) that\b",
     re.IGNORECASE,
 )
 _VERB_DENIED = re.compile(

@@ -6,6 +6,7 @@ import re
 import string
 import unicodedata
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from itertools import pairwise
 
 from text_to_num import alpha2digit  # type: ignore[import-untyped]
@@ -18,7 +19,7 @@ _QUOTES = str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb\u300c\u300
 _SUPERSCRIPT = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2079]+")
 # A period ends a sentence before a capital, a digit, a quote or another script; "U.S. dollar" and "Dr. Who" go on.
 _SENTENCE = re.compile(
-    r"\n+|[\u3002]+|(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\bMrs)[.!?]+[\"')\]]*\s+(?=[\"'(A-Z0-9$\u0400-\uffff-])|;\s"
+    r"\n+|[\u3002]+|(?<!\bi\.e)(?<!\be\.g)(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\bMrs)[.!?]+[\"')\]]*\s+(?=[\"'(A-Z0-9$\u0400-\uffff-])|;\s"
 )
 
 
@@ -28,6 +29,21 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 """How an answer declines to answer."""
+
+
+_CORRECTS = re.compile(
+    r"\b(?:wait|scratch that|(?:hmm+|no|oops|sorry)\W+(?:no\W+)?actually|correction"
+    r"|(?:that|this|which) (?:is|was)(?: not (?:right|correct)|n't (?:right|correct)| incorrect| wrong)"
+    r"|i (?:made|used) (?:a|an|the) (?:mistake|error|wrong))\b[\s,.:!-]*",
+    re.IGNORECASE,
+)
+
+
+def corrected(text: str) -> str:
+    """What is left after the last words that take back what was said before them ("Wait, actually ...")."""
+    ends = [match.end() for match in _CORRECTS.finditer(text)]
+    kept = text[ends[-1] :] if ends else text
+    return kept if re.search(r"\d", kept) else text
 
 
 def spoken(answer: str) -> str:
@@ -45,9 +61,20 @@ def plain(answer: str) -> str:
     text = _SUPERSCRIPT.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
     text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", "", text)
     text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).replace("\u2212", "-")
-    text = re.sub(r"\$*\s*\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}\s*\$*", r"\1", text)
-    text = re.sub(r"\\(?:times|cdot)\b", "*", text)
+    text = re.sub(r"(?<=[A-Za-z)])_\{?(\d+)\}?", r"\1", text)
+    for _ in range(2):  # a box around a text
+        text = re.sub(r"\$*\s*\\(?:boxed|text|mathbf|mathrm)\s*\{([^{}]*)\}\s*\$*", r"\1", text)
+    text = re.sub(r"\\(?:times|cdot)\b", "*", re.sub(r"\\approx\b", "\u2248", text))
+    text = re.sub(r"(\d[\d.]*) ?[*\u00d7x] ?10\^\{?(-?\d{1,2})\}?", _expanded, text)
     return re.sub(r"[ \t]+", " ", re.sub(r"\*\*|__|[`\\]|^\s*[*]+\s", "", text, flags=re.MULTILINE)).strip()
+
+
+def _expanded(match: re.Match[str]) -> str:
+    """A number in scientific notation as people write it: 3 * 10^8 is 300000000."""
+    try:
+        return f"{Decimal(match[1]).scaleb(int(match[2])):f}"
+    except InvalidOperation:
+        return match[0]
 
 
 def sentences(text: str) -> list[str]:
@@ -104,6 +131,7 @@ _UNITS = {
     "h": r"h|hours?|hrs?",
     "min": r"min|minutes?",
     "s": r"seconds?",
+    "K": r"kelvins?|(?-i:K)",
 }
 _UNIT = re.compile("|".join(f"(?P<u{i}>(?:{form})(?![a-z]))" for i, form in enumerate(_UNITS.values())), re.IGNORECASE)
 _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
@@ -166,7 +194,8 @@ def spell(text: str) -> str:
     """Number words as digits; "seven" is 7, "one" stays where it may be a pronoun."""
     text = re.sub(r"(?<![\d.,])(\d{1,3}) (?=\d{3}(?: \d{3})*(?![\d.,]))", r"\1", text)
     parts = re.split(r"(\b\d[\d.,]* (?:thousand|million|billion|trillion)\b)", text, flags=re.IGNORECASE)
-    return "".join(part if i % 2 else _spelled(part) for i, part in enumerate(parts))
+    text = "".join(part if i % 2 else _spelled(part) for i, part in enumerate(parts))
+    return re.sub(r"\b(\d+) (dollars?|euros?|pounds?) (?:and )?(\d\d) (?:cents?|pence)\b", r"\1.\3 \2", text)
 
 
 def _spelled(text: str) -> str:
