@@ -1,4 +1,7 @@
-"""Agreement of the scorers with the labelled answers: `python tests/evaluate/labelled.py [development|held-out]`."""
+"""Agreement of the scorers with the labelled answers.
+
+`python tests/evaluate/labelled.py [1|2 [development|held-out|own|constructed]]`
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,19 @@ from grit_impl.evaluate.scoring import parse_aqi
 from grit_impl.evaluate.scoring.knowledge import judge
 from grit_impl.statistics.intervals import wilson
 
-FILE = Path(__file__).parents[2] / "fixtures/labelled_answers.jsonl"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+FILES = {"1": "labelled_answers.jsonl", "2": "labelled_answers_2.jsonl"}
 Row = dict[str, Any]
 
 
-def rows(half: str = "", suite: str = "") -> list[Row]:
-    """The labelled answers of a half and a suite; "" for all. Halves by the parity of sha256 of the id."""
-    found = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    return [row for row in found if row["suite"] == (suite or row["suite"]) and half_of(row) == (half or half_of(row))]
+def rows(file: str = "1", part: str = "") -> list[Row]:
+    """The labelled answers of a file: all, a half (development, held-out), or an origin (own, constructed)."""
+    found = [json.loads(line) for line in (FIXTURES / FILES[file]).read_text(encoding="utf-8").splitlines()]
+    return [row for row in found if part in ("", half_of(row), "constructed" if row.get("constructed") else "own")]
 
 
 def half_of(row: Row) -> str:
+    """By the parity of sha256 of the id."""
     even = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 2 == 0
     return "development" if even else "held-out"
 
@@ -47,15 +52,15 @@ def compared(row: Row) -> dict[str, bool]:
     return {**agreed, "AQI, all three": all(agreed.values())}
 
 
-def agreement(half: str = "") -> Iterator[tuple[str, list[str], int]]:
+def agreement(file: str = "1", part: str = "") -> Iterator[tuple[str, list[str], int]]:
     """What is compared, the ids on which scorer and label differ, and of how many."""
-    results = {row["id"]: compared(row) for row in rows(half)}
+    results = {row["id"]: compared(row) for row in rows(file, part)}
     for what in dict.fromkeys(name for result in results.values() for name in result):
         asked = {name: result[what] for name, result in results.items() if what in result}
         yield what, [name for name, same in asked.items() if not same], len(asked)
 
 
 if __name__ == "__main__":
-    for what, differing, n in agreement(*sys.argv[1:2]):
+    for what, differing, n in agreement(*sys.argv[1:3]):
         share = wilson(n - len(differing), n).scaled(100)
         print(f"{what}: {n - len(differing)} of {n}, {share.estimate:.1f}% [{share.low:.1f}, {share.high:.1f}]")

@@ -117,14 +117,15 @@ def test_answers_are_read_as_a_person_reads_them(question: str, truth: str, answ
     assert judge(question, [truth], answer) == said
 
 
-def test_agreement_with_labelled_answers() -> None:
+@pytest.mark.parametrize(("file", "least", "of_three"), [("1", 0.99, 0.90), ("2", 0.98, 0.88)])
+def test_agreement_with_labelled_answers(file: str, least: float, of_three: float) -> None:
     """Oracle: labels given by reading. 98% was asked for; what is reached may not get worse."""
-    share = {what: 1 - len(differing) / n for what, differing, n in agreement()}
-    assert share["knowledge, right or not"] >= 0.99
-    assert share["AQI, all three"] >= 0.99
-    assert share["AQI, stated or not"] >= 0.99
+    share = {what: 1 - len(differing) / n for what, differing, n in agreement(file)}
+    assert share["knowledge, right or not"] >= least
+    assert share["AQI, all three"] >= least
+    assert share["AQI, stated or not"] >= least
     # No answer against a wrong one: both are not right, so nothing but a count hangs on it.
-    assert share["knowledge, right, wrong or none"] >= 0.90
+    assert share["knowledge, right, wrong or none"] >= of_three
 
 
 @given(st.text(max_size=200), st.sampled_from(["late", "12", "C", "yes", "the", "3 May 2024", "\u5317\u4eac"]))

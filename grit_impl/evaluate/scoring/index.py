@@ -21,6 +21,18 @@ from text_to_num import alpha2digit  # type: ignore[import-untyped]
 
 from grit_impl.aqi import CATEGORIES
 from grit_impl.aqi import category as aqi_category
+from grit_impl.evaluate.scoring.phrases import (
+    AVERAGED,
+    CONCLUDED,
+    FORMULA,
+    GOES_ON,
+    INDEX,
+    NAMED_BEHIND,
+    NOISE,
+    NUMBER,
+    REFERRING,
+    VALUE,
+)
 from grit_impl.evaluate.scoring.text import REFUSAL, corrected, plain, sentences, spoken, words
 
 NAMES = tuple(CATEGORIES)
@@ -59,21 +71,11 @@ def category_of(value: float) -> str:
     return aqi_category(round(value))
 
 
-_NUMBER = r"\d+(?:[.,]\d+)?"
-_NOISE = re.compile(
-    rf"pm[\s_-]?(?:2[.,]5|10)(?!\d)(?:\s*[:=]?\s+{_NUMBER})?"  # names with a number in them, and their values
-    rf"|{_NUMBER}\s*(?:[uμ]g|mg|pp[mb]|%|°|degrees?\b|micrograms?\b|parts per)(?:\s*/\s*m\^?3)?"  # concentrations
-    rf"|\b(?:o3|ozone|co|so2|no2)\s*[:=]?\s*{_NUMBER}"  # an echo of the features
-    r"|\d+\s*-?\s*(?:h|hr|hour)s?\b"  # averaging times
-    r"|\bno\. ?\d+"  # ranks
-    r"|(?:/|out of|on a scale (?:of|from))\s*(?:[01]\s*(?:-|to)\s*)?500\b",  # the scale
-    re.IGNORECASE,
-)
 _QUANTITY = re.compile(
     r"(?P<bound>above|over|more than|greater than|exceed(?:s|ing)?|at least|below|under|less than|up to|at most"
     r"|(?<!-)[<>]=?)?"
-    rf"\s*(?<![A-Za-z0-9_.,])(?P<low>-?{_NUMBER})"
-    rf"(?:\s*(?:[-\u2013\u2014]|to|through|and)\s*(?P<high>{_NUMBER}))?(?P<plus>\+)?(?![A-Za-z0-9_]|[.,]\d)",
+    rf"\s*(?<![A-Za-z0-9_.,])(?P<low>-?{NUMBER})"
+    rf"(?:\s*(?:[-\u2013\u2014]|to|through|and)\s*(?P<high>{NUMBER}))?(?P<plus>\+)?(?![A-Za-z0-9_]|[.,]\d)",
     re.IGNORECASE,
 )
 _ANCHOR = re.compile(r"(?:aqi|air quality index|index|指数)[^\d.;\n]{0,40}$", re.IGNORECASE)
@@ -96,48 +98,15 @@ _NEAR = 40
 
 TERSE = 16
 """Words up to which an answer is read as a whole; a longer one must state its value in a sentence."""
-_FORMULA = re.compile(r"aqi ?\d* *[-+*/] *\(?aq|aqi\w* *(?:=|\u2248) *[^\n]*(?:[-+*/\u00d7(]|=|\baqi)", re.IGNORECASE)
-_AVERAGED = re.compile(r"(?<=[\s(])\d+ ?-?(?:h|hr|hour)s?\b", re.IGNORECASE)
-_INDEX = (
-    r"(?:\b(?:aqi|air quality index|(?:luftqualit\u00e4ts|luftg\u00fcte)index)\b|\bindice de (?:la )?qualit\u00e9 de l'air\b"
-    r"|\b\u00edndice de (?:la )?calidad del aire\b|\u7a7a\u6c14\u8d28\u91cf\u6307\u6570|\u0645\u0624\u0634\u0631 \u062c\u0648\u062f\u0629 \u0627\u0644\u0647\u0648\u0627\u0621|aqi(?=[\u4e3a\u7ea6\u662f ]))"
-)
-_VERB = (
-    r"(?:\b(?:is|are|was|were|would be|will be|be|equals?|becomes|reads|(?:has |have )?reach(?:ed|es)|(?:stands|sits) at"
-    r"|comes? (?:to|out (?:to|at))|corresponds to|translates to|ist|betr\u00e4gt|liegt bei|entspricht|est|es|\u0647\u0648)\b|\u662f|\u4e3a|\u7ea6\u4e3a)"
-)
-_ABOUT = (
-    r"(?:\s*(?:\b(?:approximately|about|around|roughly|calculated as|estimated (?:at|to be)|equal to|now|currently|then"
-    r"|de|d'environ|environ|etwa|ungef\u00e4hr|rund|aproximadamente|the \w*(?:max\w*|highest|largest)\b[^.:\d\n]*:)|~|\u2248|:|\u7ea6))*"
-)
-_VALUE = re.compile(
-    rf"(?P<whole>\b(?:overall|final)\s+(?:\w+ )?)?(?P<an>\ban\s+(?:overall )?)?"
-    rf"{_INDEX}(?:\s*\([^()\n]{{1,60}}\))?(?:\s*(?:value|level|score|index)\b)?"
-    # "AQI 57"; "AQI is 57", "AQI of PM10: 57"; "an AQI of 57", but not "the AQI of 57", which names what is given.
-    rf"(?:\s*(?=-?\d)|(?(whole)\s+of\b|(?(an)\s+of\b|(?!)))"
-    rf"|(?P<of>\s+(?:of|for|at|in|due to|f\u00fcr|bei|pour|de|con|para|corresponding)\s(?:(?!{_VERB})[^=:\n])*?)?"
-    rf"\s*(?:{_VERB}|:|(?P<sign>[=\u2248])|[-=]+>|\u2192))"
-    rf"{_ABOUT}\s*(?<![A-Za-z0-9_.,])(?P<value>-?\d+(?:,\d{{3}})*(?:[.,]\d+)?)(?![A-Za-z0-9_]|[.,]?\d)\s*%?"
-    r"(?P<category>\s*(?:[(,:-]|which is|and is)*\s*(?:(?:very )?unhealthy[a-z ]*|good|moderate|hazardous|usg)\b)?",
-    re.IGNORECASE,
-)
-_REFERRING = re.compile(
-    rf"(?:\b(?:it|this|that|(?:the )?(?:correct )?(?:answer|result|value|index|total))\s*(?:{_VERB}|:)"
-    r"|\b(?:so|hence|thus),?(?=\s+(?:approximately|about|around|roughly)\b)(?P<whole>))"
-    rf"{_ABOUT}\s*(?P<value>-?\d+(?:[.,]\d+)?)(?![A-Za-z0-9_]|[.,]?\d)(?P<category>(?!))?",
-    re.IGNORECASE,
-)
-_NAMED_BEHIND = re.compile(rf"(?<![\w.,(])(?P<value>{_NUMBER})\s+(?:[io]n (?:the )?)?(?:us )?aqi\b(?! ?\d)(?P<whole>(?!))?", re.IGNORECASE)
-"""A value whose sentence says "it" or "the answer" for the index that an earlier one names."""
 _LEADING = re.compile(
-    r"^\W*(?:[A-Za-z ]{1,20}[:,]\s*)?\W*(?:very )?(?:unhealthy(?: for [a-z ]+)?|good|moderate|hazardous)\b(?=\W*(?:[,.;(-]|$))",
+    r"^\W{0,5}(?:[A-Za-z ]{1,20}[:,]\s*)?\W{0,5}(?:very )?(?:unhealthy(?: for [a-z ]+)?|good|moderate|hazardous)\b"
+    r"(?=\W*(?:[,.;(-]|$))",
     re.IGNORECASE,
-)
-_CONCLUDED = re.compile(
-    r"^(?:so|this means|which means|therefore|thus|hence|finally|the final|overall|the answer)\b", re.IGNORECASE
 )
 _SCALE = re.compile(
-    r"\brang(?:es? (?:from|between)|ing)\b|\bscale\b.*\bto\b|(?<!\bis )(?<!\bbe )(?<!lies )\bbetween\b.*\band\b|\bcategories\b|\d\s*%", re.IGNORECASE
+    r"\brang(?:es? (?:from|between)|ing)\b|\bscale\b.*\bto\b|(?<!\bis )(?<!\bbe )(?<!lies )\bbetween\b.*\band\b"
+    r"|\bcategories\b|\d\s*%",
+    re.IGNORECASE,
 )
 _DECLARES = re.compile(
     r"\bcategory\b|\bconsidered\b|\b(?:categori[sz]ed|classified|rated) as\b|\bfalls (?:in|into|within|under)\b"
@@ -165,7 +134,7 @@ def _number(text: str) -> float:
 def _clean(answer: str) -> str:
     text = re.sub(r"[_`$#]", "", plain(answer))
     text = re.sub(r"<([\w ]{1,40})>", r"\1", text)  # the placeholders' own brackets
-    for own in re.findall(rf"{_INDEX}\s*\((\w{{2,8}})\)", text, re.IGNORECASE):
+    for own in re.findall(rf"{INDEX}\s*\((\w{{2,8}})\)", text, re.IGNORECASE):
         text = re.sub(rf"\b{own}\b", "AQI", text)  # "the \u00cdndice de Calidad del Aire (ICA) ... the ICA is 57"
     # A formula's AQI1 is a name; an answer's AQI57 is a value.
     text = re.sub(r"(^aqi|\u6307\u6570\u4e3a?)(?=\d)", r"\1 ", text, flags=re.IGNORECASE)
@@ -186,7 +155,7 @@ def _quantities(text: str) -> list[_Quantity]:
             low, high = low + (0 if match["plus"] or bound in ("at least", ">=") else 1), float("inf")
         elif bound:
             low, high = 0.0, low - (0 if bound in ("up to", "at most", "<=") else 1)
-        before = text[: match.start()]
+        before = text[max(0, match.start() - 4 * _NEAR) : match.start()]
         rank = 2 if _FINAL.search(before) else 1 if _ANCHOR.search(before) else 0
         found.append(_Quantity(low, high, low == high and not bound, rank, match.start("low"), match.end()))
     return found
@@ -215,16 +184,16 @@ def parse_aqi(answer: str) -> Parsed:
     text = _clean(answer)
     if not text:
         return Parsed(note="only reasoning" if answer.strip() and not spoken(answer) else "empty")
-    if len(words(text)) <= TERSE and not _FORMULA.search(text):
+    if len(words(text)) <= TERSE and not FORMULA.search(text):
         terse, prose = _terse(text), _prose(text)
-        once = prose.value is not None and len({match["value"] for match in _VALUE.finditer(text)}) <= 1
+        once = prose.value is not None and len({match["value"] for match in VALUE.finditer(text)}) <= 1
         return prose if once and terse.value is None else terse
     return _prose(text)
 
 
 def _terse(text: str) -> Parsed:
     """An answer of a few words: the numbers and categories in it, by rank."""
-    pure = _NOISE.sub(" ", text)
+    pure = NOISE.sub(" ", text)
     quantities = _quantities(pure)
     best = max((q.rank for q in quantities), default=0)
     # A bare number outside the index is a year or a population; "AQI 1497" is an answer, if an absurd one.
@@ -258,23 +227,23 @@ def _valued(value: float) -> Parsed:
 
 def _prose(text: str) -> Parsed:
     """An answer in sentences: the value and the category that are stated, the headline's before later ones."""
-    if REFUSAL.search(text) is not None and not _VALUE.search(text):
+    if REFUSAL.search(text) is not None and not VALUE.search(text):
         return Parsed(note="refusal")
     if (row := _table(text)) is not None:
         return row
-    parts, formula = sentences(corrected(text)) or [text], _FORMULA.search(text)
+    parts, formula = sentences(corrected(text)) or [text], FORMULA.search(text)
     statements = [
         (part, match)
         for number, part in enumerate(parts)
-        for match in _VALUE.finditer(_AVERAGED.sub(" ", _concluded(part)))
-        if _whole(match) and not (number and formula and match["sign"] and not _CONCLUDED.search(part))
+        for match in VALUE.finditer(AVERAGED.sub(" ", _concluded(part)))
+        if _whole(match) and not (number and formula and match["sign"] and not CONCLUDED.search(part))
     ]
-    referring = [(part, match) for part in parts for match in _REFERRING.finditer(part) if _bare(match)]
-    referring += [(part, match) for part in parts if not formula for match in _NAMED_BEHIND.finditer(part)]
-    if not statements and re.search(_INDEX, text, re.IGNORECASE):
+    referring = [(part, match) for part in parts for match in REFERRING.finditer(part) if _bare(match)]
+    referring += [(part, match) for part in parts if not formula for match in NAMED_BEHIND.finditer(part)]
+    if not statements and re.search(INDEX, text, re.IGNORECASE):
         statements = referring
     clauses = [clause for part in parts for clause in re.split(r"\b(?:but|while|whereas)\b", part)]
-    final = [each for each in statements if _CONCLUDED.search(each[0])]
+    final = [each for each in statements if CONCLUDED.search(each[0])]
     overall = [each for each in statements if each[1]["whole"]]
     headline = [each for each in statements if each[0] == parts[0]]
     chosen = next(iter(overall or headline or final[-1:] or statements), None)
@@ -303,12 +272,12 @@ def _beside(match: re.Match[str]) -> str | None:
 
 def _bare(match: re.Match[str]) -> bool:
     """Whether a number is whole and no concentration."""
-    return _whole(match) and _NOISE.match(match.string[match.start("value") :]) is None
+    return _whole(match) and NOISE.match(match.string[match.start("value") :]) is None
 
 
 def _alone(text: str) -> float | None:
     """The number that is a line of its own, the last one."""
-    lines = re.findall(rf"^[ \[\"]*(-?{_NUMBER})[ \]\"]*(?:\(-?{_NUMBER}\))?$", text, re.MULTILINE)
+    lines = re.findall(rf"^[ \[\"]*(-?{NUMBER})[ \]\"]*(?:\(-?{NUMBER}\))?$", text, re.MULTILINE)
     return _number(lines[-1]) if lines else None
 
 
@@ -316,14 +285,14 @@ def _table(text: str) -> Parsed | None:
     """What a table with a column for the index states: its row of the whole, or its first; None if there is none."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.split("\n") if "|" in line]
     rows = [row for row in rows if any(re.search(r"\w", cell) for cell in row)]
-    if len(rows) < 2 or _VALUE.search(re.sub(r".*\|.*", "", text)):
+    if len(rows) < 2 or VALUE.search(re.sub(r".*\|.*", "", text)):
         return None
     columns = [i for i, name in enumerate(rows[0]) if re.search(r"\baqi\b|\bindex\b", name, re.IGNORECASE)]
     if len(columns) != 1 or "," in rows[0][columns[0]]:
         return None
     whole = [row for row in rows[1:] if re.match(r"overall|total|max|final", row[0], re.IGNORECASE)]
     row = (whole or rows[1:])[0]
-    number = re.match(rf"\W*({_NUMBER})\W*$", row[columns[0]]) if len(row) > columns[0] else None
+    number = re.match(rf"\W*({NUMBER})\W*$", row[columns[0]]) if len(row) > columns[0] else None
     category = next(filter(None, map(_category, row[1:])), None)
     if number is None and category is None:
         return None
@@ -334,17 +303,12 @@ def _table(text: str) -> Parsed | None:
 def _concluded(sentence: str) -> str:
     """A sentence that draws the conclusion, its chain "AQI = 15 * 10 = 150" with the last value only."""
     chain = r"(\baqi\s*)=[^=\n]*[-+*/\u00d7][^\n]*=(?=\s*[\d.,]+\W*$)"
-    return re.sub(chain, r"\1=", sentence, flags=re.IGNORECASE) if _CONCLUDED.search(sentence) else sentence
-
-
-_GOES_ON = re.compile(
-    r"\s*(?:(?:[-+*/=^\u00d7\u2013\u2014\u2261]|\((?!(?!AQI)[A-Za-z]{3})|x(?=\s*\d))\s*[\dA-Za-z(]|to \d|:?\d|%? ?(?:times|percent|points|lower|higher|codes?|standards?|systems?|scale|models?)\b)"
-)
+    return re.sub(chain, r"\1=", sentence, flags=re.IGNORECASE) if CONCLUDED.search(sentence) else sentence
 
 
 def _whole(match: re.Match[str]) -> bool:
     """Whether the number is all there is to the right of "AQI is": no formula, no range, no ratio, no share."""
-    return bool(match["category"]) or not _GOES_ON.match(match.string[match.end("value") :])
+    return bool(match["category"]) or not GOES_ON.match(match.string[match.end("value") :])
 
 
 def _category(text: str) -> str | None:

@@ -7,13 +7,14 @@ alternative ("flew or flied"), and not used elsewhere only ("... is Sydney, whil
 
 from __future__ import annotations
 
+import calendar
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from grit_impl.evaluate.scoring.clauses import clauses
-from grit_impl.evaluate.scoring.text import REFUSAL, STOP, Number, normalise, plain, sentences, words
+from grit_impl.evaluate.scoring.text import REFUSAL, STOP, Number, corrected, normalise, plain, sentences, words
 from grit_impl.evaluate.scoring.values import conclusion, number_of
 
 Said = Literal["right", "wrong", "none"]
@@ -37,7 +38,7 @@ def judge(question: str, truths: Sequence[str], answer: str) -> Said:
     Returns:
         `right`, `wrong` (another answer, several, or the right one denied), or `none` (nothing that answers).
     """
-    text = plain(answer)
+    text = _iso(corrected(plain(answer)))
     if not words(text):
         return "none"
     if any(normalise(text) == normalise(truth) for truth in truths if not number_of(truth)):
@@ -50,6 +51,8 @@ def judge(question: str, truths: Sequence[str], answer: str) -> Said:
         chosen = _CHOSEN.search(text)
         if chosen:
             return "right" if (chosen[1] or chosen[2]).casefold() == letter else "wrong"
+    if any(_enumerates(text, truth) for truth in truths):
+        return "right"
     verdicts = [_judge_one(question, truth, text, truths) for truth in truths]
     return "right" if "right" in verdicts else "wrong" if "wrong" in verdicts else "none"
 
@@ -68,6 +71,24 @@ def _letter(question: str, truths: Sequence[str]) -> str:
     return letter if letter and re.search(rf"\(?{letter}[).:]", question, re.IGNORECASE) else ""
 
 
+def _items(text: str) -> list[str]:
+    return [item for item in re.split(r",\s+(?:and |or )?|;|\s+(?:and|&|und|et|y)\s+", text) if words(item)]
+
+
+def _enumerates(text: str, truth: str) -> bool:
+    """Whether an answer lists what a truth lists, all of it and nothing else, in any order."""
+    wanted = [words(item) for item in _items(truth)]
+    if len(wanted) < 2 or _MONTHS & set(words(truth)):
+        return False
+    lines = re.findall(r"^\s*(?:\d+[.)]|[-\u2022*])\s+([^:\n]+)", text, re.MULTILINE)
+    headline = "".join(sentences(text)[:1])
+    ends = [match.end() for match in _COPULA.finditer(headline)]
+    said = [words(item) for item in (lines if len(lines) > 1 else _items(headline[ends[-1] if ends else 0 :]))]
+    return len(said) == len(wanted) and all(
+        any(item[: len(each)] == each or item == each[: len(item)] for item in said) for each in wanted
+    )
+
+
 def _numeric(question: str, wanted: Number, text: str) -> Said:
     said = conclusion(question, wanted, text)
     if said is None:
@@ -83,6 +104,7 @@ _DOUBT = re.compile(
     r"|not (?:sure|certain))\b",
     re.IGNORECASE,
 )
+_DEEDS = "written|painted|composed|invented|discovered|made|novel|play|poem|book|painting|symphony|opera"
 _RELATIONS = frozenset(("of", "after", "before", "follows", "follow", "precedes", "precede"))
 _MONTHS = frozenset(words("January February March April May June July August September October November December"))
 
@@ -98,6 +120,8 @@ def _textual(question: str, truth: str, text: str, truths: Sequence[str]) -> Sai
         if hits and related:
             doubt = _DOUBT.search(" ".join(parts[number : number + 2]))
             right = not doubt and any(target.stated(clause) for clause in hits)
+            if right and any(target.given_to_another(later) for later in parts[number + 1 :]):
+                return "wrong"
             return "right" if right else "wrong" if not target.alternatives or target.compares(hits[0]) else "none"
         denied = any(target.in_(clause.text) for clause in found if clause.role == "denied")
         if (denied and not target.alternatives) or _states(" ".join(main), target):
@@ -118,8 +142,11 @@ class _Target:
         self.topic = {word for word in self.question if word not in STOP}
         # Symbols such as C or Li are nothing but words in lower case.
         self.symbol = len(truth) <= 2 and truth[:1].isupper() and truth.isascii()
-        pair = re.search(r"(\w+) or (?:an? |the )?(\w+)", question.casefold())
-        self.alternatives = set(pair.groups()) if pair and set(words(truth)) & set(pair.groups()) else set()
+        # "An elephant or a mouse"; "a kilogram of iron or a pound of iron": what differs.
+        pair = re.search(r"([\w ]+) or ([\w ]+)", question.casefold())
+        one, other = (words(part) for part in pair.groups()) if pair else ([], [])
+        offered = {*one[-len(other) :], *other} - (set(one) & set(other))
+        self.alternatives = offered if set(words(truth)) & offered else set()
         self.relations = {(a, b) for a, b in pairwise(self.question) if b in _RELATIONS}
 
     def in_(self, text: str) -> bool:
@@ -141,9 +168,17 @@ class _Target:
         for start in range(len(said) - size + 1):
             window = said[start : start + size]
             same = window[:-1] == self.words[:-1] and _same(window[-1], self.words[-1])
+            # "Marie Sklodowska Curie"
+            if self.truth.istitle() and [said[start], *said[start + 2 : start + 3]] == self.words:
+                places.append((start, start + 3))
             if same or (dates and sorted(window) == sorted(self.words)):
                 places.append((start, start + size))
         return places
+
+    def given_to_another(self, sentence: str) -> bool:
+        """Whether a later sentence says all that was asked of something else."""
+        before = set(words(_COPULA.split(sentence)[0]))
+        return self.topic <= before <= set(self.question) and not self.in_(sentence) and _states(sentence, self)
 
     def compares(self, clause: str) -> bool:
         """Whether a clause decides between the alternatives that the question offers."""
@@ -154,6 +189,9 @@ class _Target:
         if _offers(clause, self):
             return False
         said = words(clause)
+        asked = [self.question[i : i + 3] for i in range(len(self.question) - 2) if self.question[i + 1] in _RELATIONS]
+        if any(said[i : i + 3] in asked for i in range(len(said))):
+            return True  # "the capital city of Egypt is the city of Cairo": what is asked is named, too
         for start, _ in self.spans(clause):
             # "January comes after February", "the opposite of late is early": the words in the place of the question's.
             before = tuple(["", *said][max(0, start - 1) : start + 1])
@@ -165,6 +203,15 @@ class _Target:
             first = all(mine <= place for place in places.values())
             return first and self.compares(clause)
         return True
+
+
+def _iso(text: str) -> str:
+    """Dates such as 1969-07-20 in words."""
+    return re.sub(
+        r"\b(\d{4})-(0\d|1[0-2])-([0-3]\d)\b",
+        lambda m: f"{int(m[3])} {calendar.month_name[int(m[2])]} {m[1]}" if int(m[2]) else m[0],
+        text,
+    )
 
 
 def _dated(said: list[str]) -> list[str]:
@@ -187,6 +234,9 @@ def _offers(clause: str, target: _Target) -> bool:
         other = match[1] or match[2]
         if other not in target.others and target.alternatives == set():
             return True
+    deed = re.search(rf"\b(?:{_DEEDS}) by ((?:[A-Z][\w.'-]*\s?)+)", clause)
+    if deed and not set(words(deed[1])) & target.others:
+        return True
     # "The novel by Orwell was written by Nabokov": two names for one deed.
     names = [words(match[1]) for match in re.finditer(r"\bby ((?:[A-Z][\w.'-]*\s?)+)", clause)]
     return len(names) > 1 and any(not set(name) & target.others for name in names)

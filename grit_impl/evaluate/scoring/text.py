@@ -116,6 +116,7 @@ _UNITS = {
     "EUR": r"\u20ac|eur|euros?",
     "GBP": r"\u00a3|gbp",
     "JPY": r"\u00a5|yen|\u5186|jpy",
+    "CHF": r"chf|(?:swiss )?francs?",
     "cent": r"cents?|\u00a2",
     "%": r"%|percent|per cent",
     "C": r"\u00b0 ?c|degrees? c(?:elsius|entigrade)?|celsius",
@@ -137,7 +138,8 @@ _UNIT = re.compile("|".join(f"(?P<u{i}>(?:{form})(?![a-z]))" for i, form in enum
 _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _FORM = r"\d{1,3}(?:[,']\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d+|\d+(?:[.,]\d+)?|\.\d+"
 _NUMBER = re.compile(
-    rf"(?<![\w.,^])(?P<sign>-|(?:minus|negative) )?(?P<before>[$\u20ac\u00a3\u00a5] ?)?(?P<late>-)?(?P<digits>{_FORM})"
+    rf"(?<![\w.,^])(?P<sign>-|(?:minus|negative) )?(?P<before>(?:[$\u20ac\u00a3\u00a5]|usd|eur|gbp|jpy|chf) ?)?"
+    rf"(?P<late>-)?(?P<digits>{_FORM})"
     rf"(?:st|nd|rd|th)?(?: ?(?P<scale>{'|'.join(_SCALES)})\b)?(?![.,]?\d)",
     re.IGNORECASE,
 )

@@ -94,10 +94,9 @@ def _picked(sentence: str, asked: Sequence[Number], wanted: Number, question: st
     # "A normal year has 365 days, a leap year has 366 days": the part that speaks of what was asked.
     kept = kept[told.index(max(told)) :] + kept[: told.index(max(told))]
     first, *rest = kept
-    if rest and re.search(r"\b(?:by|from)\W*$", spelled[: first.start], re.IGNORECASE):
-        # "Rose by 2 to 7": where it ends.
-        if re.search(r"^\W*(?:\w+ )?to\W*$", spelled[first.end : rest[0].start], re.IGNORECASE):
-            return [rest[0]]
+    rises = re.search(r"\b(?:by|from)\W*$", spelled[: first.start], re.IGNORECASE)
+    if rest and rises and re.search(r"^\W*(?:\w+ )?to\W*$", spelled[first.end : rest[0].start], re.IGNORECASE):
+        return [rest[0]]  # "by 2 to 7": where it ends
     if rest and _SEVERAL.match(spelled[first.end : rest[0].start]):
         return [first, rest[0]]
     return [first]
