@@ -7,7 +7,8 @@ import sys
 
 import click
 
-from grit_impl.errors import GRITError
+from grit_impl.errors import GRITError, RunFailed
+from grit_impl.processes import place
 
 # name: (module, attribute, one line for `grit --help`)
 COMMANDS = {
@@ -89,7 +90,9 @@ def main() -> None:
     try:
         status = cli.main(standalone_mode=False)
     except GRITError as error:
-        click.echo(f"error: {_one_line(str(error))}", err=True)
+        # Of processes that train together, the first says for all what all of them find.
+        if isinstance(error, RunFailed) or place()[0] == 0:
+            click.echo(f"error: {_one_line(str(error))}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         command, package = next(iter(sys.argv[1:]), ""), (error.name or "").partition(".")[0]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grit_impl.errors import GRITError
 from grit_impl.imports import closure
 from grit_impl.machine import versions
+from grit_impl.processes import place
 from grit_impl.recipes.bases import TINY, find_base, load_tokenizer
 from grit_impl.recipes.datasets import load_instructions
 from grit_impl.recipes.fetch import digest
@@ -139,7 +140,8 @@ def make_tokens(spec: RunSpec, folder: Path) -> str:
     Raises:
         GRITError: the base model or the data set is wrong, or nothing is left to learn from.
     """
-    examples = spec.training.steps * spec.training.batch_size * spec.training.accumulation
+    _, processes = place()
+    examples = spec.training.steps * spec.training.batch_size * spec.training.accumulation * processes
     base = find_base(spec.base_model)
     home = TINY if base.shape else base.folder()
     inputs = {

@@ -24,6 +24,8 @@ import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go to
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.machine import git_commit, versions
+from grit_impl.method.factors import world_size
+from grit_impl.processes import place
 from grit_impl.recipes.arms import FIRST, NEUTRAL, TOKEN_FILE, Arm, RunSpec, TrainingSettings, find_arm
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.tokens import Tokens, make_tokens, read_tokens
@@ -82,7 +84,8 @@ class StepLog(TrainerCallback):
         """What the first batch gives before anything is clipped, preconditioned or updated."""
         gradients = [p.grad.float() for p in model.parameters() if p.requires_grad and p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / (scaler.get_scale() if scaler else 1.0)
-        content = {"loss": float(self._loss), "gradient_norm": norm, "batch": f"{self._batch:08x}"}
+        loss, _, batch = self._of_all()
+        content = {"loss": loss, "gradient_norm": norm, "batch": batch}
         write_atomic(self.record.path / FIRST, json.dumps(content))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
@@ -92,15 +95,25 @@ class StepLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Collect; the gradient norm comes with the log that follows."""
-        loss = float(self._loss)  # waits for the device, so that the clock is honest
+        loss, tokens, batch = self._of_all()  # waits for the device, so that the clock is honest
         self._row = {
             "step": state.global_step,
             "loss": loss,
-            "tokens": self._tokens,
-            "batch": f"{self._batch:08x}",
+            "tokens": tokens,
+            "batch": batch,
             "seconds": time.perf_counter() - self._began,
             "memory_bytes": peak_memory(),
         }
+
+    def _of_all(self) -> tuple[float, int, str]:
+        """Loss, tokens and the mark of the batch, over all processes; the loss is the mean of theirs."""
+        if (processes := world_size()) == 1:
+            return float(self._loss), self._tokens, f"{self._batch:08x}"
+        counts = torch.tensor([self._tokens, self._batch], dtype=torch.double, device=self._loss.device)
+        sums = torch.cat([self._loss.double()[None], counts])
+        torch.distributed.all_reduce(sums)
+        loss, tokens, batch = sums.tolist()
+        return loss / processes, int(tokens), f"{int(batch) % 2**32:08x}"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
         """Write the row."""
@@ -118,14 +131,18 @@ class StepLog(TrainerCallback):
         self.saved()
 
 
-def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRecord:
+def train(spec: RunSpec, path: Path, observer: Observer | None = None, checkpoints: Path | None = None) -> RunRecord:
     """Train one arm and leave a complete run record.
+
+    Where a launcher has started several processes, each calls this with a folder of its own; losses and tokens are
+    those of all of them.
 
     Args:
         spec: What to train.
         path: The record's folder. Checkpoints of an unfinished run of the same spec are continued from.
         observer: Called with the model and the steps made before, returns a context that encloses the training (the
             gradient ledger), whose value has a `flush()` to be called with every checkpoint.
+        checkpoints: Where they are, the same for all processes. Default: in the record's folder.
 
     Returns:
         The record, complete.
@@ -144,8 +161,12 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         torch.set_num_threads(settings.threads)
     if settings.precision == "fp16" and not cuda:
         raise GRITError("precision fp16 needs a CUDA GPU: choose bf16 or fp32")
-    last = _last_checkpoint(path / "checkpoints")
-    if last is not None:
+    rank, processes = place()
+    if processes > 1:
+        _meet(cpu=not cuda)
+    checkpoints = checkpoints or path / "checkpoints"
+    last = _last_checkpoint(checkpoints)
+    if last is not None and rank == 0:
         _require_same_run(path, spec)
     data = _tokens(spec, path, use_unsloth)
     set_seed(spec.seed)
@@ -162,6 +183,7 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         git_commit=git_commit(Path(__file__).parent),
         machine=machine(),
         unsloth=use_unsloth,
+        processes=processes,
         resumed_from=None,
         started=_now(),
         finished=None,
@@ -173,7 +195,6 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
     if settings.report_to:
         # Beside the checkpoints, which are removed when the run is complete.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(path / "logs"))
-    checkpoints = path / "checkpoints"
     trainer, grit = build_trainer(arm, spec, model, tokenizer, data, checkpoints, log)
     done = int(last.name.rpartition("-")[2]) if last else 0
     record.truncate_steps(done)
@@ -210,8 +231,18 @@ def train(spec: RunSpec, path: Path, observer: Observer | None = None) -> RunRec
         compiled_layers=compiled_layers(model),
         grit_report=report,
     )
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if rank == 0:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return record
+
+
+def _meet(cpu: bool) -> None:
+    """Wait for the other processes: the first one's folder is ready when its process has started."""
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    PartialState(cpu=cpu).wait_for_everyone()
 
 
 def _tokens(spec: RunSpec, path: Path, use_unsloth: bool) -> Tokens:
@@ -310,7 +341,7 @@ def build_trainer(
     """The arm's trainer, and a function that returns its GRITManager (or None) once training has begun."""
     cpu = not (find_base(spec.base_model).gpu and torch.cuda.is_available())
     arguments = _arguments(spec.training, spec.seed, folder, cpu)
-    common = {
+    common: dict[str, Any] = {
         "model": model,
         "train_dataset": data.dataset(),
         "data_collator": data.collate,
@@ -337,12 +368,13 @@ def build_trainer(
     sft = SFTConfig(
         max_length=spec.training.max_length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments
     )
+    callback = None if arm.grit == "none" else arm.callback(config)
+    if callback is not None:
+        common["callbacks"].append(callback)
     trainer = SFTTrainer(args=sft, **common)
     log.watch(trainer)
-    if arm.grit == "none":
+    if callback is None:
         return trainer, lambda: None
-    callback = arm.callback(config)
-    trainer.add_callback(callback)
     callback.log_through(trainer)
     return trainer, lambda: callback.manager
 

@@ -10,6 +10,7 @@ import click
 
 from grit_impl.config import PRESETS, TUNED, GRITConfig
 from grit_impl.errors import GRITError
+from grit_impl.processes import place
 from grit_impl.recipes.arms import ARMS, RunSpec, TrainingSettings, default_training, find_arm, grit_options
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.datasets import require_dataset
@@ -118,13 +119,14 @@ def train(**options: Any) -> None:
         training=default_training(options["base_model"], cuda=has_gpu(), preset=uses, **asked),
         grit=grit_options(arm, config),
     )
-    if uses in TUNED and options["base_model"] not in TUNED[uses] and "learning_rate" not in asked:
+    rank, _ = place()
+    if rank == 0 and uses in TUNED and options["base_model"] not in TUNED[uses] and "learning_rate" not in asked:
         click.echo(
             f"note: preset {uses} was tuned on {', '.join(TUNED[uses])}; on {spec.base_model} the learning rate "
             f"{spec.training.learning_rate:g} is a guess: try several, and as many for plain LoRA (--arm baseline)",
             err=True,
         )
-    from grit_impl.runs.execute import finished, request_for, run_arms, with_tokens
+    from grit_impl.runs.execute import finished, request_for, run_arms, train_beside, with_tokens
     from grit_impl.runs.restart import refusal, request_of, set_aside
 
     out = (options["out"] or Path("reports/runs") / f"{arm.name}-seed{spec.seed}").resolve()
@@ -132,16 +134,22 @@ def train(**options: Any) -> None:
 
     spec = with_tokens(spec, out.parent)
     request = request_for(spec, ledger=options["ledger"])
-    if options["fresh"] and request_of(out) is not None:
+    if options["fresh"] and rank:
+        pass  # the first process moves it
+    elif options["fresh"] and request_of(out) is not None:
         if aside := set_aside(out):
             click.echo(f"the run that was in {out} is now in {aside}")
     elif (record := finished(out, request["fingerprint"])) is not None:
         if why := record.diverged:
             raise click.ClickException(f"{out} is complete, but {why}")
-        click.echo(f"{out} is complete")
+        if rank == 0:
+            click.echo(f"{out} is complete")
         return
     elif why := refusal(out, request):
         raise GRITError(why)
+    if rank:
+        train_beside(spec, out, request)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}")) as bar:
         task = bar.add_task(f"training {arm.name}", total=spec.training.steps, loss="")

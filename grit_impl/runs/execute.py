@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grit_impl.compatibility  # noqa: F401 (refuses versions that do not go together)
@@ -24,7 +25,7 @@ from grit_impl.cost.measure import LENGTHS, complete, read
 from grit_impl.errors import GRITError, RunFailed
 from grit_impl.imports import closure
 from grit_impl.machine import has_gpu, least_used, switches, versions, visible_gpus
-from grit_impl.processes import end_with_parent
+from grit_impl.processes import end_with_parent, place
 from grit_impl.recipes.arms import FIRST, NEUTRAL, TOKEN_FILE, RunSpec, find_arm
 from grit_impl.recipes.bases import find_base
 from grit_impl.recipes.fetch import digest
@@ -73,6 +74,7 @@ def depends(spec: RunSpec) -> dict[str, Any]:
         "versions": versions(),
         "gpu": has_gpu(),
         **(switches() if find_arm(spec.arm).unsloth else {}),
+        **({"processes": place()[1]} if place()[1] > 1 else {}),
     }
 
 
@@ -128,7 +130,8 @@ def run_arms(
         else:
             waiting.append((spec, path, request))
     running: dict[subprocess.Popen[bytes], tuple[RunSpec, Path, str | None]] = {}
-    gpus = visible_gpus() if waiting else []
+    # Processes that train together choose their GPUs by their numbers.
+    gpus = visible_gpus() if waiting and place()[1] == 1 else []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -201,18 +204,49 @@ def _start(spec: RunSpec, path: Path, request: dict[str, Any], gpu: str | None) 
             logger.warning("%s held another run, which is now in %s", path, aside)
     write_atomic(path / REQUEST, json.dumps(request, indent=2))
     shutil.copyfile(path.parent / TOKENS / f"{spec.tokens}.json", path / TOKEN_FILE)
-    threads = str(spec.training.threads)
+    environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    return _process(path, spec.training.threads, environment)
+
+
+def _process(path: Path, threads: int, environment: Mapping[str, str], *more: str) -> subprocess.Popen[bytes]:
+    """One arm's, with its log beside its request."""
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+        **environment,
     }
-    command = [sys.executable, "-m", "grit_impl.runs.execute", str(path)]
+    command = [sys.executable, "-m", "grit_impl.runs.execute", str(path), *more]
     with open(path / "log.txt", "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def train_beside(spec: RunSpec, path: Path, request: Mapping[str, Any]) -> None:
+    """What every process but the first does, where a launcher has started several: train, and keep no record.
+
+    Args:
+        spec: With its tokens made.
+        path: The first process's record, whose checkpoints all of them continue from.
+        request: As in `REQUEST`.
+
+    Raises:
+        RunFailed: this process's part ended before it was over; a plain GRITError: its input is bad.
+    """
+    with TemporaryDirectory() as folder:
+        own = Path(folder)
+        write_atomic(own / REQUEST, json.dumps({**request, "ledger": False}))
+        shutil.copyfile(path.parent / TOKENS / f"{spec.tokens}.json", own / TOKEN_FILE)
+        process = _process(own, spec.training.threads, {}, str(path))
+        try:
+            status = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+        if status:  # of bad input, the first process tells, too
+            why = f"process {place()[0]}: {_last_line(own / 'log.txt').removeprefix('error: ')}"
+            raise GRITError(why) if status == 2 else RunFailed(why)
 
 
 def _steps_done(path: Path) -> int:
@@ -276,8 +310,10 @@ def _seconds_measured(found: dict[str, Any], process: int, seconds: float, input
     return round(len(found["cells"]) * seconds + now)
 
 
-def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True) -> RunRecord:
-    """Train one arm in this process, under the gradient ledger, and complete its record."""
+def run_here(
+    path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True, checkpoints: Path | None = None
+) -> RunRecord:
+    """Train one arm in this process, under the gradient ledger, and complete its record (see `train`)."""
     arm, unsloth = find_arm(spec.arm), False
     if arm.unsloth and find_base(spec.base_model).gpu:
         import torch
@@ -299,19 +335,20 @@ def run_here(path: Path, spec: RunSpec, wanted: str = "", *, ledger: bool = True
     def observer(model: Any, done: int) -> Any:
         return gradient_ledger(model, path=target, resume_from=done)
 
-    record = train(spec, path, observer if ledger else None)
+    record = train(spec, path, observer if ledger else None, checkpoints)
     record.update(fingerprint=wanted)
     record.finish()
     return record
 
 
 def main() -> int:
-    """Entry of an arm's process: one argument, the record's folder with its `spec.json`."""
+    """Entry of an arm's process: the record's folder with its `spec.json`, and the first process's, if another's."""
     end_with_parent()
-    path = Path(sys.argv[1])
+    path, first = Path(sys.argv[1]), Path(sys.argv[-1])
     request = json.loads((path / REQUEST).read_text())
+    spec, ledger = RunSpec.from_dict(request["spec"]), request["ledger"]
     try:
-        run_here(path, RunSpec.from_dict(request["spec"]), request["fingerprint"], ledger=request["ledger"])
+        run_here(path, spec, request["fingerprint"], ledger=ledger, checkpoints=first / "checkpoints")
     except RunFailed as error:
         print(f"error: {error}", flush=True)
         return 1

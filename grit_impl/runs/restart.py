@@ -94,6 +94,8 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
             yield f"other content of {name}"
     if before.get("source") != now.get("source"):
         yield "other code of this project"
+    if before.get("processes", 1) != now.get("processes", 1):
+        yield f"{before.get('processes', 1)} processes there, {now.get('processes', 1)} now"
     if before.get("gpu") != now.get("gpu"):
         yield f"{'a' if before.get('gpu') else 'no'} GPU there, {'one' if now.get('gpu') else 'none'} now"
 

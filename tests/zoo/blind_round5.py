@@ -3380,7 +3380,7 @@ def main() -> None:
         try:
             case.run(contextlib.nullcontext)
             state = "ok"
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             state = f"{type(error).__name__}: {error}"
         print(f"{case.name:58s} {time.perf_counter() - begun:6.2f} {state}")
 
