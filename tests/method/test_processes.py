@@ -24,6 +24,7 @@ from grit_impl.ledger.findings import facts
 from grit_impl.ledger.verdict import judge_ledger
 from grit_impl.method import engines
 from grit_impl.method.manager import GRITManager
+from grit_impl.trainer import GRITCallback
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 # The same sums over tokens, split over two processes: measured 1e-7 to 5e-7.
@@ -145,6 +146,18 @@ REFUSED = {
     "TP": {"parallelism_config": SimpleNamespace(tp_enabled=True)},
     "cpu_ram_efficient_loading": {"fsdp_plugin": SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)},
 }
+
+
+def test_what_is_trained_is_left_out_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback among the trainer's tells accelerate so before the model is prepared; what was left out stays so."""
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False, ignored_modules=r".*\.base_layer")
+    monkeypatch.setattr(engines, "_accelerate", {"fsdp_plugin": plugin}.get)
+    model, args = tiny(), SimpleNamespace(n_gpu=1, device="cpu")
+    GRITCallback().on_init_end(args, None, None, model=model)  # type: ignore[arg-type]
+    names = {id(module): name.removeprefix("base_model.model.") for name, module in model.named_modules()}
+    left = [names[id(module)] for module in plugin.ignored_modules]
+    assert left[:2] == ["0.base_layer", "1.base_layer"]
+    assert left[2:] == [f"{i}.lora_{side}.default" for i in "01" for side in "AB"]
 
 
 @pytest.mark.parametrize("named", REFUSED)
