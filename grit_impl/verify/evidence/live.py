@@ -159,9 +159,9 @@ class LiveEvidence(ProductEvidence):
         # One at a time where they would share a GPU; else one per core, for a run of one thread each.
         share = self.options.jobs // self.options.seeds if self._all_at_once else self.options.jobs
         jobs = share or (1 if has_gpu() else max(1, min(2, cores())))
-        specs = [with_tokens(spec, folder) for spec in self._specs(arms, seed)]
-        if todo := unfinished(specs, folder):
-            with self._first:
+        with self._first:  # seeds come in threads of their own, which must not import or try the same at once
+            specs = [with_tokens(spec, folder) for spec in self._specs(arms, seed)]
+            if todo := unfinished(specs, folder):
                 self._preflight(todo, jobs)
         return run_arms(specs, folder, jobs=jobs, progress=self.progress)
 
