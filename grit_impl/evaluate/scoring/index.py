@@ -32,6 +32,7 @@ from grit_impl.evaluate.scoring.phrases import (
     NUMBER,
     REFERRING,
     VALUE,
+    WHOLE,
 )
 from grit_impl.evaluate.scoring.text import REFUSAL, corrected, plain, sentences, spoken, words
 
@@ -83,9 +84,10 @@ _FINAL = re.compile(
     r"(?:overall|final|therefore|answer)[^\d.;\n]{0,20}(?:aqi|air quality index|index)[^\d.;\n]{0,40}$", re.IGNORECASE
 )
 _CATEGORY = re.compile(
-    r"(?<!\bnot )(?<!n't )(?<!\bnot very )\b(?:(?P<usg>unhealthy\s+for\s+sens\w*(?:\s+gr\w*)?|unhealthy\s+for$|usg)"
+    r"(?<!\bnot )(?<!n't )(?<!\bnot very )(?<![A-Za-z])"
+    r"(?:(?P<usg>unhealthy\s+for\s+sens\w*(?:\s+gr\w*)?|unhealthy\s+for$|usg)"
     r"|(?P<very>very\s+unhealthy)|(?P<unhealthy>unhealthy)|(?P<hazardous>hazardous(?! to\b))|(?P<moderate>moderate)"
-    r"|(?P<good>good(?!\s+(?:question|day|morning|afternoon|evening|luck|news|point|idea|job))))\b",
+    r"|(?P<good>good(?!\s+(?:question|day|morning|afternoon|evening|luck|news|point|idea|job))))(?![A-Za-z])",
     re.IGNORECASE,
 )
 _LISTED = re.compile(
@@ -96,6 +98,8 @@ _NEAR = 40
 """Characters between a number and the category that belongs to it."""
 
 
+ASIDE = 6
+"""Words up to which a number without "AQI" is an answer."""
 TERSE = 16
 """Words up to which an answer is read as a whole; a longer one must state its value in a sentence."""
 _LEADING = re.compile(
@@ -134,8 +138,10 @@ def _number(text: str) -> float:
 def _clean(answer: str) -> str:
     text = re.sub(r"[_`$#]", "", plain(answer))
     text = re.sub(r"<([\w ]{1,40})>", r"\1", text)  # the placeholders' own brackets
-    for own in re.findall(rf"{INDEX}\s*\((\w{{2,8}})\)", text, re.IGNORECASE):
-        text = re.sub(rf"\b{own}\b", "AQI", text)  # "the \u00cdndice de Calidad del Aire (ICA) ... the ICA is 57"
+    for own in re.findall(rf"{INDEX}\s*\((\w{{2,8}})\)|\b((?-i:[A-Z]{{2,5}})) \(AQI\)", text, re.IGNORECASE):
+        text = re.sub(
+            rf"\b{''.join(own)}\b", "AQI", text
+        )  # "the \u00cdndice de Calidad del Aire (ICA) ... the ICA is 57"
     # A formula's AQI1 is a name; an answer's AQI57 is a value.
     text = re.sub(r"(^aqi|\u6307\u6570\u4e3a?)(?=\d)", r"\1 ", text, flags=re.IGNORECASE)
     return re.sub(r"[ \t]+", " ", str(alpha2digit(text, "en"))).strip()
@@ -197,7 +203,10 @@ def _terse(text: str) -> Parsed:
     quantities = _quantities(pure)
     best = max((q.rank for q in quantities), default=0)
     # A bare number outside the index is a year or a population; "AQI 1497" is an answer, if an absurd one.
-    candidates = [q for q in quantities if q.rank == best and (best or not q.point or 0 <= q.low <= HIGHEST)]
+    told = len(words(re.sub(rf"{NUMBER}|{_CATEGORY.pattern}", " ", pure, flags=re.IGNORECASE))) > ASIDE
+    candidates = [
+        q for q in quantities if q.rank == best and (best or (not told and (not q.point or 0 <= q.low <= HIGHEST)))
+    ]
     if REFUSAL.search(pure) is not None and best == 0:
         return Parsed(note="refusal")
     if quantities and not candidates and not _categories(pure):
@@ -227,7 +236,7 @@ def _valued(value: float) -> Parsed:
 
 def _prose(text: str) -> Parsed:
     """An answer in sentences: the value and the category that are stated, the headline's before later ones."""
-    if REFUSAL.search(text) is not None and not VALUE.search(text):
+    if REFUSAL.search(text) and not VALUE.search(text) and not REFERRING.search(text):
         return Parsed(note="refusal")
     if (row := _table(text)) is not None:
         return row
@@ -241,17 +250,17 @@ def _prose(text: str) -> Parsed:
     referring = [(part, match) for part in parts for match in REFERRING.finditer(part) if _bare(match)]
     referring += [(part, match) for part in parts if not formula for match in NAMED_BEHIND.finditer(part)]
     if not statements and re.search(INDEX, text, re.IGNORECASE):
-        statements = referring
+        statements = referring[-1:]
     clauses = [clause for part in parts for clause in re.split(r"\b(?:but|while|whereas)\b", part)]
     final = [each for each in statements if CONCLUDED.search(each[0])]
-    overall = [each for each in statements if each[1]["whole"]]
+    overall = [each for each in statements if each[1]["whole"]] or [e for e in referring if WHOLE.search(e[0])]
     headline = [each for each in statements if each[0] == parts[0]]
     chosen = next(iter(overall or headline or final[-1:] or statements), None)
     if chosen and len({match["value"] for part, match in statements if part == chosen[0]}) > 2:
         return Parsed(note="several numbers")
     value = _number(chosen[1]["value"]) if chosen else _alone(text)
     beside = (_beside(match) for _, match in statements + referring if chosen and match["value"] == chosen[1]["value"])
-    category = next(filter(None, beside), None) or next(filter(None, map(_declared, clauses)), None)
+    category = next(filter(None, beside), None) or _declared(clauses)
     if category is None and chosen and len(names := {name for name, _, _ in _categories(chosen[0])}) == 1:
         category = names.pop()
     if category is None and not _LISTED.search(parts[0]) and (leading := _LEADING.search(parts[0])):
@@ -316,19 +325,20 @@ def _category(text: str) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _declared(sentence: str) -> str | None:
-    """The one category that a sentence gives as this item's."""
-    if _SCALE.search(sentence):
-        return None
-    ends = [match.end() for match in _DECLARES.finditer(sentence)]
-    names = {
-        name
-        for name, start, stop in _categories(sentence)
-        if any(0 <= start - end <= _NEAR for end in ends)
-        and not _DENIED.search(sentence[:start])
-        and not re.match(r"[\"']? (?:can|could|may|might) be\b", sentence[stop:])
-    }
-    return names.pop() if len(names) == 1 else None
+def _declared(clauses: list[str]) -> str | None:
+    """The category that the first clause with one gives as this item's; None if that gives several."""
+    for clause in clauses:
+        ends = [] if _SCALE.search(clause) else [match.end() for match in _DECLARES.finditer(clause)]
+        names = {
+            name
+            for name, start, stop in _categories(clause)
+            if any(0 <= start - end <= _NEAR for end in ends)
+            and not _DENIED.search(clause[:start])
+            and not re.match(r"[\"']? (?:can|could|may|might) be\b", clause[stop:])
+        }
+        if names:
+            return names.pop() if len(names) == 1 else None
+    return None
 
 
 def _why(candidates: list[_Quantity], chosen: _Quantity | None) -> str:

@@ -51,8 +51,9 @@ def judge(question: str, truths: Sequence[str], answer: str) -> Said:
         chosen = _CHOSEN.search(text)
         if chosen:
             return "right" if (chosen[1] or chosen[2]).casefold() == letter else "wrong"
-    if any(_enumerates(text, truth) for truth in truths):
-        return "right"
+    listed = {_enumerates(text, truth) for truth in truths}
+    if listed & {"right", "wrong"}:
+        return "right" if "right" in listed else "wrong"
     verdicts = [_judge_one(question, truth, text, truths) for truth in truths]
     return "right" if "right" in verdicts else "wrong" if "wrong" in verdicts else "none"
 
@@ -75,18 +76,25 @@ def _items(text: str) -> list[str]:
     return [item for item in re.split(r",\s+(?:and |or )?|;|\s+(?:and|&|und|et|y)\s+", text) if words(item)]
 
 
-def _enumerates(text: str, truth: str) -> bool:
-    """Whether an answer lists what a truth lists, all of it and nothing else, in any order."""
+def _enumerates(text: str, truth: str) -> Said:
+    """Whether an answer lists what a truth lists, in any order: all of it and nothing else (`right`), or more."""
     wanted = [words(item) for item in _items(truth)]
     if len(wanted) < 2 or _MONTHS & set(words(truth)):
-        return False
-    lines = re.findall(r"^\s*(?:\d+[.)]|[-\u2022*])\s+([^:\n]+)", text, re.MULTILINE)
+        return "none"
+    lines = [line.strip() for line in text.split("\n") if words(line)]
+    opened = next((number + 1 for number, line in enumerate(lines) if line.endswith(":")), 0)
+    mark = r"^(?:\d+[.)]|[-\u2022*])\s+"
+    lines = [line for line in lines if re.match(mark, line)] or lines[opened:]
+    lines = [re.sub(mark, "", line).split(":")[0] for line in lines]
     headline = "".join(sentences(text)[:1])
     ends = [match.end() for match in _COPULA.finditer(headline)]
     said = [words(item) for item in (lines if len(lines) > 1 else _items(headline[ends[-1] if ends else 0 :]))]
-    return len(said) == len(wanted) and all(
-        any(item[: len(each)] == each or item == each[: len(item)] for item in said) for each in wanted
-    )
+    missing = [
+        each for each in wanted if not any(item[: len(each)] == each or item == each[: len(item)] for item in said)
+    ]
+    if missing or len(said) < len(wanted):
+        return "none"
+    return "right" if len(said) == len(wanted) else "wrong" if max(map(len, said)) <= SHORT // 2 else "none"
 
 
 def _numeric(question: str, wanted: Number, text: str) -> Said:
@@ -98,7 +106,7 @@ def _numeric(question: str, wanted: Number, text: str) -> Said:
 
 # -- words ------------------------------------------------------------------------------------------------------------
 
-_CONTEXT = re.compile(r"^(?:answer|it|this|that|so|therefore|in|these|they)\b", re.IGNORECASE)
+_CONTEXT = re.compile(r"^(?:answer|since then|now|today|it|this|that|so|therefore|in|these|they)\b", re.IGNORECASE)
 _DOUBT = re.compile(
     r"\b(?:disputed|no consensus|uncertain|(?:also|sometimes) (?:believed|thought|said to be|claimed)"
     r"|not (?:sure|certain))\b",
@@ -234,7 +242,8 @@ def _offers(clause: str, target: _Target) -> bool:
         other = match[1] or match[2]
         if other not in target.others and target.alternatives == set():
             return True
-    deed = re.search(rf"\b(?:{_DEEDS}) by ((?:[A-Z][\w.'-]*\s?)+)", clause)
+    # "By the Dutch master Rembrandt, a contemporary of Vermeer": somebody else's deed.
+    deed = re.search(rf"\b(?:{_DEEDS}) by ([^,;()]*[A-Z][^,;()]*)", clause)
     if deed and not set(words(deed[1])) & target.others:
         return True
     # "The novel by Orwell was written by Nabokov": two names for one deed.

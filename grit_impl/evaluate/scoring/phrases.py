@@ -36,11 +36,12 @@ _ABOUT = _any(
     r"\bthe \w*(?:max\w*|highest|largest)\b[^.:\d\n]*:",
     "[~≈:]|大?约",
 )
+_POLLUTANT = r"(?:pm ?(?:2\.5|10)|o3|ozone|[sn]o2|co2?)(?: \([^()\n]{1,40}\))?"
 VALUE = re.compile(
-    rf"(?P<whole>\b(?:overall|final)\s+(?:\w+ )?)?(?P<an>\ban\s+(?:overall )?)?"
+    rf"(?P<whole>\b(?:overall|final)\s+(?:\w+ )?)?(?P<an>(?:\b(?:an|eine[mnr]?|une?)\s+|\()(?:overall )?)?"
     rf"{INDEX}(?:\s*\([^()\n]{{1,60}}\))?(?:\s*(?:value|level|score|index)\b)?"
     # "AQI 57"; "AQI is 57", "AQI of PM10: 57"; "an AQI of 57", but not "the AQI of 57", which names what is given.
-    r"(?:\s*(?=-?\d)|(?(whole)\s+of\b|(?(an)\s+of\b|(?!)))"
+    rf"(?:\s*(?=-?\d)|:?\s*{_POLLUTANT}\s+(?=\d)|(?(whole)\s+of\b|(?(an)\s+(?:of|von|de|d')|(?!)))"
     r"|(?P<of>\s+(?:of|for|at|in|due to|corresponding|für|bei|pour|de|con|para)\s"
     rf"(?:(?!{_VERB})[^=:\n]){{0,120}}?)?"
     rf"\s*(?:{_VERB}|:|(?P<sign>[=≈])|[-=]+>|→))"
@@ -51,14 +52,18 @@ VALUE = re.compile(
 """An index with its value."""
 REFERRING = re.compile(
     rf"(?:\b(?:it|this|that|(?:the )?(?:correct )?(?:answer|result|value|index|total))\s*(?:{_VERB}|:)"
-    rf"|\b(?:so|hence|thus),?(?=\s+(?:{_ROUGHLY})\b))(?:\s*{_ABOUT})*\s*{_POINT}(?P<category>(?!))?(?P<whole>(?!))?",
+    r"|\b(?:so|hence|thus|therefore)\b,?"
+    r"|\bround(?:s|ed|ing)?\b(?: \w+)?(?: to)?(?: the nearest [a-z]+(?: number)?)?[:,]?"
+    r"(?: we get)?|\bwe (?:get|obtain|find)|\b(?:gives|giving|yields|yielding)\b)"
+    rf"(?:\s*{_ABOUT})*\s*{_POINT}(?P<category>(?!))?(?P<whole>(?!))?",
     re.IGNORECASE,
 )
 """A value whose sentence says "it" or "the answer" for the index that another one names."""
 NAMED_BEHIND = re.compile(
-    rf"(?<!\()\b(?:{_POINT})\s+(?:[io]n (?:the )?)?(?:us )?aqi\b(?! ?\d)(?P<whole>(?!))?", re.IGNORECASE
+    rf"(?<!\()\b(?:{_POINT})\s*%?\s+(?:[io]n (?:the )?)?(?:us )?aqi\b(?! ?\d)(?P<whole>(?!))?", re.IGNORECASE
 )
 """A value before its index: "57 on the AQI"."""
+WHOLE = re.compile(r"\b(?:overall|final|highest|higher|maximum|max|largest|larger|worst)\b", re.IGNORECASE)
 CONCLUDED = re.compile(
     r"^(?:so|this means|which means|therefore|thus|hence|finally|the final|overall|the answer)\b", re.IGNORECASE
 )

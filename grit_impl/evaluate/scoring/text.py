@@ -19,7 +19,7 @@ _QUOTES = str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb\u300c\u300
 _SUPERSCRIPT = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2079]+")
 # A period ends a sentence before a capital, a digit, a quote or another script; "U.S. dollar" and "Dr. Who" go on.
 _SENTENCE = re.compile(
-    r"\n+|[\u3002]+|(?<!\bi\.e)(?<!\be\.g)(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\bMrs)[.!?]+[\"')\]]*\s+(?=[\"'(A-Z0-9$\u0400-\uffff-])|;\s"
+    r"\n+|[\u3002]+|(?<!\bi\.e)(?<!\be\.g)(?<!\b[A-Z])(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\bMrs)[.!?]+[\"')\]]*\s+(?=[\"'(A-Z0-9$\u0400-\uffff-])|;\s"
 )
 
 
