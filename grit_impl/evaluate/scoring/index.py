@@ -86,7 +86,8 @@ _FINAL = re.compile(
 _CATEGORY = re.compile(
     r"(?<!\bnot )(?<!n't )(?<!\bnot very )(?<![A-Za-z])"
     r"(?:(?P<usg>unhealthy\s+for\s+sens\w*(?:\s+gr\w*)?|unhealthy\s+for$|usg)"
-    r"|(?P<very>very\s+unhealthy)|(?P<unhealthy>unhealthy)|(?P<hazardous>hazardous(?! to\b))|(?P<moderate>moderate)"
+    r"|(?P<very>very\s+unhealthy)|(?P<unhealthy>unhealthy)|(?P<moderate>moderate)"
+    r"|(?P<hazardous>hazardous(?! to (?:human|health|your|the)\b))"
     r"|(?P<good>good(?!\s+(?:question|day|morning|afternoon|evening|luck|news|point|idea|job))))(?![A-Za-z])",
     re.IGNORECASE,
 )
@@ -137,6 +138,7 @@ def _number(text: str) -> float:
 
 def _clean(answer: str) -> str:
     text = re.sub(r"[_`$#]", "", plain(answer))
+    text = re.sub(r"<(\w+)>([^<>]*)</\1>", r"\2", text)
     text = re.sub(r"<([\w ]{1,40})>", r"\1", text)  # the placeholders' own brackets
     for own in re.findall(rf"{INDEX}\s*\((\w{{2,8}})\)|\b((?-i:[A-Z]{{2,5}})) \(AQI\)", text, re.IGNORECASE):
         text = re.sub(

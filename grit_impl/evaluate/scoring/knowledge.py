@@ -7,13 +7,13 @@ alternative ("flew or flied"), and not used elsewhere only ("... is Sydney, whil
 
 from __future__ import annotations
 
-import calendar
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from grit_impl.evaluate.scoring.clauses import clauses
+from grit_impl.evaluate.scoring.forms import canonical
 from grit_impl.evaluate.scoring.text import REFUSAL, STOP, Number, corrected, normalise, plain, sentences, words
 from grit_impl.evaluate.scoring.values import conclusion, number_of
 
@@ -38,14 +38,15 @@ def judge(question: str, truths: Sequence[str], answer: str) -> Said:
     Returns:
         `right`, `wrong` (another answer, several, or the right one denied), or `none` (nothing that answers).
     """
-    text = _iso(corrected(plain(answer)))
+    text = canonical(corrected(plain(answer)))
+    question, truths = canonical(question), [canonical(truth) for truth in truths]
     if not words(text):
         return "none"
     if any(normalise(text) == normalise(truth) for truth in truths if not number_of(truth)):
         return "right"
     if REFUSAL.search(text) and len(words(text)) <= 4 * SHORT:
         return "none"
-    if {truth.casefold() for truth in truths} <= {"yes", "no"}:
+    if {truth.casefold() for truth in truths} <= set(_TRUTHS):
         return _yes_or_no(question, truths[0].casefold(), text)
     if letter := _letter(question, truths):
         chosen = _CHOSEN.search(text)
@@ -72,6 +73,9 @@ def _letter(question: str, truths: Sequence[str]) -> str:
     return letter if letter and re.search(rf"\(?{letter}[).:]", question, re.IGNORECASE) else ""
 
 
+_RELATIVE = r",?\s+(?:which|who|that|because|since)\b"
+
+
 def _items(text: str) -> list[str]:
     return [item for item in re.split(r",\s+(?:and |or )?|;|\s+(?:and|&|und|et|y)\s+", text) if words(item)]
 
@@ -88,7 +92,10 @@ def _enumerates(text: str, truth: str) -> Said:
     lines = [re.sub(mark, "", line).split(":")[0] for line in lines]
     headline = "".join(sentences(text)[:1])
     ends = [match.end() for match in _COPULA.finditer(headline)]
-    said = [words(item) for item in (lines if len(lines) > 1 else _items(headline[ends[-1] if ends else 0 :]))]
+    said = [
+        words(item)
+        for item in (lines if len(lines) > 1 else _items(re.split(_RELATIVE, headline[ends[-1] if ends else 0 :])[0]))
+    ]
     missing = [
         each for each in wanted if not any(item[: len(each)] == each or item == each[: len(item)] for item in said)
     ]
@@ -213,15 +220,6 @@ class _Target:
         return True
 
 
-def _iso(text: str) -> str:
-    """Dates such as 1969-07-20 in words."""
-    return re.sub(
-        r"\b(\d{4})-(0\d|1[0-2])-([0-3]\d)\b",
-        lambda m: f"{int(m[3])} {calendar.month_name[int(m[2])]} {m[1]}" if int(m[2]) else m[0],
-        text,
-    )
-
-
 def _dated(said: list[str]) -> list[str]:
     """Without the ordinals of dates: 4th is 4, and "of" goes where a month is."""
     if not _MONTHS & set(said):
@@ -283,14 +281,22 @@ def _states(text: str, target: _Target) -> bool:
 _NEGATED = re.compile(r"\bnot\b|n't\b|\bno\b|\bnever\b", re.IGNORECASE)
 
 
+_TRUTHS = {"yes": True, "no": False, "true": True, "false": False}
+_SAID = _TRUTHS | {"ja": True, "nein": False, "oui": True, "non": False, "s\u00ed": True}
+_EXPLICIT = re.compile(
+    rf"^\W*({'|'.join(_SAID)})\b|\banswer(?: is|:)?\W*(yes|no|true|false)\b"
+    r"|\b(?:so|statement is),? (yes|no|true|false)\b",
+    re.IGNORECASE,
+)
+
+
 def _yes_or_no(question: str, truth: str, text: str) -> Said:
     first = sentences(text)[0]
-    explicit = re.search(r"^\W*(yes|no)\b|\banswer(?: is|:)?\W*(yes|no)\b", text, re.IGNORECASE)
-    topic = {word for word in words(question) if word not in STOP and word not in ("yes", "no")}
-    if explicit:
-        said = (explicit[1] or explicit[2]).casefold()
+    topic = {word for word in words(question) if word not in STOP and word not in _TRUTHS}
+    if explicit := _EXPLICIT.search(text):
+        said = _SAID[str(explicit[explicit.lastindex or 1]).casefold()]
     elif len(topic & set(words(first))) >= max(1, len(topic) - 1):
-        said = "no" if _NEGATED.search(first) else "yes"
+        said = not _NEGATED.search(first)
     else:
         return "none"
-    return "right" if said == truth else "wrong"
+    return "right" if said == _TRUTHS[truth] else "wrong"

@@ -31,7 +31,8 @@ _VERB = _any(
 )
 _ROUGHLY = "approximately|about|around|roughly"
 _ABOUT = _any(
-    rf"\b(?:{_ROUGHLY}|calculated as|estimated (?:at|to be)|equal to|now|currently|then|d'environ|environ|de)\b",
+    rf"\b(?:{_ROUGHLY}|(?:calculated|estimated|computed|found|reported) (?:as|at|to be)|equal to)\b",
+    r"\b(?:now|currently|then|d'environ|environ|de)\b",
     r"\b(?:etwa|ungefähr|rund|aproximadamente)\b",
     r"\bthe \w*(?:max\w*|highest|largest)\b[^.:\d\n]*:",
     "[~≈:]|大?约",
@@ -60,7 +61,8 @@ REFERRING = re.compile(
 )
 """A value whose sentence says "it" or "the answer" for the index that another one names."""
 NAMED_BEHIND = re.compile(
-    rf"(?<!\()\b(?:{_POINT})\s*%?\s+(?:[io]n (?:the )?)?(?:us )?aqi\b(?! ?\d)(?P<whole>(?!))?", re.IGNORECASE
+    rf"(?<!\()\b(?:{_POINT})\s*%?\s+(?:[io]n (?:the )?)?(?:us )?aqi\b(?! ?(?:\d|categor))(?P<whole>(?!))?",
+    re.IGNORECASE,
 )
 """A value before its index: "57 on the AQI"."""
 WHOLE = re.compile(r"\b(?:overall|final|highest|higher|maximum|max|largest|larger|worst)\b", re.IGNORECASE)
@@ -74,12 +76,13 @@ NOISE = re.compile(
     rf"|{NUMBER}\s*(?:[uμ]g|mg|pp[mb]|%|°|degrees?\b|micrograms?\b|parts per)(?:\s*/\s*m\^?3)?"  # concentrations
     rf"|\b(?:o3|ozone|co|so2|no2)\s*[:=]?\s*{NUMBER}"  # an echo of the features
     r"|\d+\s*-?\s*(?:h|hr|hour)s?\b"  # averaging times
-    r"|\bno\. ?\d+"  # ranks
+    r"|\bno\. ?\d+|\b(?:in|since) (?:19|20)\d\d\b|\bby \d+\b|\b\d+ (?:aqi )?categor"  # ranks, years, factors
     r"|(?:/|out of|on a scale (?:of|from))\s*(?:[01]\s*(?:-|to)\s*)?500\b",  # the scale
     re.IGNORECASE,
 )
 GOES_ON = re.compile(
     r"\s*(?:(?:[-+*/=^\u00d7\u2013\u2014\u2261]|\((?!(?!AQI)[A-Za-z]{3})|x(?=\s*\d))\s*[\dA-Za-z(]|to \d|:?\d"
+    r"|or (?:below|less|lower|above|more|higher)\b"
     r"|%? ?(?:times|percent|points|lower|higher|codes?|standards?|systems?|scale|models?)\b)"
 )
 """What makes the number before it a part of a formula, a range, a ratio, a share or a name."""

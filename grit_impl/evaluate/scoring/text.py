@@ -61,9 +61,9 @@ def plain(answer: str) -> str:
     text = _SUPERSCRIPT.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
     text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", "", text)
     text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).replace("\u2212", "-")
-    text = re.sub(r"(?<=[A-Za-z)])_\{?(\d+)\}?", r"\1", text)
     for _ in range(2):  # a box around a text
         text = re.sub(r"\$*\s*\\(?:boxed|text|mathbf|mathrm)\s*\{([^{}]*)\}\s*\$*", r"\1", text)
+    text = re.sub(r"(?<=[A-Za-z)])_\{?(\d+)\}?", r"\1", text)
     text = re.sub(r"\\(?:times|cdot)\b", "*", re.sub(r"\\approx\b", "\u2248", text))
     text = re.sub(r"(\d[\d.]*) ?[*\u00d7x] ?10\^\{?(-?\d{1,2})\}?", _expanded, text)
     return re.sub(r"[ \t]+", " ", re.sub(r"\*\*|__|[`\\]|^\s*[*]+\s", "", text, flags=re.MULTILINE)).strip()
