@@ -1,6 +1,6 @@
 """Agreement of the scorers with the labelled answers.
 
-`python tests/evaluate/labelled.py [1|2 [development|held-out|own|constructed]]`
+`python tests/evaluate/labelled.py [1|2|3|4 [development|held-out|own|constructed]]`
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grit_impl.evaluate.scoring.knowledge import judge
 from grit_impl.statistics.intervals import wilson
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-FILES = {"1": "labelled_answers.jsonl", "2": "labelled_answers_2.jsonl"}
+FILES = {"1": "labelled_answers.jsonl"} | {n: f"labelled_answers_{n}.jsonl" for n in "234"}
 Row = dict[str, Any]
 
 

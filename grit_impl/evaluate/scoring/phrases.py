@@ -34,6 +34,7 @@ _ABOUT = _any(
     rf"\b(?:{_ROUGHLY}|(?:calculated|estimated|computed|found|reported) (?:as|at|to be)|equal to)\b",
     r"\b(?:now|currently|then|d'environ|environ|de)\b",
     r"\b(?:etwa|ungefähr|rund|aproximadamente)\b",
+    rf"\bnot {NUMBER},? but\b",
     r"\bthe \w*(?:max\w*|highest|largest)\b[^.:\d\n]*:",
     "[~≈:]|大?约",
 )
@@ -42,8 +43,8 @@ VALUE = re.compile(
     rf"(?P<whole>\b(?:overall|final)\s+(?:\w+ )?)?(?P<an>(?:\b(?:an|eine[mnr]?|une?)\s+|\()(?:overall )?)?"
     rf"{INDEX}(?:\s*\([^()\n]{{1,60}}\))?(?:\s*(?:value|level|score|index)\b)?"
     # "AQI 57"; "AQI is 57", "AQI of PM10: 57"; "an AQI of 57", but not "the AQI of 57", which names what is given.
-    rf"(?:\s*(?=-?\d)|:?\s*{_POLLUTANT}\s+(?=\d)|(?(whole)\s+of\b|(?(an)\s+(?:of|von|de|d')|(?!)))"
-    r"|(?P<of>\s+(?:of|for|at|in|due to|corresponding|für|bei|pour|de|con|para)\s"
+    rf"(?:\s*(?=-?\d)|:?\s*{_POLLUTANT}(?:\s*:\s*|\s+)(?=\d)|(?(whole)\s+of\b|(?(an)\s+(?:of|von|de|d')|(?!)))"
+    r"|(?P<of>\s+(?:of|for|at|in|due to|corresponding|correspondiente|correspondant|für|bei|pour|de|con|para)\s"
     rf"(?:(?!{_VERB})[^=:\n]){{0,120}}?)?"
     rf"\s*(?:{_VERB}|:|(?P<sign>[=≈])|[-=]+>|→))"
     rf"(?:\s*{_ABOUT})*\s*{_POINT}\s*%?"
@@ -53,7 +54,7 @@ VALUE = re.compile(
 """An index with its value."""
 REFERRING = re.compile(
     rf"(?:\b(?:it|this|that|(?:the )?(?:correct )?(?:answer|result|value|index|total))\s*(?:{_VERB}|:)"
-    r"|\b(?:so|hence|thus|therefore)\b,?"
+    r"|\b(?:so|hence|thus|therefore)\b,?|->|→"
     r"|\bround(?:s|ed|ing)?\b(?: \w+)?(?: to)?(?: the nearest [a-z]+(?: number)?)?[:,]?"
     r"(?: we get)?|\bwe (?:get|obtain|find)|\b(?:gives|giving|yields|yielding)\b)"
     rf"(?:\s*{_ABOUT})*\s*{_POINT}(?P<category>(?!))?(?P<whole>(?!))?",

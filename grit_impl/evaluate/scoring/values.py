@@ -13,6 +13,7 @@ from grit_impl.evaluate.scoring.text import (
     plain,
     sentences,
     spell,
+    unit_of,
     units_in,
     without_unit,
     words,
@@ -78,8 +79,11 @@ def _picked(sentence: str, asked: Sequence[Number], wanted: Number, question: st
     ]
     kept = [number for number in kept if not _denied(spelled, number)]
     if re.search(r"\byear\b", question, re.IGNORECASE):
-        kept = [n for n in kept if n.value == int(n.value) and 100 <= abs(n.value) < 3000] or kept
-    units = {wanted.unit} if wanted.unit else units_in(question)
+        whole = [n for n in kept if n.value == int(n.value) and 100 <= abs(n.value) < 3000]
+        kept = [n for n in whole if n.value >= 1000] or whole or kept
+    counted = re.search(r"\bhow many (\w+)", question, re.IGNORECASE)
+    asked_unit = unit_of(counted[1]) if counted else ""
+    units = {wanted.unit or asked_unit} if wanted.unit or asked_unit else units_in(question)
     if len(units) == 1:
         kept = [n for n in kept if n.unit in units] or kept
     outside = [n for n in kept if spelled.count("(", 0, n.start) == spelled.count(")", 0, n.start)]
