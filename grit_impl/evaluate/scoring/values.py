@@ -77,7 +77,8 @@ def _picked(sentence: str, asked: Sequence[Number], wanted: Number, question: st
         for number in numbers(spelled)
         if not number.operand and (repeats or not any(number.equals(other) for other in asked))
     ]
-    kept = [number for number in kept if not _denied(spelled, number)]
+    denied = _denied(spelled) if kept else []
+    kept = [number for number in kept if not any(start <= number.start < end for start, end in denied)]
     if re.search(r"\byear\b", question, re.IGNORECASE):
         whole = [n for n in kept if n.value == int(n.value) and 100 <= abs(n.value) < 3000]
         kept = [n for n in whole if n.value >= 1000] or whole or kept
@@ -106,10 +107,11 @@ def _picked(sentence: str, asked: Sequence[Number], wanted: Number, question: st
     return [first]
 
 
-def _denied(sentence: str, number: Number) -> bool:
-    position = 0
+def _denied(sentence: str) -> list[tuple[int, int]]:
+    """Where a sentence says what is not so."""
+    found, position = [], 0
     for clause in clauses(sentence):
         position = sentence.find(clause.text, position)
-        if position <= number.start < position + len(clause.text):
-            return clause.role == "denied"
-    return False
+        if clause.role == "denied":
+            found.append((position, position + len(clause.text)))
+    return found
