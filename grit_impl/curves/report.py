@@ -140,10 +140,13 @@ def page(results: Sequence[CurveComparison]) -> str:
         "body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;margin:1rem 0}th,td{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;"
         "vertical-align:top}figure{margin:1rem 0}svg{max-width:100%;height:auto}"
+        "@media(max-width:40rem){table,tbody,tr,th,td{display:block}tr{margin-bottom:.6rem;border:1px solid #ccc}"
+        "th,td{border:0;padding:.1rem .6rem;overflow-wrap:anywhere}}"
     )
     body = "\n".join(to_html(result) for result in results)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>grit compare</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>grit compare</title>'
         f"<style>{style}</style></head><body><h1>Training runs compared</h1>\n{body}\n</body></html>\n"
     )
 

@@ -202,6 +202,8 @@ def chosen(table: Table, loss: str | None = None) -> dict[str, str]:
         name = pick("loss", counts, loss)
     except GRITError as error:
         raise GRITError(f"{table.source}: {error}") from None
+    if not counts:
+        raise GRITError(f"{table.source} is empty")
     if name is None:
         raise GRITError(f"{table.source}: no loss column; found {listed(counts)}; name it with `--loss NAME`")
     others = [n for n in counts if n != name and is_series(n, "loss") and counts[n] >= 8]

@@ -36,6 +36,7 @@ ALPACA_INPUT_TEMPLATE = (
 AQI_TRAINING_ITEMS = 1600
 # Some templates tell the date. It must not make other tokens of the same rows tomorrow.
 DATE = "26 Jul 2024"
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, Any]]
 Example = tuple[str, str, str]
@@ -57,27 +58,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schema:
-    """A known layout: the columns that identify it, what of a row is what, and its hub address."""
+    """A known layout: the columns that identify it, what of a row is what, its hub address, what else it reads."""
 
     columns: tuple[str, ...]
     read: Read
     hub: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 SCHEMAS: dict[str, Schema] = {}
 
 
-def dataset(name: str, *columns: str, hub: tuple[str, ...] = ()) -> Callable[[Read], Read]:
+def dataset(
+    name: str, *columns: str, hub: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+) -> Callable[[Read], Read]:
     """Register a layout: `@dataset("name", columns...)` on the function that reads a row.
 
     Args:
         name: What `--dataset` takes, where there is a hub address.
         columns: Files that have them are read as this layout; of several, that with the most columns.
         hub: Address, and the configuration if there are several.
+        optional: Columns that are read where there are any.
     """
 
     def register(read: Read) -> Read:
-        SCHEMAS[name] = Schema(columns, read, hub)
+        SCHEMAS[name] = Schema(columns, read, hub, optional)
         return read
 
     return register
@@ -101,12 +106,12 @@ def _choice(row: Row, column: str, names: Mapping[str, str]) -> str:
     return found
 
 
-@dataset("alpaca", "instruction", "output", hub=("tatsu-lab/alpaca",))
+@dataset("alpaca", "instruction", "output", hub=("tatsu-lab/alpaca",), optional=("input",))
 def _alpaca(row: Row) -> Example:
     return row.text("instruction"), row.text("input", null="", absent=""), row.text("output", null="")
 
 
-@dataset("dolly", "instruction", "response", hub=("databricks/databricks-dolly-15k",))
+@dataset("dolly", "instruction", "response", hub=("databricks/databricks-dolly-15k",), optional=("context",))
 def _dolly(row: Row) -> Example:
     return row.text("instruction"), row.text("context", null="", absent=""), row.text("response", null="")
 
@@ -143,14 +148,14 @@ def _aqi(row: Row) -> Example:
     return aqi.instruction(row), "", aqi.answer(row)
 
 
-@dataset("prompt-completion", "prompt", "completion")
+@dataset("prompt-completion", "prompt", "completion", optional=TEMPLATE_COLUMNS)
 def _prompt_completion(row: Row) -> Pair:
     if isinstance(row.require("prompt"), list) or isinstance(row.get("completion"), list):
         return _messages(row, "prompt"), _messages(row, "completion")
     return row.text("prompt"), row.text("completion", null="")
 
 
-@dataset("messages", "messages")
+@dataset("messages", "messages", optional=TEMPLATE_COLUMNS)
 def _conversation(row: Row) -> Pair:
     return [], _messages(row, "messages")
 
@@ -227,6 +232,10 @@ def load_instructions(
             found.append((row, example))
     if not found:
         raise GRITError(f"data set {name} is empty: it has no row with an answer")
+    unread = [column for column in found[0][0] if column not in schema.columns + schema.optional]
+    if Path(name).is_file() and unread:
+        read = ", ".join(column for column in found[0][0] if column not in unread)
+        logger.warning("%s: read as %s; not used: %s", name, read, ", ".join(unread))
     if len(found) < len(rows):
         logger.warning("%s: %d of %d rows have no answer and were left out", name, len(rows) - len(found), len(rows))
     chats = [isinstance(example[-1], list) for _, example in found]
@@ -289,7 +298,10 @@ def _detect(name: str, columns: Iterable[str]) -> Schema:
             f"data set {name} has columns {listed}, which fit {' and '.join(best)}: remove those of one of them"
         )
     layouts = "; ".join(", ".join(schema.columns) for schema in SCHEMAS.values())
-    raise GRITError(f"data set {name} has columns {listed}; it needs those of one layout: {layouts}")
+    raise GRITError(
+        f"data set {name} has columns {listed}; it needs those of one layout, such as prompt (what is asked) and "
+        f"completion (what is to be answered): {layouts}"
+    )
 
 
 def _aqi_rows(split: str, n: int, seed: int) -> list[Mapping[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from grit_impl.record import write_atomic
 from grit_impl.tryout.split import SIDES, Split, question, split
 
 ROWS = "rows.json"
+SHOWN = 160
+"""Characters of a question, or of an answer, that a person is shown."""
 
 
 def prepare(base: str, dataset: str, max_length: int, seed: int, folder: Path) -> Split:
@@ -41,7 +44,9 @@ def prepare(base: str, dataset: str, max_length: int, seed: int, folder: Path) -
     columns: dict[str, list[Any]] = {name: list(compress(rows[name], fits)) for name in rows.column_names}
     asked = columns.pop("asked", [""] * sum(fits))
     questions = [question(*each) for each in zip(columns["prompt"], columns["completion"], asked, strict=True)]
-    found = split(questions, seed, len(fits) - sum(fits))
+    found = replace(
+        split(questions, seed, len(fits) - sum(fits)), first=first_row(columns["prompt"][0], columns["completion"][0])
+    )
     content: dict[str, Any] = {}
     for side in SIDES:
         texts = {name: [values[number] for number in found.rows[side]] for name, values in columns.items()}
@@ -50,6 +55,13 @@ def prepare(base: str, dataset: str, max_length: int, seed: int, folder: Path) -
         content["pad"] = tokens.pad
     write_atomic(folder / ROWS, json.dumps(content))
     return found
+
+
+def first_row(prompt: str, completion: str) -> str:
+    """How the file is read, for its owner to see: the end of what is asked, and the beginning of what is answered."""
+    if not prompt.strip():
+        return f"the first row has no question and is learnt whole: {completion[:SHOWN]!r}"
+    return f"the first row asks {prompt[-SHOWN:]!r} and is answered {completion[:SHOWN]!r}"
 
 
 def read_side(folder: Path, side: str) -> Tokens:
@@ -72,9 +84,9 @@ def items(tokens: Tokens, tokenizer: Any, metric: str, pattern: str) -> list[dic
     """
     prompts = [ids[:n] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
     answers = [ids[n:] for ids, n in zip(tokens.input_ids, tokens.prompts, strict=True)]
-    if not all(prompts):
-        raise GRITError(f"--metric {metric} needs rows with a question and an answer: these are learnt whole")
     asked = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    if not all(text.strip() for text in asked):  # a row that is learnt whole may begin with the base's first token
+        raise GRITError(f"--metric {metric} needs rows with a question and an answer: these are learnt whole")
     truths = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
     choices = [text for text, _ in Counter(truths).most_common()]
     if metric == "choice" and len(choices) > MOST_LABELS:

@@ -68,7 +68,16 @@ def _helped(result: Result) -> str:
     if answer["outcome"] == "inconclusive":
         more = answer["more"]
         text += f" About {more} more seeds would decide." if more else " No number of seeds would decide."
-    return text + (" Positive is better." if n else "")
+    return text + (" Positive is better." if n else "") + _first_look(result)
+
+
+def _first_look(result: Result) -> str:
+    """A warning where the runs were too short to read every row once."""
+    training, rows = result["training"], result["rows"]["train"]
+    read = result["size"]["steps"] * training["batch_size"] * training["accumulation"]
+    if read >= rows:
+        return ""
+    return f" A first look, no answer: each run read {read} of the {rows} training rows."
 
 
 def _cost(result: Result) -> str:

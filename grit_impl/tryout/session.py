@@ -145,6 +145,7 @@ def run(asked: Asked, folder: Path, *, jobs: int, say: Say, progress: Progress) 
 
     parts = prepare(asked.base, asked.dataset, asked.training.max_length, asked.trying.seed, folder)
     say(f"rows: {parts}")
+    say(parts.first)
     _check_items(asked, folder)
     how = {
         "metric": asked.trying.metric,
@@ -217,8 +218,9 @@ def _sweep(asked: Asked, folder: Path, jobs: int, progress: Progress, label: str
             retry=True,
             fresh=_quantised(asked.base),
             work=partial(work, str(folder)),
-            progress=lambda done, total, _: progress(label, done, total),
+            progress=lambda done, total, _: progress(label, done - before, total - before),
         )
+        before = sweep.finished
         sweep.run()
         keys = {job.key for job in plan.jobs()}
         rows = [row for row in store.runs() if row["key"] in keys]

@@ -28,17 +28,19 @@ class Split:
         rows: Side to the numbers of its rows, in file order.
         repeated: Rows that ask what an earlier row asks; they are on its side.
         dropped: Rows on no side, as their questions leave no room for an answer.
+        first: The first row in words.
     """
 
     rows: Mapping[str, Sequence[int]]
     repeated: int
     dropped: int = 0
+    first: str = ""
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(self.rows[side])} {side}" for side in reversed(SIDES))
-        return f"{sizes}; {self.repeated} rows repeat another's question and stand on its side" + (
-            f"; {self.dropped} rows are left out, as their questions fill --max-length" if self.dropped else ""
-        )
+        repeated = f"; {self.repeated} rows repeat another's question and stand on its side" if self.repeated else ""
+        dropped = f"; {self.dropped} rows are left out, as their questions fill --max-length" if self.dropped else ""
+        return sizes + repeated + dropped
 
 
 def question(prompt: str, completion: str, asked: str = "") -> str:

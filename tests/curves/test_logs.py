@@ -138,6 +138,8 @@ def broken(folder: Path, logs: ModuleType, what: str) -> Path:
         logs.write_csv(folder / "log.csv", rows[:5])
     elif what == "no loss":
         (folder / "log.csv").write_text("step,accuracy\n1,2\n")
+    elif what == "empty csv":
+        (folder / "log.csv").touch()
     elif what == "words":
         (folder / "log.csv").write_text("step,loss\n1,high\n")
     elif what == "other json":
@@ -164,6 +166,7 @@ def broken(folder: Path, logs: ModuleType, what: str) -> Path:
         ("two runs", r"holds 2 TensorBoard runs \(a, b"),
         ("too short", r"5 training losses found; a comparison needs at least 8"),
         ("no loss", r"no loss column; found step, accuracy"),
+        ("empty csv", r"log\.csv is empty"),
         ("words", r"line 2: loss is text \('high'\), not a number"),
         ("other json", r"list of objects named log_history"),
         ("other files", r"no training log found"),

@@ -150,6 +150,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         assert load_instructions(write(tmp_path / "d.jsonl", rows))["completion"] == ["x", "y"]
     assert "1 of 3 rows have no answer" in caplog.text
+    assert "not used" not in caplog.text
     unlabelled = {"question": "q", "sentence": "s", "label": -1}
     with pytest.raises(GRITError, match="no row with an answer"):
         load_instructions(write(tmp_path / "q.jsonl", [unlabelled]))

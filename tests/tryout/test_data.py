@@ -39,6 +39,8 @@ def test_all_rows_are_on_a_side_as_the_tokenizer_reads_them(tmp_path: Path, toke
     found = [row for side in SIDES for row in encoded(read_side(tmp_path, side))]
     texts = {tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in found}
     assert len(found) == 200 == sum(map(len, split.rows.values()))
+    assert split.first == "the first row asks 'What is 0?' and is answered 'it is 0'"
+    assert "repeat" not in str(split)
     assert {text.replace(" ", "") for text in texts} == {(a + b).replace(" ", "") for a, b in rows}
     assert all(row["labels"][0] == -100 and row["labels"][-1] == tokenizer.eos_token_id for row in found)
 
@@ -82,6 +84,18 @@ def test_items_have_what_the_scorer_reads(tokenizer: Any) -> None:
         items(tokens_of(tokenizer, *map(str, range(11))), tokenizer, "choice", "")
     with pytest.raises(GRITError, match="learnt whole"):
         items(Tokens([[5, 6]], [0], 0), tokenizer, "exact", "")
+    whole = tokenize({"prompt": [""], "completion": ["red"]}, tokenizer, 64)
+    with pytest.raises(GRITError, match="learnt whole"):
+        items(whole, tokenizer, "exact", "")
+
+
+def test_the_first_row_is_shown_as_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file with texts and labels under names that mean something else is learnt without its labels: both are said."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"text": f"It is {n}", "team": "red"}) + "\n" for n in range(200)))
+    split = prepare("tiny", str(file), 64, 0, tmp_path)
+    assert split.first == "the first row has no question and is learnt whole: 'It is 0'"
+    assert "mine.jsonl: read as text; not used: team" in caplog.text
 
 
 def test_what_a_pattern_extracts_must_be_the_same(tokenizer: Any) -> None:

@@ -21,6 +21,7 @@ from grit_impl.sweep.store import Store
 from grit_impl.tryout import session
 from grit_impl.tryout.commands import try_
 from grit_impl.tryout.options import Trying, training_of
+from grit_impl.tryout.page import markdown
 from grit_impl.tryout.plan import Size, make_plan
 
 SMALL = ("--steps", "12", "--trials", "2", "--seeds", "3", "--rank", "4", "--batch-size", "4")
@@ -66,7 +67,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert not (folder / "out" / "answer.json").is_file()
     done = grit(folder, *SMALL, "--jobs", "2", "--metric", "exact")
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -84,6 +85,11 @@ def test_the_page_answers(answered: tuple[Path, str]) -> None:
         "which all seeds share",
     ):
         assert part in page, part
+    assert "pairs: 6 in " in printed  # no tuning, and no base, is counted as a pair
+    # 12 steps of four batches of four are more than all training rows, 8 are not.
+    assert "A first look" not in page
+    shorter = markdown({**result, "size": {**result["size"], "steps": 8}})
+    assert f"A first look, no answer: each run read 128 of the {result['rows']['train']} training rows." in shorter
     assert result["answer"]["outcome"] in ("yes", "no", "inconclusive")
     assert result["ledger"]["cause"] == "effective"
     assert {arm: len(each["rates"]) for arm, each in result["tuned"].items()} == dict.fromkeys(result["tuned"], 2)
