@@ -1,6 +1,6 @@
 """Agreement of the scorers with the labelled answers.
 
-`python tests/evaluate/labelled.py [1|2|3|4 [development|held-out|own|constructed]]`
+`python tests/evaluate/labelled.py [1|2|3 [development|held-out|own|constructed|2|3|4|5]]`
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from grit_impl.evaluate.scoring.knowledge import judge
 from grit_impl.statistics.intervals import wilson
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-FILES = {"1": "labelled_answers.jsonl"} | {n: f"labelled_answers_{n}.jsonl" for n in "234"}
+FILES = {"1": "labelled_answers.jsonl"} | {n: f"labelled_answers_{n}.jsonl" for n in "23"}
 Row = dict[str, Any]
 
 
 def rows(file: str = "1", part: str = "") -> list[Row]:
-    """The labelled answers of a file: all, a half (development, held-out), or an origin (own, constructed)."""
+    """The labelled answers of a file: all, a half (development, held-out), an origin (own, constructed), a contact."""
     found = [json.loads(line) for line in (FIXTURES / FILES[file]).read_text(encoding="utf-8").splitlines()]
-    return [row for row in found if part in ("", half_of(row), "constructed" if row.get("constructed") else "own")]
+    return [row for row in found if part in ("", half_of(row), origin(row), str(row.get("contact")))]
+
+
+def origin(row: Row) -> str:
+    """Whether a model wrote the answer, or a person in a model's manner."""
+    return "constructed" if row.get("constructed") else "own"
 
 
 def half_of(row: Row) -> str:

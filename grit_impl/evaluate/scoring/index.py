@@ -12,6 +12,7 @@ category when all of it lies in one.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,7 +117,12 @@ _SCALE = re.compile(
 _DECLARES = re.compile(
     r"\bcategory\b|\bconsidered\b|\b(?:categori[sz]ed|classified|rated) as\b|\bfalls (?:in|into|within|under)\b"
     r"|\b(?:aqi|(?:the )?air(?: quality)?(?: index)?|this|^that|it)\s+(?:level\s+|value\s+)?"
-    r"(?:is|are|falls|corresponds|means|indicates)\b|\bhas an?\b(?=.{0,20} aqi\b)",
+    r"(?:is|are|falls|corresponds|means|indicates)\b|\b(?:that|it)'s\b|\bhas an?\b(?=.{0,20} aqi\b)",
+    re.IGNORECASE,
+)
+_PLACED = re.compile(
+    r"\b(?<!not )(?:in|into|within|under) the [\"']?"
+    r"((?:very )?(?:unhealthy(?: for [a-z ]+?)?|good|moderate|hazardous))[\"']? (?:aqi )?(?:range|category|level|band|zone)\b",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:\w+ ){0,2}[\"']?$", re.IGNORECASE)
@@ -194,8 +200,8 @@ def parse_aqi(answer: str) -> Parsed:
         return Parsed(note="only reasoning" if answer.strip() and not spoken(answer) else "empty")
     if len(words(text)) <= TERSE and not FORMULA.search(text):
         terse, prose = _terse(text), _prose(text)
-        once = prose.value is not None and len({match["value"] for match in VALUE.finditer(text)}) <= 1
-        return prose if once and terse.value is None else terse
+        several = re.search(r"\b(?:no|or)\b", text, re.IGNORECASE) and len(set(VALUE.findall(text))) > 1
+        return prose if prose.value is not None and terse.value is None and not several else terse
     return _prose(text)
 
 
@@ -240,8 +246,8 @@ def _prose(text: str) -> Parsed:
     """An answer in sentences: the value and the category that are stated, the headline's before later ones."""
     if REFUSAL.search(text) and not VALUE.search(text) and not REFERRING.search(text):
         return Parsed(note="refusal")
-    if (row := _table(text)) is not None:
-        return row
+    if (found := _table(text) or _json(text)) is not None:
+        return found
     parts, formula = sentences(corrected(text)) or [text], FORMULA.search(text)
     statements = [
         (part, match)
@@ -251,6 +257,8 @@ def _prose(text: str) -> Parsed:
     ]
     referring = [(part, match) for part in parts for match in REFERRING.finditer(part) if _bare(match)]
     referring += [(part, match) for part in parts if not formula for match in NAMED_BEHIND.finditer(part)]
+    # "186 ppb (AQI 151)": the ends of a range, where the index itself is stated, too.
+    statements = [e for e in statements if not re.match(r"\W*\(\s*aqi", _around(e[1]), re.IGNORECASE)] or statements
     if not statements and re.search(INDEX, text, re.IGNORECASE):
         statements = referring[-1:]
     clauses = [clause for part in parts for clause in re.split(r"\b(?:but|while|whereas)\b", part)]
@@ -272,6 +280,28 @@ def _prose(text: str) -> Parsed:
     if value is not None:
         return _valued(value)
     return Parsed(note="no answer")
+
+
+def _around(match: re.Match[str]) -> str:
+    return match.string[max(0, match.start() - 1) : match.end()]
+
+
+def _json(text: str) -> Parsed | None:
+    """What an object with the key "aqi" or "category" states; None if there is none."""
+    found = re.search(r"\{.*\}", text, re.DOTALL)
+    try:
+        given = json.loads(found[0]) if found else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(given, dict):
+        return None
+    fields = {str(key).casefold(): value for key, value in given.items()}
+    number = re.fullmatch(rf"\s*(-?{NUMBER})\s*", str(fields.get("aqi")))
+    category = _category(str(fields.get("category", "")))
+    if number is None and category is None:
+        return None
+    value = _number(number[1]) if number else None
+    return Parsed(value, category, True, "" if number else "category only") if category else _valued(value or 0.0)
 
 
 def _beside(match: re.Match[str]) -> str | None:
@@ -330,6 +360,8 @@ def _category(text: str) -> str | None:
 def _declared(clauses: list[str]) -> str | None:
     """The category that the first clause with one gives as this item's; None if that gives several."""
     for clause in clauses:
+        if placed := _PLACED.search(clause):
+            return _category(placed[1])
         ends = [] if _SCALE.search(clause) else [match.end() for match in _DECLARES.finditer(clause)]
         names = {
             name

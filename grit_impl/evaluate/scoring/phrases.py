@@ -23,7 +23,7 @@ INDEX = _any(
     "مؤشر جودة الهواء",
 )
 _VERB = _any(
-    r"\b(?:is|are|was|were|be|equals?|becomes|reads|(?:has |have )?reach(?:ed|es)|(?:stands|sits) at)\b",
+    r"\b(?:is|are|was|were|be|equals?|becomes|reads|(?:has |have )?reach(?:ed|es|ing)|(?:stands|sits) at)\b",
     r"\b(?:comes? (?:to|out (?:to|at))|corresponds to|translates to|ist|beträgt|liegt bei|entspricht|est|es)\b",
     r"\b(?:would|will) be\b",
     "\u0647\u0648",

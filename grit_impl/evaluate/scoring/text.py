@@ -32,7 +32,8 @@ REFUSAL = re.compile(
 
 
 _CORRECTS = re.compile(
-    r"\b(?:wait|scratch that|(?:hmm+|no|oops|sorry)\W+(?:no\W+)?actually|correction"
+    r"\b(?:wait|scratch that|let me (?:correct|redo|recalculate|fix)(?: that| this| it)?"
+    r"|(?:hmm+|no|oops|sorry)\W+(?:no\W+)?actually|correction"
     r"|(?:that|this|which) (?:is|was)(?: not (?:right|correct)|n't (?:right|correct)| incorrect| wrong)"
     r"|i (?:made|used) (?:a|an|the) (?:mistake|error|wrong))\b[\s,.:!-]*",
     re.IGNORECASE,
