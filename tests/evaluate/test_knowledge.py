@@ -117,9 +117,7 @@ def test_answers_are_read_as_a_person_reads_them(question: str, truth: str, answ
     assert judge(question, [truth], answer) == said
 
 
-@pytest.mark.parametrize(
-    ("file", "least", "of_three"), [("1", 0.99, 0.90), ("2", 0.98, 0.88), ("3", 0.97, 0.9), ("4", 0.98, 0.95)]
-)
+@pytest.mark.parametrize(("file", "least", "of_three"), [("1", 0.99, 0.90), ("2", 0.98, 0.88), ("3", 0.98, 0.90)])
 def test_agreement_with_labelled_answers(file: str, least: float, of_three: float) -> None:
     """Oracle: labels given by reading. 98% was asked for; what is reached may not get worse."""
     share = {what: 1 - len(differing) / n for what, differing, n in agreement(file)}

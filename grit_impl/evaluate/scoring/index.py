@@ -87,7 +87,7 @@ _FINAL = re.compile(
 _CATEGORY = re.compile(
     r"(?<!\bnot )(?<!n't )(?<!\bnot very )(?<![A-Za-z])"
     r"(?:(?P<usg>unhealthy\s+for\s+sens\w*(?:\s+gr\w*)?|unhealthy\s+for$|usg)"
-    r"|(?P<very>very\s+unhealthy)|(?P<unhealthy>unhealthy)|(?P<moderate>moderate)"
+    r"|(?P<very>very\s+unhealthy)|(?P<unhealthy>unhealthy(?! for (?:people|some|those)\b))|(?P<moderate>moderate)"
     r"|(?P<hazardous>hazardous(?! to (?:human|health|your|the)\b))"
     r"|(?P<good>good(?!\s+(?:question|day|morning|afternoon|evening|luck|news|point|idea|job))))(?![A-Za-z])",
     re.IGNORECASE,
@@ -122,7 +122,8 @@ _DECLARES = re.compile(
 )
 _PLACED = re.compile(
     r"\b(?<!not )(?:in|into|within|under) the [\"']?"
-    r"((?:very )?(?:unhealthy(?: for [a-z ]+?)?|good|moderate|hazardous))[\"']? (?:aqi )?(?:range|category|level|band|zone)\b",
+    r"((?:very )?(?:unhealthy(?: for [a-z ]+?)?|good|moderate|hazardous))[\"']? (?:aqi )?"
+    r"(?:range|category|level|band|zone)\b",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:\w+ ){0,2}[\"']?$", re.IGNORECASE)
@@ -253,7 +254,8 @@ def _prose(text: str) -> Parsed:
         (part, match)
         for number, part in enumerate(parts)
         for match in VALUE.finditer(AVERAGED.sub(" ", _concluded(part)))
-        if _whole(match) and not (number and formula and match["sign"] and not CONCLUDED.search(part))
+        if _whole(match)
+        and not (number and formula and match["sign"] and not match["category"] and not CONCLUDED.search(part))
     ]
     referring = [(part, match) for part in parts for match in REFERRING.finditer(part) if _bare(match)]
     referring += [(part, match) for part in parts if not formula for match in NAMED_BEHIND.finditer(part)]
@@ -275,6 +277,9 @@ def _prose(text: str) -> Parsed:
         category = names.pop()
     if category is None and not _LISTED.search(parts[0]) and (leading := _LEADING.search(parts[0])):
         category = _category(leading[0])
+    if category is None and chosen and "|" in text:
+        rows = [line for line in text.split("\n") if "|" in line and chosen[1]["value"] in re.findall(NUMBER, line)]
+        category = next(filter(None, map(_category, rows)), None)
     if category is not None:
         return Parsed(value, category, True, "" if value is not None else "category only")
     if value is not None:

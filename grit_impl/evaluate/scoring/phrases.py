@@ -35,6 +35,7 @@ _ABOUT = _any(
     r"\b(?:now|currently|then|d'environ|environ|de)\b",
     r"\b(?:etwa|ungefähr|rund|aproximadamente)\b",
     rf"\bnot {NUMBER},? but\b",
+    r"\bmax(?:imum)?\s*(?:\([^()\n]*\))?\s*=",
     r"\bthe \w*(?:max\w*|highest|largest)\b[^.:\d\n]*:",
     "[~≈:]|大?约",
 )
@@ -74,7 +75,9 @@ FORMULA = re.compile(r"aqi ?\d* *[-+*/] *\(?aq|aqi\w* *(?:=|≈) *[^\n]*(?:[-+*/
 AVERAGED = re.compile(r"(?<=[\s(])\d+ ?-?(?:h|hr|hour)s?\b", re.IGNORECASE)
 NOISE = re.compile(
     rf"pm[\s_-]?(?:2[.,]5|10)(?!\d)(?:\s*[:=]?\s+{NUMBER})?"  # names with a number in them, and their values
-    rf"|{NUMBER}\s*(?:[uμ]g|mg|pp[mb]|%|°|degrees?\b|micrograms?\b|parts per)(?:\s*/\s*m\^?3)?"  # concentrations
+    # concentrations
+    rf"|(?:{NUMBER}\s*(?:[-\u2013]|to|and)\s*)?{NUMBER}\s*(?:[uμ]g|mg|pp[mb]|%|°|degrees?\b|micrograms?\b|parts per)"
+    r"(?:\s*/\s*m\^?3)?"
     rf"|\b(?:o3|ozone|co|so2|no2)\s*[:=]?\s*{NUMBER}"  # an echo of the features
     r"|\d+\s*-?\s*(?:h|hr|hour)s?\b"  # averaging times
     r"|\bno\. ?\d+|\b(?:in|since) (?:19|20)\d\d\b|\bby \d+\b|\b\d+ (?:aqi )?categor"  # ranks, years, factors
