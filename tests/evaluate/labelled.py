@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grit_impl.evaluate.scoring import parse_aqi
+from grit_impl.evaluate.scoring import category_of, parse_aqi
+from grit_impl.evaluate.scoring.index import HIGHEST
 from grit_impl.evaluate.scoring.knowledge import judge
 from grit_impl.statistics.intervals import wilson
 
@@ -54,7 +55,10 @@ def compared(row: Row) -> dict[str, bool]:
         "AQI, value": parsed.value == label["aqi"],
         "AQI, category": stated == label["category"],
     }
-    return {**agreed, "AQI, all three": all(agreed.values())}
+    value, truth = label["aqi"], row["truth"]["category"]
+    category = label["category"] or (category_of(value) if value is not None and 0 <= value <= HIGHEST else None)
+    alike = (parsed.category == truth) == (category == truth)
+    return {**agreed, "AQI, all three": all(agreed.values()), "AQI, scored alike by category": alike}
 
 
 def agreement(file: str = "1", part: str = "") -> Iterator[tuple[str, list[str], int]]:

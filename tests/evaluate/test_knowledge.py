@@ -124,6 +124,7 @@ def test_agreement_with_labelled_answers(file: str, least: float, of_three: floa
     assert share["knowledge, right or not"] >= least
     assert share["AQI, all three"] >= least
     assert share["AQI, stated or not"] >= least
+    assert share["AQI, scored alike by category"] >= 0.99
     # No answer against a wrong one: both are not right, so nothing but a count hangs on it.
     assert share["knowledge, right, wrong or none"] >= of_three
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grit_impl import aqi
-from grit_impl.evaluate.scoring import NAMES, category_of, parse_aqi, score_aqi
+from grit_impl.evaluate.scoring import NAMES, Parsed, category_of, parse_aqi, score_aqi
 
 GOOD, MODERATE, USG, UNHEALTHY, VERY, HAZARDOUS = NAMES
 
@@ -88,6 +88,13 @@ def test_right_answers_in_the_trained_format_score_fully() -> None:
         scores = score_aqi(item, aqi.answer(item))
         assert (scores["exact"], scores["within5"], scores["category_right"]) == (True, True, True), item
         assert scores["absolute_error"] == 0
+
+
+@pytest.mark.parametrize("category", NAMES)
+def test_the_form_that_is_trained_is_read_as_it_stands(category: str) -> None:
+    """Oracle: the form itself."""
+    for value in range(0, 600, 7):
+        assert parse_aqi(f"AQI {value} ({category})") == Parsed(value, category, True)
 
 
 @given(st.integers(0, 500), st.sampled_from(["AQI {}", "{}", "The AQI is {}.", "AQI: {} ({c})", "{c}, AQI {}"]))
