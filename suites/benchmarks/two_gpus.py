@@ -129,7 +129,7 @@ def training(model: Any, options: argparse.Namespace, cuda: bool) -> dict[str, A
     given |= {"save_strategy": "no", "disable_tqdm": True, "ddp_find_unused_parameters": False}
     if options.engine == "fsdp2":
         layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        given |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, **layers}}
+        given |= {"fsdp": True, "fsdp_config": {"version": 2, **layers}}
 
     def collate(batch: list[Any]) -> dict[str, Any]:
         ids = torch.stack(batch)

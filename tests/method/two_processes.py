@@ -19,7 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 6
-WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+# As `accelerate launch --use_fsdp --fsdp_version 2` sets it up; transformers 4 has no other way to FSDP2.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "ACCELERATE_TORCH_DEVICE": "cpu",  # not one by the process's number
+}
 
 
 def train(out: Path, device: str, fault: str = "") -> None:
@@ -42,9 +49,8 @@ def train(out: Path, device: str, fault: str = "") -> None:
         # GRIT would notice that its statistics miss the other process's tokens, and stop.
         manager.completeness_errors = lambda *args: None
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    engine: dict[str, Any] = {}
-    if fault == "fsdp2":
-        engine = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, **WRAP}}
+    if shards := fault == "fsdp2":
+        os.environ.update(FSDP2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -70,8 +76,8 @@ def train(out: Path, device: str, fault: str = "") -> None:
     arguments = TrainingArguments(
         output_dir=str(out.parent / "checkpoints"),
         max_steps=STEPS,
-        per_device_train_batch_size=1 if engine else 2,
-        gradient_accumulation_steps=2 if engine else 2 // world,
+        per_device_train_batch_size=1 if shards else 2,
+        gradient_accumulation_steps=2 if shards else 2 // world,
         learning_rate=0.05,
         lr_scheduler_type="constant",
         optim="sgd",
@@ -84,9 +90,8 @@ def train(out: Path, device: str, fault: str = "") -> None:
         seed=3,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
-        **engine,
     )
-    if engine:
+    if shards:
         pretend_gpus()
     common = {"train_dataset": Dataset.from_list(rows), "data_collator": pad, "grit_config": grit}
     trainer = GRITTrainer(model, arguments, **common)
@@ -105,7 +110,7 @@ def train(out: Path, device: str, fault: str = "") -> None:
     result["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     sent = [event for event in watched.events() if event.name in ("gloo:all_reduce", "nccl:all_reduce")]
     result["sent"] = [math.prod(event.input_shapes[0]) for event in sent]
-    if engine:
+    if shards:
         resumed = GRITTrainer(copy, arguments, **common)
         resumed.train(resume_from_checkpoint=str(Path(arguments.output_dir, "checkpoint-4")))
         result["resumed"] = torch.cat([p.detach().flatten() for p in copy.parameters() if p.requires_grad])
