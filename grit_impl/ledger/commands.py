@@ -27,6 +27,8 @@ def verdict(source: Path, as_json: bool) -> None:
     try:
         found = judge_ledger(ledger)
         text = json.dumps(_plain(asdict(found)), indent=2) if as_json else describe(found)
+    except GRITError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # rows that no ledger has written
         raise GRITError(f"corrupt gradient ledger: {source}: {type(error).__name__}: {error}") from error
     click.echo(text)

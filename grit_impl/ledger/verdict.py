@@ -198,7 +198,8 @@ def table_text(verdict: Verdict) -> str:
     for row in verdict.chain:
         held = f"{row.held} of {row.seen}" if row.seen else "not seen"
         first = "" if row.first is None else f"step {row.first}"
-        mark = " <- broke" if row.link == verdict.link else ""
+        # Every look may hold and nothing come of it, as when the optimizer divides a change out again.
+        mark = (" <- the cause" if row.seen and row.held == row.seen else " <- broke") * (row.link == verdict.link)
         lines.append(f"{row.link:12}{held:>24}  {first:>11}  {row.who}{mark}".rstrip())
     return "\n".join(lines)
 

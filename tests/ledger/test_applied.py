@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from grit_impl.config import GRITConfig
 from grit_impl.errors import GRITError
 from grit_impl.ledger.applied import Explainer
+from grit_impl.ledger.chain.table import LinkRow
 from grit_impl.ledger.commands import verdict as command
 from grit_impl.ledger.recorder import gradient_ledger
 from grit_impl.ledger.structure import RankOperator
-from grit_impl.ledger.verdict import Verdict, judge_ledger
+from grit_impl.ledger.verdict import Verdict, judge_ledger, table_text
 from grit_impl.zoo.bench import Bench, Moments, Whitening
 from grit_impl.zoo.kernels import HookedKFAC
 
@@ -130,3 +131,17 @@ def test_verdict_command_on_a_fault(tmp_path: Any) -> None:
     assert done.output.startswith("No: training loop changed gradients after the optimizer step, in 8 of 8 steps")
     (line,) = (line for line in done.output.splitlines() if "<- broke" in line)
     assert line.startswith("delivered")
+
+
+@pytest.mark.parametrize(("held", "mark"), [(108, "<- the cause"), (100, "<- broke"), (0, "<- broke")])
+def test_the_link_that_decided_is_marked_as_what_it_is(held: int, mark: str) -> None:
+    """A link that held at every look did not break: its updates follow, and an optimizer made nothing of the change."""
+    row = LinkRow("consumed", held, 108, None, "")
+    table = table_text(Verdict("cancelled-by-optimizer", False, "No", link="consumed", chain=(row,)))
+    assert table.splitlines()[-1].split() == ["consumed", str(held), "of", "108", *mark.split()]
+
+
+def test_a_ledger_that_is_not_there_is_named_once(tmp_path: Any) -> None:
+    """Oracle: the reader's own message, in no other one."""
+    with pytest.raises(GRITError, match=r"\Ano gradient ledger at "):
+        CliRunner().invoke(command, [str(tmp_path / "nothing")], catch_exceptions=False)
