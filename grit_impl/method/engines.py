@@ -94,8 +94,8 @@ def require_whole(model: nn.Module, layers: Sequence[LoRAFactorPair]) -> None:
                     f"{_WHOLE}; {layer.path} is sharded: give fully_shard ignored_params={{what is trained}}, or "
                     "accelerate FSDP_IGNORED_MODULES='.*lora_.*' (GRITTrainer does it by itself)"
                 )
-            if hasattr(p, "ds_id"):
-                raise GRITError(f"{_WHOLE}; {layer.path} is DeepSpeed ZeRO-3's: {INSTEAD}")
+            if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):  # of stage 3, of stages 1 and 2
+                raise GRITError(f"GRIT cannot train under DeepSpeed ZeRO, which has {layer.path} in parts: {INSTEAD}")
             if hasattr(p, "_fsdp_flattened"):
                 raise GRITError(f"{_WHOLE}; {layer.path} was flattened (FSDP1): {INSTEAD}")
         if _is_dtensor(base) and not (is_sharded(model) and base.device_mesh.ndim == 1):

@@ -161,6 +161,7 @@ class GRITManager:
         if self._averaging is not None:
             self._averaging.finish()
         if self._no_gradients():
+            require_whole(self.model, self.layers)  # an engine that has taken them says more
             raise GRITError("GRIT found no gradient on any of its LoRA layers: step after backward, before zero_grad")
         if not self.rule.whole_step:
             self.precondition()

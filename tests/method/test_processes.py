@@ -236,6 +236,19 @@ def test_what_no_process_has_whole_is_refused(how: Any, named: str, first: str, 
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_parts_of_deepspeed_are_refused(mark: str) -> None:
+    """In a loop around DeepSpeed's own engine, by what it writes on parameters: stage 3, and stages 1 and 2."""
+    named = r"DeepSpeed ZeRO, which has 1 in parts: use DDP"
+    manager = GRITManager(tiny()).attach()
+    setattr(manager.layers[1].b, mark, object())
+    with pytest.raises(GRITError, match=named):
+        manager.before_step(manager.model.parameters(), None)
+    manager.detach()
+    with pytest.raises(GRITError, match=named):
+        manager.attach()
+
+
 def _stage(rank: int, folder: Path, layers: list[Any]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
