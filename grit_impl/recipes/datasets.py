@@ -258,11 +258,11 @@ def require_dataset(name_or_path: str | Path) -> None:
     """
     name = str(name_or_path)
     if name != "aqi" and not (name in SCHEMAS and SCHEMAS[name].hub) and not is_hub_name(name):
-        _from_table(name, "train")
+        _from_table(name, "train", tell=False)  # reading it in earnest tells what is odd about it
 
 
-def _from_table(name: str, split: str) -> tuple[list[Row], Schema]:
-    """The rows of a file or of the hub, and their layout."""
+def _from_table(name: str, split: str, *, tell: bool = True) -> tuple[list[Row], Schema]:
+    """The rows of a file or of the hub, and their layout; notes on how it was read are logged."""
     schema = SCHEMAS.get(name)
     if schema is not None and schema.hub:
         return read_hub(*schema.hub, split=split).rows, schema
@@ -276,7 +276,7 @@ def _from_table(name: str, split: str) -> tuple[list[Row], Schema]:
     table = read_table(name, split)
     if not table.rows:
         raise GRITError(f"data set {name} is empty")
-    for note in table.notes:
+    for note in table.notes if tell else ():
         logger.warning("%s", note)
     return table.rows, _detect(name, table.columns)
 

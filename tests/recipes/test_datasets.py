@@ -13,7 +13,7 @@ import pytest
 
 from grit_impl import aqi
 from grit_impl.errors import GRITError
-from grit_impl.recipes.datasets import ALPACA_TEMPLATE, SCHEMAS, load_instructions
+from grit_impl.recipes.datasets import ALPACA_TEMPLATE, SCHEMAS, load_instructions, require_dataset
 
 # One row per public layout as the hub serves it, with what must become of it.
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -154,6 +154,15 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog:
     unlabelled = {"question": "q", "sentence": "s", "label": -1}
     with pytest.raises(GRITError, match="no row with an answer"):
         load_instructions(write(tmp_path / "q.jsonl", [unlabelled]))
+
+
+def test_how_a_file_was_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Looked at beforehand and read in earnest, a file with semicolons is noted one time."""
+    path = tmp_path / "d.csv"
+    path.write_text("prompt;completion\na;b\nc;d\n")
+    require_dataset(path)
+    assert load_instructions(path)["completion"] == ["b", "d"]
+    assert caplog.text.count("semicolons") == 1
 
 
 @pytest.mark.parametrize(
