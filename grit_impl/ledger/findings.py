@@ -19,6 +19,10 @@ from grit_impl.record import RunRecord
 AWAY = 1.1
 """1 - cos from which on a gradient points away from the raw one; a preconditioner is positive and stays below 1."""
 
+MIXED, OTHERWISE = 1e-3, 0.1
+"""Residuals below which a gradient is a mix of others, each taken by one number, and from which on it is none. Rows
+have five digits, and matrices of preconditioners leave 0.3 and more."""
+
 
 @dataclass
 class Facts:
@@ -70,9 +74,15 @@ class Facts:
 
         Hooks alone do not tell: reading is not modifying.
         """
-        same = sum(any(e["changed"] == 0 and e["phase"] == "before" for e in s.get("events", ())) for s in self.steps)
-        written = bool(self.most("hooked_modules")) and 2 * same > len(self.steps)
+        written = bool(self.most("hooked_modules")) and 2 * len(self.written_back) > len(self.steps)
         return self.report is not None or written or self.most("matrices") >= max(2, self.tensors.layer.nunique() / 2)
+
+    @property
+    def written_back(self) -> list[str]:
+        """Who wrote gradients as they were before the optimizer ran: the first of each step in which somebody did."""
+        events = ([e for e in s.get("events", ()) if e["phase"] == "before"] for s in self.steps)
+        found = (next((str(e["who"]) for e in step if e["changed"] == 0), "") for step in events)
+        return [who for who in found if who]
 
     @property
     def turned_in_vain(self) -> bool:
@@ -156,6 +166,12 @@ def _derive(t: pd.DataFrame, steps: list[dict[str, Any]]) -> pd.DataFrame:
     for column in ("turns", "mods"):
         t[column] = t[column].fillna(0)
     t["turn"] = t.turn.where(t.turn.notna() | t.entry.isna(), 0.0)
+    if len(known := t[t.passes.notna()]):
+        of_passes = (known.groupby("step").passes.max() < MIXED).astype(float)
+        mixed = t.step.map(of_passes).fillna(of_passes.mean()) > 0.5
+        t.loc[mixed, ["turn", "turns", "mods"]] = 0.0
+        turned = t.step.map(known.groupby("step").passed.max()) > OTHERWISE
+        t.loc[mixed & ~turned, ["written", "turn_written"]] = np.nan
     t["skipped"] = t.step.isin([s["step"] for s in steps if s.get("skipped")])
     t["live"] = (t.raw > 0) & ~t.unheld & np.isfinite(t.raw)
     t["bent"] = t.live & (t.turn > TURN) & (t.mods > 0)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _Key = tuple[torch.Size, torch.dtype, torch.device]
+_SIGN = 0x2545F491
+"""Any number with bits in all places: where a sign goes in the hash."""
 
 
 @dataclass(eq=False)
@@ -123,8 +125,13 @@ def _distance(values: Tensor, other: Tensor) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """int32; float64 has two columns per element."""
-    return values.view(torch.int16).int() if values.element_size() == 2 else values.view(torch.int32)
+    """int32; float64 has two columns per element.
+
+    A sign is the highest bit, which no odd number spreads: two of them would cancel in the sum. So it goes to lower
+    ones, too.
+    """
+    bits = values.view(torch.int16).int() if values.element_size() == 2 else values.view(torch.int32)
+    return bits ^ ((bits >> 31) & _SIGN)
 
 
 def _columns(tensor: Tensor) -> int:

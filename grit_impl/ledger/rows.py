@@ -84,6 +84,8 @@ TENSOR: dict[str, tuple[str, str]] = {
     "own": (NUMBER, "structure: residual of what the optimizer found, where it was written to more than once"),
     "stale": (NUMBER, "structure: residual where one of the last two steps' gradients stands for the raw one"),
     "mix": (NUMBER, "structure: residual of the best mix of this and earlier raw gradients, by one number each"),
+    "passes": (NUMBER, "structure, gradients cleared between passes: residual of the best mix of the step's passes"),
+    "passed": (NUMBER, "the same of what it was turned to before, the largest"),
 }
 """The keys of a row of kind `tensor`: their type, and what they say."""
 

@@ -332,6 +332,8 @@ def _tensors(
         row |= _shadow(step.shadow.get(i, []))
         if turned and i in step.grams:
             row |= _structure(step.grams[i], step.places[i], raw, end, turned, name, explainer)
+            if any(step.raw[0] < j for j in cleared):
+                row |= _of_passes(step.grams[i], step.places[i], step.raw, end, turned)
         out.append(row)
     return out
 
@@ -367,6 +369,22 @@ def _structure(
         layer, _, rest = name.partition(".lora_")
         row["matrix"] = explainer.explain(name, layer, "A" if "A" in rest.split(".")[0] else "B", operator)
     return row
+
+
+def _of_passes(
+    grams: Grams, places: dict[int, int], raw: list[int], end: int, turned: list[int]
+) -> dict[str, float | str]:
+    """How far from a mix of the step's passes is what the optimizer found, and the farthest of what came before it.
+
+    Where gradients are cleared between the passes of a step, each pass is raw, and code that adds them up, or takes
+    their conflicts out, is no preconditioner.
+    """
+    passes, last = [places[j] for j in raw if j in places], places.get(end)
+    if len(passes) < 2 or last is None:
+        return {}
+    before = [grams.mix(places[j], passes) for j in turned if places.get(j, last) != last]
+    found = {"passes": grams.mix(last, passes), "passed": max(before, default=math.nan)}
+    return {k: short(v) for k, v in found.items() if math.isfinite(v)}
 
 
 def _shadow(values: list[float]) -> dict[str, Any]:

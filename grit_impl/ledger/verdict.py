@@ -158,6 +158,9 @@ def _plain(f: Facts, chain: Sequence[LinkRow]) -> str:
         f"Plain training: {optimizer} found the gradients of {number(f.live.name.nunique(), 'tensor')} as backward left"
     )
     text += f" them, in {number(len(f.steps), 'step')}, and moved the weights by them ({moved} updates seen)"
+    if 2 * len(same := f.written_back) > len(f.steps):
+        text += f"; {same[0]} wrote them back as they were, in {number(len(same), 'step')}: so does a preconditioner "
+        text += "that no statistics reach"
     return f"{text}; not checked: {late}" if (late := unmoved(f)) else text
 
 

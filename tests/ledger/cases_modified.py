@@ -6,6 +6,8 @@ import math
 
 from ledgers import BENT, NAMES, Case, bent, ledger, some, statuses
 
+from grit_impl.ledger.timeline import CLIP_VALUE
+
 CASES: dict[str, Case] = {
     "overwritten": (
         "overwritten",
@@ -185,9 +187,53 @@ CASES: dict[str, Case] = {
         "the written gradients stand at 93 degrees to the raw ones and are no r x r multiple of them",
         {"cosine": -0.05, "fit": 0.3},
     ),
-    "unrelated-turned": ("unrelated-gradient", bent(turn=0.89, fit=0.8), None, {}),
+    "unrelated-turned": ("unrelated-gradient", bent(turn=0.84, fit=0.8), None, {}),
     "unrelated-fits": ("unrelated-gradient", bent(turn=1.0, fit=0.29), None, {}),
+    "one-for-two": (
+        "unrelated-gradient",
+        ledger(lambda s, n: {**BENT, "hash_entry": f"{s}"} if n in NAMES[:2] else BENT),
+        "A of layer 0, q_proj and B of layer 0, q_proj got the same gradients as others of their shape, bit for bit, "
+        "in all 10 steps: what was computed for one was written to several",
+        {"shared": 20},
+    ),
+    "one-for-two-raw": (
+        "unrelated-gradient",
+        ledger(lambda s, n: {**BENT, "hash_entry": f"{s}", "hash_raw": f"{s}"} if n in NAMES[:2] else BENT),
+        None,
+        {},
+    ),
+    "one-for-two-zero": (
+        "unrelated-gradient",
+        ledger(lambda s, n: {**BENT, "hash_entry": "0", "entry": 0.0} if n in NAMES[:2] else BENT),
+        None,
+        {},
+    ),
     "unrelated-none": ("unrelated-gradient", ledger(), None, {}),
+    "clipped-by-value": (
+        "clipped-to-nothing",
+        ledger(
+            lambda s, n: {**BENT, "entry": 1e-9},
+            lambda s: {"events": [{"who": CLIP_VALUE, "phase": "before", "changed": 4}]},
+        ),
+        "clipping by value left 1.0e-09 of the gradients' norm",
+        {"gain": 1e-9},
+    ),
+    "clipped-by-value-less": (
+        "clipped-to-nothing",
+        ledger(
+            lambda s, n: {**BENT, "entry": 2e-6},
+            lambda s: {"events": [{"who": CLIP_VALUE, "phase": "before", "changed": 4}]},
+        ),
+        None,
+        {},
+    ),
+    "blown-up-by-a-number": (
+        "blown-up",
+        ledger(lambda s, n: {"mods": 1, "entry": 1e6, "by": "GRIT"}),
+        "GRIT made the gradients of A of all 2 layers 1e+06 times as large",
+        {"gain": 1e6, "update_ratio": float("nan")},
+    ),
+    "less-than-blown-up": ("blown-up", ledger(lambda s, n: {"mods": 1, "entry": 9e3, "by": "GRIT"}), None, {}),
     "undone": (
         "update-undone",
         # The step after finds what was there before, in five of the nine that have a next step.

@@ -45,6 +45,15 @@ def test_hash_sees_order_and_sign():
     assert len(set(h.tolist())) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_hash_sees_signs(dtype):
+    """Oracle: 2,000 gradients clipped by value to one size, no two with the same signs, have 2,000 hashes."""
+    signs = torch.randint(0, 2, (2000, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert len(set(map(tuple, signs.tolist()))) == 2000
+    _, h = fingerprints(*(1e-10 * signs).to(dtype))
+    assert len(set(h.tolist())) == 2000
+
+
 def test_size_does_not_matter():
     """Oracle: the same tensors, looked at one by one with room for larger ones."""
     tensors = [torch.randn(4, 32) for _ in range(9)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,32 @@ def test_questions_that_fail_are_told() -> None:
         preflight.require_answers(Evaluation({"base": "base"}, [{**row, "answer": " "}], [], {}))
     answered = [{**row, "answer": "x", "seconds": seconds} for seconds in (1.0, 3.0)]
     assert preflight.require_answers(Evaluation({"base": "base"}, answered, [], {})) == 2.0
+
+
+def test_seeds_begin_in_turn_and_end_together(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the script: one seed fails, the others would train for a minute; no two may begin at once."""
+    inside: list[int] = []
+
+    def alone(*_: Any) -> None:
+        inside.append(1)
+        time.sleep(0.05)
+        assert len(inside) == 1, "two threads import and try at the same time"
+        inside.pop()
+
+    def train(specs: list[Any], *_: Any, progress: Any, **__: Any) -> dict[str, str]:
+        if specs[0].seed == seeds[1]:
+            raise GRITError("this seed cannot be trained")
+        for step in range(600):
+            progress("training", step, 600)
+            time.sleep(0.1)
+        return {spec.arm: "never stopped" for spec in specs}
+
+    evidence = session(seeds=3, jobs=24)
+    seeds = list(evidence._all_seeds)
+    monkeypatch.setattr(live, "run_arms", train)
+    monkeypatch.setattr(live, "with_tokens", lambda spec, _: spec)
+    monkeypatch.setattr(LiveEvidence, "_preflight", alone)
+    began = time.monotonic()
+    with pytest.raises(GRITError, match="this seed cannot be trained"):
+        evidence.gather(["seeds:baseline", "seeds:pure"])
+    assert time.monotonic() - began < 30

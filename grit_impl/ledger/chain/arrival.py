@@ -46,7 +46,7 @@ def _not_used(f: Facts) -> Breach | None:
     rows = f.tensors[~f.tensors.unheld & ~f.tensors.skipped]
     flags = rows.why.notna() & (rows.why != "frozen")
     # Adapters that are trained in turn: in the place of this one another one of its layer is.
-    place = rows.layer + rows.group + rows.step.astype(str)
+    place = rows.groupby(["layer", "group", "step"], dropna=False).ngroup()
     flags &= ~(place.isin(place[rows.live & ~flags]) & rows.name.isin(rows[rows.live & ~flags].name))
     names = lasting(rows, flags)
     if not names:

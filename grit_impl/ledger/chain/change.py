@@ -8,11 +8,13 @@ import pandas as pd  # type: ignore[import-untyped]
 from grit_impl.ledger.applied import OTHER
 from grit_impl.ledger.chain.links import LIMIT_PASSED, REPLAYED, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
-from grit_impl.ledger.findings import AWAY, Facts, lasting
+from grit_impl.ledger.findings import AWAY, MIXED, OTHERWISE, Facts, lasting
 from grit_impl.ledger.timeline import CLIP, CLIP_VALUE, LOOP_SCALING, TURN
 
 ASIDE = 0.9
 """1 - cos from which on what was written has next to nothing of the raw gradient; damped inverses stay below 0.5."""
+UNRELATED = 0.15
+"""Cosine below which two gradients have no more to do with each other than chance, in tensors of some 50 elements."""
 BLOWN_UP = 1e4
 """So many times its size a gradient is nothing that clipping or an optimizer's epsilon were made for."""
 
@@ -64,8 +66,10 @@ def _stale(f: Facts) -> Breach | None:
 
 @check("turned", "unrelated-gradient", "what was written has nothing to do with this tensor's gradient")
 def _unrelated(f: Facts) -> Breach | None:
+    if breach := _one_for_several(f):
+        return breach
     residual, cosine = median(f.bent.own), 1 - median(f.bent.turn)
-    if len(f.bent) and abs(cosine) < 0.1 and residual >= 0.3:
+    if len(f.bent) and abs(cosine) < UNRELATED and residual >= 0.3:
         text = (
             f"the written gradients stand at {degrees(f.bent.turn)} to the raw ones and are no r x r multiple of them"
         )
@@ -78,6 +82,18 @@ def _unrelated(f: Facts) -> Breach | None:
     text = "the gradients were multiplied by a matrix that is no inverse of any covariance: eigenvalues of both signs"
     who = None if len(names) == known.name.nunique() else names
     return Breach(text, who, {"cosine": cosine, "positive": smallest})
+
+
+def _one_for_several(f: Facts) -> Breach | None:
+    """Several tensors got one and the same gradient, bit for bit, where backward had left each its own."""
+    rows = f.touched[f.touched.hash_entry.notna() & (f.touched.entry > 0) & ~f.touched.name.isin(f.tied)]
+    same = rows.duplicated(["step", "hash_entry"], keep=False) & ~rows.duplicated(["step", "hash_raw"], keep=False)
+    names = lasting(rows, same)
+    if not names:
+        return None
+    bad = rows_of(rows, names, same)
+    text = f"{of_all(names, f)} got the same gradients as others of their shape, bit for bit, {since(bad, f)}"
+    return Breach(f"{text}: what was computed for one was written to several", names, {"shared": len(bad)})
 
 
 @check("turned", "swapped-factors", "each factor's inverse was applied to the other side")
@@ -93,7 +109,8 @@ def _swapped(f: Facts) -> Breach | None:
 @check("turned", "applied-twice", "the same preconditioner, or the same gradient, was applied twice in one step")
 def _twice(f: Facts) -> Breach | None:
     stepped = f.tensors[f.tensors.stepped > 1]
-    if len(stepped) >= max(2, 0.2 * len(f.live)):
+    # Where another optimizer never steps, one was meant and the other called: `not-consumed` says so.
+    if len(stepped) >= max(2, 0.2 * len(f.live)) and not f.idle:
         names = stepped.name.unique()
         text = f"optimizers stepped more than once on the same gradients of {of_all(names, f)}, {since(stepped, f)}"
         return Breach(text, names, {"stepped_again": len(stepped)})
@@ -164,10 +181,11 @@ def _blown_up(f: Facts) -> Breach | None:
         return Breach(f"{text}{steps_of(far.index, f)}", touched.name.unique(), {"over_limit": float(far.median())})
     if ratio > 100:
         return Breach(weights.removeprefix("; "), None, {"update_ratio": ratio})
-    gains = f.bent[~f.bent.by.astype(str).str.endswith(".step")].groupby("group").gain.median()
+    made = f.bent if len(f.bent) else f.touched
+    gains = made[~made.by.astype(str).str.endswith(".step")].groupby("group").gain.median()
     if gains.max() > BLOWN_UP:
-        names = f.bent[f.bent.group == gains.idxmax()].name.unique()
-        text = f"{most(f.bent.by)} made the gradients of {of_all(names, f)} {gains.max():.3g} times as large{weights}"
+        names = made[made.group == gains.idxmax()].name.unique()
+        text = f"{most(made.by)} made the gradients of {of_all(names, f)} {gains.max():.3g} times as large{weights}"
         return Breach(text, names, {"gain": float(gains.max()), "update_ratio": ratio})
     return None
 
@@ -240,7 +258,14 @@ def _overwritten(f: Facts) -> Breach | None:
 
 
 def _mixed(f: Facts) -> Breach | None:
-    """What came after a matrix is a mix of raw gradients, of this step and earlier ones."""
+    """What came after a matrix is a mix of raw gradients: of this step's passes, or of this step and earlier ones."""
+    rows = f.live[f.live.passes.notna()]
+    names = lasting(rows, (rows.passes < MIXED) & (rows.passed > OTHERWISE))
+    if names:
+        text = (
+            f"the gradients of {of_all(names, f)} were turned, and then what the step's passes had left was mixed and "
+        )
+        return Breach(f"{text}written over them", names, {"mixed": len(names)})
     known = f.bent[f.bent.mix.notna() & (f.bent.turns >= 2) & (f.bent.fit < 0.1) & (f.bent.identity > 0.05)]
     names = lasting(known, known.mix < 0.1)
     if not names:
@@ -268,6 +293,9 @@ def _clipped(f: Facts) -> Breach | None:
     if not limits and (scaled.median() > NOTHING or 2 * rows.step.map(by_hand).nunique() < rows.step.nunique()):
         rows = rows.assign(gain=rows.gain / scaled)
     gain, effect = median(rows.gain), median(rows.update_exact / rows.update_raw)
+    by_value = {s["step"] for s in f.steps for e in s.get("events", ()) if e["who"] == CLIP_VALUE}
+    if gain < NOTHING and 2 * len(by_value) > len(f.steps):
+        return Breach(f"{CLIP_VALUE} left {gain:.1e} of the gradients' norm", None, {"gain": gain})
     if room < 1e-4 or (gain < 1e-4 and effect < 0.05):
         text = f"{'clipping' if limits else most(rows.by)} left {min(room, gain):.1e} of the gradients' norm"
         return Breach(text, None, {"room": room, "gain": gain, "update_ratio": effect})

@@ -73,8 +73,11 @@ class MemoryWatch:
         elif steps == MEMORY_STEP and (self._seen or self._versions):
             self.orphans = sum(_differs(o.grad, g) for o, g in self._seen)
             if self._versions:
-                found = self._matrices(_Alive(parameters), ledger)
-                self.matrices = sum(_count(m) for m in found if self._versions.get(id(m), (m, -1))[1] != m._version)
+                alive = _Alive(parameters)
+                found = self._matrices(alive, ledger)
+                used = [m for m in found if self._versions.get(id(m), (m, -1))[1] != m._version]
+                own = (alive.tensors, found, used, *self._versions.values())
+                self.matrices = sum(_count(m) for m in _kept_by_others(used, own))
             self._seen, self._versions = [], {}
 
     def _matrices(self, alive: _Alive, ledger: Any) -> list[Tensor]:
@@ -159,6 +162,14 @@ def _tensors_of(ledger: Any) -> list[Tensor]:
         elif isinstance(o, dict | list | tuple) or type(o).__module__.startswith("grit_impl.ledger"):
             left += gc.get_referents(o)
     return found
+
+
+def _kept_by_others(tensors: Sequence[Tensor], ours: Sequence[Any]) -> list[Tensor]:
+    """Those that somebody keeps in Python, other than in these containers: what autograd saves, nobody does."""
+    known = set(map(id, ours))
+    holders = [o for o in gc.get_referrers(*tensors) if id(o) not in known] if tensors else []
+    kept = {id(t) for holder in holders for t in gc.get_referents(holder)}
+    return [t for t in tensors if id(t) in kept]
 
 
 def _count(matrix: Tensor) -> int:

@@ -48,6 +48,7 @@ class LiveEvidence(ProductEvidence):
         self.missing, self.failed = {}, {}
         self._wanted: frozenset[str] = frozenset()
         self._evaluating, self._tried, self._first = False, False, threading.Lock()
+        self._ended: BaseException | None = None
 
     def gather(self, requires: Iterable[str]) -> Evidence:
         """Make what these requirements need and does not exist yet.
@@ -55,6 +56,7 @@ class LiveEvidence(ProductEvidence):
         Raises:
             GRITError: bad input: an unknown base model, a corrupt record, an unreachable Ollama.
         """
+        self._ended = None
         wanted = [tuple(requirement.partition(":")[::2]) for requirement in requires]
         models = {name for kind, name in wanted if kind == "export"}
         evaluate = any(kind == "evaluation" for kind, _ in wanted)
@@ -69,7 +71,7 @@ class LiveEvidence(ProductEvidence):
         arms, models, evaluate = arms | repeated, models | repeated, evaluate or bool(repeated)
         self._refuse_early(evaluate)
         self._wanted, self._evaluating = frozenset(models), evaluate
-        with self._lock(), ThreadPoolExecutor(max(1, self.options.seeds)) as pool:
+        with self._lock(), ThreadPoolExecutor(max(1, self.options.seeds)) as pool, self._together():
             ahead = self._train_ahead([name for name in PLAN_ARMS if name in repeated], pool)
             self._train([name for name in ARMS if name in arms])
             for name in dict.fromkeys(name for kind, name in wanted if kind == "cost"):
@@ -81,6 +83,21 @@ class LiveEvidence(ProductEvidence):
             if repeated and not self.seeds and "seeds" not in {**self.missing, **self.failed}:
                 self._over_seeds([name for name in PLAN_ARMS if name in repeated], ahead, pool)
         return self
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails here ends the trainings that were started ahead: the pool waits for its threads."""
+        try:
+            yield
+        except BaseException as error:
+            self._ended = self._ended or error
+            raise
+
+    def _train_on(self, label: str, done: int, total: int) -> None:
+        """Progress of a training, which ends when another seed's has failed."""
+        if self._ended is not None:
+            raise self._ended
+        self.progress(label, done, total)
 
     def _refuse_early(self, evaluate: bool) -> None:
         """Find bad input before minutes of training.
@@ -163,7 +180,7 @@ class LiveEvidence(ProductEvidence):
             specs = [with_tokens(spec, folder) for spec in self._specs(arms, seed)]
             if todo := unfinished(specs, folder):
                 self._preflight(todo, jobs)
-        return run_arms(specs, folder, jobs=jobs, progress=self.progress)
+        return run_arms(specs, folder, jobs=jobs, progress=self._train_on)
 
     def _preflight(self, todo: list[RunSpec], jobs: int) -> None:
         """Before the first training, try on the untrained base what the session will need later.
@@ -280,7 +297,11 @@ class LiveEvidence(ProductEvidence):
     def _train_ahead(self, arms: list[str], pool: Executor) -> dict[int, Future[Any]]:
         """Start training the other seeds' arms, where `--jobs` allows that many at the same time."""
         others = [seed for seed in self._all_seeds if seed != self.options.seed] if arms else []
-        return {seed: pool.submit(self._runs, arms, seed) for seed in others if self._all_at_once}
+        return {seed: pool.submit(self._run_ahead, arms, seed) for seed in others if self._all_at_once}
+
+    def _run_ahead(self, arms: list[str], seed: int) -> dict[str, RunRecord | str]:
+        with self._together():
+            return self._runs(arms, seed)
 
     @property
     def _all_at_once(self) -> bool:
