@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from grit_impl.evaluate.gates import decide
 from grit_impl.evaluate.results import Evaluation
@@ -78,7 +81,10 @@ def deeper(gguf: Path, folder: Path, words: int) -> Path:
 
 
 def calibrate(gguf: Path, folder: Path) -> int:
-    """The shortest text that makes the base 15% slower, by the fastest of 20 samples each."""
+    """Words of a text that makes the base 15% slower: by a line through the time per token, which words add to.
+
+    The first length that looks slow enough would be one that chance made slow: 32 words measured so were 10% slower.
+    """
     files = {str(words): deeper(gguf, folder, words) for words in (0, *WORDS)}
     best = dict.fromkeys(files, 0.0)
     with EmbeddedOllama(files, most=len(files)) as server, Endpoint(server.url) as endpoint:
@@ -86,7 +92,9 @@ def calibrate(gguf: Path, folder: Path) -> int:
             for name in files:
                 reply = endpoint.generate(name, "Say it.", {**BABBLE, "num_predict": 64, "seed": number})
                 best[name] = max(best[name], reply.tokens_per_second if reply.eval_count == 64 else 0.0)
-    return next((words for words in WORDS if best[str(words)] <= (1 - SLOWER) * best["0"]), WORDS[-1])
+    lengths = [int(name) for name in files if best[name]]
+    slope, start = np.polyfit(lengths, [1 / best[str(words)] for words in lengths], 1)
+    return min(math.ceil(start * (1 / (1 - SLOWER) - 1) / slope), WORDS[-1]) if slope > 0 else WORDS[-1]
 
 
 def session(models: dict[str, Path], room: int, seconds: float, seed: int) -> tuple[Evaluation, str]:

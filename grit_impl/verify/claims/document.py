@@ -79,8 +79,8 @@ hash of a tensor added up signs so that two could cancel; it does not any more.
 
 Left as they are, of the fifth round: a preconditioner that writes every gradient back as it was, and of whose hooks
 nothing is left, is called plain training, for so is a loop that divides by one process (three cases; the sentence says
-who wrote); and tensors that are frozen for good in mid-run are called a fault, which the case's author had meant to do
-so (one case).
+who wrote); and tensors that are frozen for good in mid-run are called a fault, where the case's author had frozen them
+on purpose (one case).
 
 Known to be open: gradients of samples that `torch.func.vmap` has made and a loop has averaged are not followed
 (undecided); the update of an optimizer that holds parts of a flat buffer is not replayed, and said so; adapters of
