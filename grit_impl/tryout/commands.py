@@ -42,7 +42,7 @@ PAGE = "answer.md"
     defaults={
         "batch_size": "8; 2 for large models on a GPU",
         "accumulation": "1; 4 for large models on a GPU",
-        "learning_rate": "what the preset was tuned with on this base, else the base's own, else 2e-4",
+        "learning_rate": "the middle of the search: the preset's on this base, else the base's own, else 2e-4",
         "alpha": "the rank",
     },
 )

@@ -59,11 +59,12 @@ def _mattered(result: Result) -> str:
 def _helped(result: Result) -> str:
     answer, loss = result["answer"], result["metric"] == "loss"
     gain, n, best = answer["gain"], answer["gain"]["n"], NAMES[result["reference"]]
-    unit, what = ("%", "lower held-out loss") if loss else (" points", f"higher accuracy ({result['metric']})")
+    unit, what = ("%", "held-out loss") if loss else (" points", f"accuracy ({result['metric']})")
     interval = ""
     if n:
         ends = (f"{value:+.1f}" if value is not None else "unbounded" for value in (gain["low"], gain["high"]))
-        interval = f"{gain['estimate']:+.1f}{unit} [{', '.join(ends)}] {what} than {best}, over {n} pairs of seeds; "
+        interval = f"a gain of {gain['estimate']:+.1f}{unit} [{', '.join(ends)}] in {what} over {best}, "
+        interval += f"from {n} pairs of seeds; "
     text = f"{HEADS[answer['outcome']]}: {interval}{answer['why']}."
     if answer["outcome"] == "inconclusive":
         more = answer["more"]
