@@ -105,8 +105,8 @@ def tiny() -> Path:
     return TINY
 
 
-# On a CPU a step takes seconds and an answer about one: fewer of both, so that a verification ends within the hour. On a
-# GPU a micro-batch takes what the host needs to start it, 0.4 s where nine arms train: two of four rows, not four of two.
+# On a CPU a step takes seconds and an answer about one: fewer of both, so that a verification ends within the hour.
+# On a GPU a micro-batch takes the time in which the host starts it, so there are two of four rows, not four of two.
 @base(
     "smollm2",
     format="chat",
