@@ -29,7 +29,7 @@ def rows(file: str = "1", part: str = "") -> list[Row]:
 
 
 def origin(row: Row) -> str:
-    """Whether a model wrote the answer, or a person in a model's manner."""
+    """Whether a model wrote the answer, or it was written by hand in a model's manner."""
     return "constructed" if row.get("constructed") else "own"
 
 
