@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,13 @@ OPEN = {
     "plain_freeze_halfway": "tensors that are frozen for good in mid-run are called a fault here",
 }
 NAMES = [(each["round"], row["name"]) for each in ROUNDS for row in each["rows"]]
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Cases silence what they use for the whole process, which later tests listen to."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize(("number", "name"), NAMES, ids=[f"{number}-{name}" for number, name in NAMES])
