@@ -15,7 +15,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/
 
 help:
 	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (about 11 minutes on 2 cores)"
-	@echo "make test     the project's own tests, through tox (about 28 minutes on 2 cores); ENV=py311-tf5: on those versions"
+	@echo "make test     the project's own tests, through tox (about 33 minutes on 2 cores); ENV=py311-tf5: on those versions"
 	@echo "make bench    what GRIT costs, against plain LoRA and its peers (7 minutes, nothing else running; 14 to 24 with the converter of llama.cpp: pip install sentencepiece)"
 	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
 	@echo "make lint     ruff and mypy"
