@@ -166,12 +166,7 @@ def _derive(t: pd.DataFrame, steps: list[dict[str, Any]]) -> pd.DataFrame:
     for column in ("turns", "mods"):
         t[column] = t[column].fillna(0)
     t["turn"] = t.turn.where(t.turn.notna() | t.entry.isna(), 0.0)
-    if len(known := t[t.passes.notna()]):
-        of_passes = (known.groupby("step").passes.max() < MIXED).astype(float)
-        mixed = t.step.map(of_passes).fillna(of_passes.mean()) > 0.5
-        t.loc[mixed, ["turn", "turns", "mods"]] = 0.0
-        turned = t.step.map(known.groupby("step").passed.max()) > OTHERWISE
-        t.loc[mixed & ~turned, ["written", "turn_written"]] = np.nan
+    _take_mixes_for_raw(t, steps)
     t["skipped"] = t.step.isin([s["step"] for s in steps if s.get("skipped")])
     t["live"] = (t.raw > 0) & ~t.unheld & np.isfinite(t.raw)
     t["bent"] = t.live & (t.turn > TURN) & (t.mods > 0)
@@ -181,6 +176,26 @@ def _derive(t: pd.DataFrame, steps: list[dict[str, Any]]) -> pd.DataFrame:
     t["unscaled"] = t.raw * t.step.map(unscaled).astype(float).fillna(1.0)
     t["gain"] = t.entry / t.unscaled.where(t.unscaled > 0)
     return t
+
+
+def _take_mixes_for_raw(t: pd.DataFrame, steps: list[dict[str, Any]]) -> None:
+    """Where a loop cleared gradients between a step's passes and then put them together, the result is no modifier's.
+
+    The ledger takes the last pass for raw. What is a mix of all of them counts as not turned, in all tensors of a step
+    in which it is so in those that were looked into; and where none was, as in most other steps of this kind.
+    """
+    if not len(known := t[t.passes.notna()]):
+        return
+    between = [
+        s["step"]
+        for s in steps
+        if any(e["phase"] == "micro" and (e.get("gone") or e.get("zeroed")) for e in s.get("events", ()))
+    ]
+    of_passes = (known.groupby("step").passes.max() < MIXED).astype(float)
+    mixed = t.step.isin(between) & (t.step.map(of_passes).fillna(of_passes.mean()) > 0.5)
+    t.loc[mixed, ["turn", "turns", "mods"]] = 0.0
+    turned = t.step.map(known.groupby("step").passed.max()) > OTHERWISE
+    t.loc[mixed & ~turned, ["written", "turn_written"]] = np.nan
 
 
 def lasting(rows: pd.DataFrame, bad: pd.Series, *, half: bool = True) -> list[str]:
