@@ -54,8 +54,8 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
         raise GRITError("say which models: --model base=NAME --model pure=NAME ...; delta_AQI needs the base")
     questions, knowledge, scorer = _suites(asked, how, options)
     # What follows imports scipy, which takes longer than to find a mistake in what was asked.
+    from grit_impl.evaluate.asking import EvaluationOptions
     from grit_impl.evaluate.gates import judge
-    from grit_impl.evaluate.session import EvaluationOptions
     from grit_impl.evaluate.session import evaluate as run
     from grit_impl.evaluate.terminal import junit_xml, show, show_first
 
@@ -69,7 +69,7 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
         in_flight=options["in_flight"],
         timeout=options["timeout"],
         speed_rounds=options["speed_rounds"],
-        speed_loss=limits.max_speed_loss,
+        max_speed_loss=limits.max_speed_loss,
         repeats=options["repeats"],
     )
     evaluation = run(

@@ -61,14 +61,15 @@ class Schedule:
         width: Of each model's interval of delta_speed, in percent of the base's speed.
         seconds: Budget: the time of measured requests with the loads and warm-ups before them, after which no further
             look is waited for.
-        loss: Percent of the base's speed that a model may lose. Once every interval, the copy's too, lies within half
-            of it around zero, every model keeps the bound, whatever is made of the copy (`gates`). None: not judged.
+        max_speed_loss: Percent of the base's speed that a model may lose. Once every interval, the copy's too, lies
+            within half of it around zero, every model keeps the bound, whatever is made of the copy (`gates`). None:
+            not judged.
     """
 
     rounds: int = 30
     width: float = 4.0
     seconds: float = 300.0
-    loss: float | None = None
+    max_speed_loss: float | None = None
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -85,7 +86,8 @@ class Schedule:
         ]
         if all(each.high - each.low <= self.width for each in intervals):
             return "narrow enough"
-        if self.loss is not None and all(max(-each.low, each.high) <= self.loss / 2 for each in intervals):
+        farthest = max((max(-each.low, each.high) for each in intervals), default=0.0)
+        if self.max_speed_loss is not None and farthest <= self.max_speed_loss / 2:
             return "far from the bound"
         return "out of time" if sum(row["seconds"] for row in rows) > self.seconds else ""
 

@@ -18,6 +18,12 @@ LATE = 4
 # --- used ---------------------------------------------------------------------------------------------------------
 
 
+def _beside_embeddings(bench: Bench) -> Moments:
+    """Embeddings are trained, too, so that a loss without adapters still has a gradient."""
+    bench.model.get_input_embeddings().weight.requires_grad_(True)
+    return whitened(bench)
+
+
 @fault("adapter-switched", "not-used", setting={"steps": 10})
 def _switched(bench: Bench) -> Moments:
     """Another adapter becomes the active one in mid-run; the optimizer holds the first one's tensors."""
@@ -32,8 +38,7 @@ def _switched(bench: Bench) -> Moments:
 @fault("adapter-merged", "not-used", trainers=("loop",), setting={"steps": 10})
 def _merged(bench: Bench) -> Moments:
     """The adapter is merged into the weights in mid-run and never taken out again; something else is still trained."""
-    bench.model.get_input_embeddings().weight.requires_grad_(True)
-    moments = whitened(bench)
+    moments = _beside_embeddings(bench)
     moments.step_end = at_step(LATE, bench.model.merge_adapter)
     return moments
 
@@ -41,8 +46,7 @@ def _merged(bench: Bench) -> Moments:
 @fault("adapter-switched-off", "not-used", trainers=("loop",), setting={"steps": 10})
 def _disabled(bench: Bench) -> Moments:
     """Adapters are switched off for an evaluation and not switched on again."""
-    bench.model.get_input_embeddings().weight.requires_grad_(True)
-    moments = whitened(bench)
+    moments = _beside_embeddings(bench)
     moments.step_end = at_step(LATE, bench.model.base_model.disable_adapter_layers)
     return moments
 
@@ -50,8 +54,7 @@ def _disabled(bench: Bench) -> Moments:
 @fault("adapter-unloaded", "not-used", trainers=("loop",), setting={"steps": 10})
 def _unloaded(bench: Bench) -> Moments:
     """The adapter is merged for good in mid-run."""
-    bench.model.get_input_embeddings().weight.requires_grad_(True)
-    moments = whitened(bench)
+    moments = _beside_embeddings(bench)
     moments.step_end = at_step(LATE, bench.model.merge_and_unload)
     return moments
 

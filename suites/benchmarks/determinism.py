@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from grit_impl.evaluate.asking import EvaluationOptions
 from grit_impl.evaluate.items import load_aqi, load_knowledge
-from grit_impl.evaluate.session import EvaluationOptions
 from grit_impl.export import write_modelfile
 from grit_impl.gguf.llamacpp import LlamaCpp
 from grit_impl.serve import completion, engine

@@ -105,7 +105,8 @@ def train(evidence: Any, asked: argparse.Namespace) -> dict[str, Any]:
 
 def ask(evidence: Any, exports: dict[str, Any], asked: argparse.Namespace, folder: str, threads: int) -> None:
     """Ask these models all questions; an interrupted round goes on where it was."""
-    from grit_impl.evaluate.session import EvaluationOptions, evaluate
+    from grit_impl.evaluate.asking import EvaluationOptions
+    from grit_impl.evaluate.session import evaluate
     from grit_impl.machine import cores
     from grit_impl.serve.server import EmbeddedOllama
 

@@ -100,7 +100,7 @@ def calibrate(gguf: Path, folder: Path) -> int:
 def session(models: dict[str, Path], room: int, seconds: float, seed: int) -> tuple[Evaluation, str]:
     """One measurement in a server of its own, and why it ended."""
     names = {label: label for label in models}
-    schedule = Schedule(seconds=seconds, loss=-BOUND)
+    schedule = Schedule(seconds=seconds, max_speed_loss=-BOUND)
     with EmbeddedOllama(models, most=room) as server, Endpoint(server.url) as endpoint:
         details = {label: endpoint.details(label) for label in models}
         with copy_of(endpoint, "base") as copy:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from grit_impl import aqi
+from grit_impl.evaluate.asking import EvaluationOptions
 from grit_impl.evaluate.gates import judge
-from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.evaluate.session import evaluate
 
 N = 250
 MODELS = {"base": "base", "baseline": "baseline", "pure": "pure", "hybrid": "hybrid"}

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from grit_impl.evaluate.asking import EvaluationOptions
 from grit_impl.evaluate.items import load_aqi, load_knowledge, with_wrong
 from grit_impl.evaluate.likelihood import likeliest
-from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.evaluate.session import evaluate
 from grit_impl.serve.client import Endpoint, Unanswered
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -15,10 +15,11 @@ import pytest
 from grit_impl import aqi
 from grit_impl.errors import GRITError
 from grit_impl.evaluate import session
+from grit_impl.evaluate.asking import EvaluationOptions
 from grit_impl.evaluate.gates import decide
 from grit_impl.evaluate.noise import Noise
 from grit_impl.evaluate.results import Evaluation
-from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.evaluate.session import evaluate
 from grit_impl.statistics.decision import Metric, decide_at_least
 from grit_impl.statistics.intervals import wilson
 from grit_impl.statistics.paired import paired_difference_interval

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from grit_impl.evaluate.asking import EvaluationOptions
 from grit_impl.evaluate.items import load_aqi, load_knowledge
 from grit_impl.evaluate.scoring import score
-from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.evaluate.session import evaluate
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FACTS, INDICES = 60, 10

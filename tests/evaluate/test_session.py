@@ -10,8 +10,9 @@ import pytest
 
 from grit_impl import aqi
 from grit_impl.errors import GRITError
+from grit_impl.evaluate.asking import EvaluationOptions
 from grit_impl.evaluate.results import Evaluation
-from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.evaluate.session import evaluate
 
 N, KNOWN = 60, 20
 QUICK = EvaluationOptions(progress=False, backoff=0.001, speed_rounds=7, in_flight=4, repeats=0)

@@ -153,7 +153,7 @@ def test_the_stopping_rule_keeps_the_error(monkeypatch, noise, width: float, los
     alpha = 0.1
     monkeypatch.setattr(speed, "GATE_ALPHA", alpha)
     rng, wrong, rounds = np.random.default_rng(5), 0, set()
-    schedule = Schedule(10, width=width, loss=loss)
+    schedule = Schedule(10, width=width, max_speed_loss=loss)
     for _ in range(500):
         machine = _Machine(rng, math.log(0.9), noise)
         rows, _ = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)
@@ -197,7 +197,7 @@ def test_measuring_ends_far_from_the_bound(lost: int) -> None:
     found = {}
     for loss in (None, 10.0):
         machine = _Machine(np.random.default_rng(8), math.log(1 - lost / 100), lambda rng: 0.04 * rng.normal())
-        schedule = Schedule(loss=loss)
+        schedule = Schedule(max_speed_loss=loss)
         rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=schedule, tokens=32)
         delta = Evaluation(MODELS, [], rows, {"speed": {"looks": schedule.looks}}).delta_speed("pure", 1 - GATE_ALPHA)
         found[loss] = why, delta.n

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grit_impl.evaluate.session import EvaluationOptions, evaluate
+from grit_impl.evaluate.asking import EvaluationOptions
+from grit_impl.evaluate.session import evaluate
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 LABELS = ("base", "baseline", "hybrid", "pure")

@@ -213,8 +213,9 @@ def test_errors_have_openais_form(server: EmbeddedOllama, path: str, body: Any, 
 
 def test_an_evaluation_over_openais_api(server: EmbeddedOllama, tmp_path: Path) -> None:
     """Oracle: the same evaluation over Ollama's API: equal answers and counts; only speed is not measured."""
+    from grit_impl.evaluate.asking import EvaluationOptions
     from grit_impl.evaluate.items import load_aqi, load_knowledge
-    from grit_impl.evaluate.session import EvaluationOptions, evaluate
+    from grit_impl.evaluate.session import evaluate
 
     aqi = load_aqi(FIXTURES / "aqi_test.jsonl", limit=8)
     facts = load_knowledge(FIXTURES / "knowledge_test.jsonl", limit=8)

@@ -65,8 +65,8 @@ def drive(address: str, path: str, bodies: list[bytes], headers: dict[str, str],
 
 def measure(folder: Path, repeats: int) -> list[tuple[float, float]]:
     """Tokens/s of the embedded server and of llama.cpp's own, one slot and one thread each, in turns."""
+    from grit_impl.evaluate.asking import EvaluationOptions
     from grit_impl.evaluate.items import load_aqi
-    from grit_impl.evaluate.session import EvaluationOptions
     from grit_impl.export import export_merged, write_modelfile
     from grit_impl.gguf.llamacpp import LlamaCpp
     from grit_impl.serve.server import EmbeddedOllama

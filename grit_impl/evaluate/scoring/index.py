@@ -148,9 +148,8 @@ def _clean(answer: str) -> str:
     text = re.sub(r"<(\w+)>([^<>]*)</\1>", r"\2", text)
     text = re.sub(r"<([\w ]{1,40})>", r"\1", text)  # the placeholders' own brackets
     for own in re.findall(rf"{INDEX}\s*\((\w{{2,8}})\)|\b((?-i:[A-Z]{{2,5}})) \(AQI\)", text, re.IGNORECASE):
-        text = re.sub(
-            rf"\b{''.join(own)}\b", "AQI", text
-        )  # "the \u00cdndice de Calidad del Aire (ICA) ... the ICA is 57"
+        # "the \u00cdndice de Calidad del Aire (ICA) ... the ICA is 57"
+        text = re.sub(rf"\b{''.join(own)}\b", "AQI", text)
     # A formula's AQI1 is a name; an answer's AQI57 is a value.
     text = re.sub(r"(^aqi|\u6307\u6570\u4e3a?)(?=\d)", r"\1 ", text, flags=re.IGNORECASE)
     return re.sub(r"[ \t]+", " ", str(alpha2digit(text, "en"))).strip()

@@ -93,7 +93,7 @@ class LiveEvidence(ProductEvidence):
             self._ended = self._ended or error
             raise
 
-    def _train_on(self, label: str, done: int, total: int) -> None:
+    def _progress_unless_ended(self, label: str, done: int, total: int) -> None:
         """Progress of a training, which ends when another seed's has failed."""
         if self._ended is not None:
             raise self._ended
@@ -180,7 +180,7 @@ class LiveEvidence(ProductEvidence):
             specs = [with_tokens(spec, folder) for spec in self._specs(arms, seed)]
             if todo := unfinished(specs, folder):
                 self._preflight(todo, jobs)
-        return run_arms(specs, folder, jobs=jobs, progress=self._train_on)
+        return run_arms(specs, folder, jobs=jobs, progress=self._progress_unless_ended)
 
     def _preflight(self, todo: list[RunSpec], jobs: int) -> None:
         """Before the first training, try on the untrained base what the session will need later.

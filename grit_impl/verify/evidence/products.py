@@ -135,7 +135,8 @@ class ProductEvidence(Evidence):
             speed: Measure the speed of answers, too.
             only: Takes some of the questions; speed is not measured then.
         """
-        from grit_impl.evaluate.session import EvaluationOptions, evaluate
+        from grit_impl.evaluate.asking import EvaluationOptions
+        from grit_impl.evaluate.session import evaluate
         from grit_impl.serve.client import server_url
 
         aqi, knowledge = map(only, questions(self.options)) if only else questions(self.options)
@@ -169,7 +170,7 @@ class ProductEvidence(Evidence):
                 # The embedded server holds all models, each with cores of its own; another may hold only one.
                 in_flight=2 if self.ollama_url else max(2, min(len(names), cores())),
                 in_turn=not self.ollama_url,
-                speed_loss=self.options.max_speed_loss,
+                max_speed_loss=self.options.max_speed_loss,
                 progress=False,
             )
             if only:
