@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import cases_applied
-import cases_modified
+import cases_change
+import cases_effect
 import cases_unmodified
 import pytest
 from ledgers import BENT, NAMES, STEPS, Rows, bent, find, ledger, some, statuses
@@ -23,7 +24,7 @@ from grit_impl.record import RunRecord
 from grit_impl.verify.claims import Evidence
 from grit_impl.verify.claims import find as find_claim
 
-CASES = {**cases_unmodified.CASES, **cases_modified.CASES, **cases_applied.CASES}
+CASES = {**cases_unmodified.CASES, **cases_change.CASES, **cases_effect.CASES, **cases_applied.CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
