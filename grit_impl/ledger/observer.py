@@ -101,6 +101,8 @@ class Observer(Stepping):
             self._grad_returned(inputs, grads)
 
     def _grad_returned(self, inputs: Any, grads: Any) -> None:
+        if any(map(watches.traced, grads)):
+            return
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
         wrapped = zip(given, grads, strict=True)
         pairs = [(watches.plain(x), watches.plain(g).detach()) for x, g in wrapped if isinstance(g, Tensor)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grit_impl.ledger.watches.copies import CopyWatch, plain
+from grit_impl.ledger.watches.copies import CopyWatch, plain, traced
 from grit_impl.ledger.watches.hooks import HookWatch
 from grit_impl.ledger.watches.layers import LayerWatch
 from grit_impl.ledger.watches.memory import MEMORY_STEP, MemoryWatch, optimized
@@ -25,4 +25,5 @@ __all__ = [
     "sharded",
     "spread",
     "stand_ins",
+    "traced",
 ]

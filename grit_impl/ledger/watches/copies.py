@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 _functorch: Any = torch._C._functorch
 
@@ -54,6 +55,11 @@ class CopyWatch:
 def wrapped(x: Tensor) -> bool:
     """Whether it belongs to a function transform."""
     return bool(_functorch.is_functorch_wrapped_tensor(x))
+
+
+def traced(x: Any) -> bool:
+    """Whether a compiler asked for it, to write down the operations of a backward pass: it has no memory."""
+    return isinstance(x, Tensor) and is_fake(x)
 
 
 def plain(x: Any) -> Any:
