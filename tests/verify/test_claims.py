@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grit_impl.errors import GRITError
+from grit_impl.record import RunRecord
 from grit_impl.verify.claims import (
     Claim,
     Evidence,
@@ -95,6 +96,29 @@ def test_other_first_loss_is_not_comparable(make_evidence):
     judgement = find("curves.labels-comparable").judge(evidence)
     assert judgement.verdict == "refuted"
     assert "7.4957" in judgement.summary
+
+
+@pytest.mark.parametrize(
+    ("precision", "pure", "verdict"),
+    [
+        ("bf16", 3.108919143676758, "supported"),
+        ("bf16", 3.2, "refuted"),
+        ("fp32", 3.108919143676758, "refuted"),
+        (None, 3.108919143676758, "refuted"),
+    ],
+)
+def test_first_losses_differ_by_rounding(make_evidence, precision, pure, verdict):
+    """Oracle: SmolLM2's first losses on one H200, the same tokens in bfloat16, on Unsloth and on plain peft."""
+    evidence = make_evidence()
+    for arm, loss in (("baseline", 3.094081401824951), ("hybrid", 3.094081401824951), ("pure", pure)):
+        record = evidence.records[arm]
+        rows = [{**row, "loss": loss} if row["step"] == 1 else row for row in record.steps]
+        (record.path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if precision:
+            content = {**record.run, "config": {"training": {"precision": precision}}}
+            (record.path / "run.json").write_text(json.dumps(content))
+            evidence.records = {**evidence.records, arm: RunRecord(record.path)}
+    assert find("curves.labels-comparable").judge(evidence).verdict == verdict
 
 
 def test_loss_that_is_not_finite_refutes_learning(make_evidence):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from grit_impl.evaluate.results import Evaluation
 from grit_impl.machine import available_memory
 from grit_impl.recipes.arms import RunSpec, TrainingSettings
 from grit_impl.recipes.bases import TINY
+from grit_impl.record import RunRecord
 from grit_impl.runs.execute import with_tokens
 from grit_impl.verify.evidence import live, preflight, products
 from grit_impl.verify.evidence.live import LiveEvidence
@@ -261,3 +263,36 @@ def test_seeds_begin_in_turn_and_end_together(session: Any, monkeypatch: pytest.
     with pytest.raises(GRITError, match="this seed cannot be trained"):
         evidence.gather(["seeds:baseline", "seeds:pure"])
     assert time.monotonic() - began < 30
+
+
+def test_seeds_are_exported_in_turn_and_evaluated_together(
+    session: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: the script: no two exports at once; an evaluation waits until another one has begun, too."""
+    inside: list[str] = []
+    both = threading.Barrier(2)
+
+    def export(self: Any, name: str, record: Any) -> dict[str, str]:
+        inside.append(name)
+        time.sleep(0.02)
+        assert inside == [name], "two threads build models at the same time"
+        inside.pop()
+        return {"sha256": f"{name} {getattr(record, 'path', '')}"}
+
+    def evaluated(self: Any, exports: Any, *, speed: bool = True, only: Any = None) -> str:
+        if not speed:
+            both.wait(timeout=20)
+        return f"{len(exports)} models"
+
+    def train(specs: list[Any], *_: Any, **__: Any) -> dict[str, RunRecord]:
+        return {spec.arm: RunRecord(tmp_path / f"{spec.arm}-{spec.seed}") for spec in specs}
+
+    monkeypatch.setattr(live, "run_arms", train)
+    monkeypatch.setattr(live, "with_tokens", lambda spec, _: spec)
+    monkeypatch.setattr(live, "cores", lambda: 8)
+    monkeypatch.setattr(RunRecord, "diverged", None)
+    monkeypatch.setattr(LiveEvidence, "_preflight", lambda *_: None)
+    monkeypatch.setattr(LiveEvidence, "_exported", export)
+    monkeypatch.setattr(LiveEvidence, "_evaluated", evaluated)
+    evidence = session(seeds=3, jobs=24).gather(["seeds:baseline", "seeds:pure"])
+    assert evidence.failed == {"seeds": "seed 3407: no evaluation"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+from grit_impl.runs.first import ROUNDING
 from grit_impl.statistics.decision import Judgement, Metric, Outcome, decide_at_least, supported_if
 from grit_impl.verify.claims.base import Evidence
 from grit_impl.verify.claims.registry import claim
 
 SAME_FIRST_LOSS = 1e-3
-"""Relative difference of the losses of step 1, before any update: only labels, data or the base can exceed it."""
+"""Relative difference of the losses of step 1, before any update, in records that do not say what they computed in."""
 FEWEST_STEPS = 20
 """Losses that a correlation needs."""
 
@@ -62,7 +63,7 @@ def comparable(evidence: Evidence) -> Judgement:
     """All arms see the same tokens and start from the same loss, so that their losses can be compared.
 
     A loss of 0.09 against 1.04 was padding in the labels, not learning. Before the first update only labels, data or
-    the base can make losses differ.
+    the base can make losses differ by more than rounding does, and no run is begun where it would be more.
     """
     arms = ("baseline", "hybrid", "pure")
     starts = {arm: losses(evidence, arm)[0] for arm in arms}
@@ -77,11 +78,22 @@ def comparable(evidence: Evidence) -> Judgement:
     different = [arm for arm in arms if tokens[arm] != tokens[reference]]
     if different:
         return Judgement("refuted", f"{', '.join(different)} saw other tokens than {reference}", metrics)
-    if not spread <= SAME_FIRST_LOSS:
+    precision = _precision(evidence, arms)
+    allowed = ROUNDING[precision][0] if precision else SAME_FIRST_LOSS
+    if not spread <= allowed:
         listed = ", ".join(f"{arm} {loss:.4f}" for arm, loss in starts.items())
         return Judgement("refuted", f"the first losses differ, so labels or data do: {listed}", metrics)
     text = f"same tokens at every step; first losses within {spread:.1e} of {starts[reference]:.4f}"
+    if precision:
+        text += f" ({precision} explains {allowed:g})"
     return Judgement("supported", text, metrics)
+
+
+def _precision(evidence: Evidence, arms: tuple[str, ...]) -> str | None:
+    """What all of them computed in, if they say so and it is the same."""
+    said = {evidence.records[arm].run.get("config", {}).get("training", {}).get("precision") for arm in arms}
+    only = said.pop() if len(said) == 1 else None
+    return only if only in ROUNDING else None
 
 
 @claim("curves.late-identical", needs=["record:baseline", "record:hybrid_late"], gates=False)

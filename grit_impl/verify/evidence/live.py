@@ -68,7 +68,8 @@ class LiveEvidence(ProductEvidence):
             arms, models = arms - {RECOMMENDED}, models - {RECOMMENDED}
             why = f"the preset {RECOMMENDED} was not tuned on {self.options.base_model}: grit sweep finds its settings"
             self.missing = {**self.missing, RECOMMENDED: why}
-        arms, models, evaluate = arms | repeated, models | repeated, evaluate or bool(repeated)
+        if repeated:
+            arms, models, evaluate = arms | repeated, models | repeated | {"base"}, True
         self._refuse_early(evaluate)
         self._wanted, self._evaluating = frozenset(models), evaluate
         with self._lock(), ThreadPoolExecutor(max(1, self.options.seeds)) as pool, self._together():
@@ -319,11 +320,11 @@ class LiveEvidence(ProductEvidence):
         seeds: dict[int, SeedEvidence] = {}
         others = [seed for seed in self._all_seeds if seed != self.options.seed]
         runs = {seed: ahead[seed].result() if seed in ahead else self._runs(arms, seed) for seed in others}
+        # In turn: transformers and peft build one model at a time, not one in each of several threads.
+        exports = [self._exports_of(runs[seed]) for seed in others]
         # Answers do not depend on what else is running; four cores are enough for one seed's server and its client.
         together = len(others) > 1 and not self.ollama_url and cores() >= 4 * len(others)
-        evaluations = dict(
-            zip(others, (pool.map if together else map)(self._evaluate_seed, runs.values()), strict=True)
-        )
+        evaluations = dict(zip(others, (pool.map if together else map)(self._evaluate_seed, exports), strict=True))
         for seed in self._all_seeds:
             if seed == self.options.seed:
                 records = {name: self.records[name] for name in arms if name in self.records}
@@ -341,14 +342,18 @@ class LiveEvidence(ProductEvidence):
             seeds[seed] = SeedEvidence(records, found)
         self.seeds = seeds
 
-    def _evaluate_seed(self, runs: Mapping[str, RunRecord | str]) -> Evaluation | str:
-        records = {name: run for name, run in runs.items() if isinstance(run, RunRecord)}
+    def _exports_of(self, runs: Mapping[str, RunRecord | str]) -> dict[str, dict[str, Any]] | str:
+        """Export notes of the base and of one seed's arms, made now if they are not there, or why there are none."""
         if why := "; ".join(run for run in runs.values() if isinstance(run, str)):
             return why
         exports: dict[str, dict[str, Any]] = {"base": dict(self.exports["base"])}
-        for name, record in records.items():
+        for name, record in runs.items():
+            assert isinstance(record, RunRecord)
             found = self._exported(name, record)
             if isinstance(found, str):
                 return found
             exports[name] = found
-        return self._evaluated(exports, speed=False)
+        return exports
+
+    def _evaluate_seed(self, exports: dict[str, dict[str, Any]] | str) -> Evaluation | str:
+        return exports if isinstance(exports, str) else self._evaluated(exports, speed=False)
