@@ -25,6 +25,7 @@ from typing import Any
 
 from grit_impl.evaluate.metrics import GATE_ALPHA, speed_difference
 from grit_impl.serve.client import Endpoint, Reply, Unanswered, full_name
+from grit_impl.statistics.intervals import Interval
 
 Row = dict[str, Any]
 
@@ -53,17 +54,16 @@ class Schedule:
     """When measuring ends.
 
     After `rounds` rounds, and twice, four and eight times as many, the intervals are looked at. It ends at the first
-    look at which each is narrow enough or far from the bound, or which comes after the budget. Every interval is made
-    for one of four looks (`metrics.median`), so that its confidence does not depend on this rule.
+    look at which each is narrow enough, or every model keeps the bound, or which comes after the budget. Every interval
+    is made for one of four looks (`metrics.median`), so that its confidence does not depend on this rule.
 
     Attributes:
         rounds: Until the first look; 0: no measurement.
         width: Of each model's interval of delta_speed, in percent of the base's speed.
         seconds: Budget: the time of measured requests with the loads and warm-ups before them, after which no further
             look is waited for.
-        max_speed_loss: Percent of the base's speed that a model may lose. Once every interval, the copy's too, lies
-            within half of it around zero, every model keeps the bound, whatever is made of the copy (`gates`). None:
-            not judged.
+        max_speed_loss: Percent of the base's speed that a model may lose. Once every gate would be supported
+            (`gates`), nothing is left to find out; a model that may be slower is measured on. None: not judged.
     """
 
     rounds: int = 30
@@ -78,18 +78,32 @@ class Schedule:
 
     def end(self, rows: Sequence[Row], base: str, labels: Iterable[str]) -> str:
         """Why measuring ends with these rows, all of one look; empty if it goes on."""
-        intervals = [
-            interval
+        intervals = {
+            label: interval
             for label in labels
             if label != base
             and (interval := speed_difference(rows, label, base, 1 - GATE_ALPHA, len(self.looks))) is not None
-        ]
-        if all(each.high - each.low <= self.width for each in intervals):
+        }
+        if all(each.high - each.low <= self.width for each in intervals.values()):
             return "narrow enough"
-        farthest = max((max(-each.low, each.high) for each in intervals), default=0.0)
-        if self.max_speed_loss is not None and farthest <= self.max_speed_loss / 2:
-            return "far from the bound"
+        copy = intervals.pop(CLONE, None)
+        loss = self.max_speed_loss
+        if loss is not None and all(keeps(each, copy, loss) for each in intervals.values()):
+            return "every model keeps the bound"
         return "out of time" if sum(row["seconds"] for row in rows) > self.seconds else ""
+
+
+def keeps(model: Interval, copy: Interval | None, loss: float) -> bool:
+    """Whether a model's speed keeps a bound, also after what the server may have done to a copy of the base.
+
+    Args:
+        model: delta_speed, in percent.
+        copy: The same of the copy; None: none was measured.
+        loss: Percent that may be lost.
+    """
+    floor = max(copy.high, 0.0) if copy is not None else 0.0
+    told = copy is None or max(-copy.low, copy.high) <= loss
+    return told and model.low >= -loss and model.estimate - floor >= -loss
 
 
 @contextmanager

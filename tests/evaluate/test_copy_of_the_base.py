@@ -22,6 +22,8 @@ from grit_impl.serve.client import Endpoint, Reply
 RECORDED = json.loads((Path(__file__).parents[2] / "fixtures" / "speed_noise.json").read_text())
 EQUAL = ("baseline", "hybrid", "pure")
 SLOWER = "larger"
+LOSS = 10.0
+"""Percent that may be lost."""
 COLD = 0.66
 """Speed of a runner's first requests, of its later ones: 1,463 and 1,579 of 2,215 and 2,405 tokens/s were measured on a
 real Ollama for models that were evicted and loaded each round."""
@@ -86,14 +88,20 @@ class Server:
         self.held.pop(name, None)
 
 
-def session(server: Server) -> tuple[dict[str, str], Evaluation]:
-    """The verdict of every gate, and the evaluation."""
-    models = {label: label for label in ("base", *EQUAL, SLOWER)}
-    schedule = Schedule()
+def session(server: Server, *others: str) -> tuple[dict[str, str], Evaluation, str]:
+    """The verdict of every gate, the evaluation, and why measuring ended.
+
+    Args:
+        server: With the base and the models that are equal to it.
+        others: Further models.
+    """
+    models = {label: label for label in ("base", *EQUAL, *others)}
+    schedule = Schedule(max_speed_loss=LOSS)
     with copy_of(server, "base") as copy:
-        rows, _ = measure(server, {**models, **copy}, "q", base="base", schedule=schedule, tokens=64)
+        rows, why = measure(server, {**models, **copy}, "q", base="base", schedule=schedule, tokens=64)
     evaluation = Evaluation(models, [], rows, {"speed": {"looks": schedule.looks}})
-    return {label: decide(evaluation, "delta_speed", label, -10.0).verdict for label in (*EQUAL, SLOWER)}, evaluation
+    told = {label: decide(evaluation, "delta_speed", label, -LOSS).verdict for label in (*EQUAL, *others)}
+    return told, evaluation, why
 
 
 @pytest.mark.slow
@@ -102,11 +110,25 @@ def test_no_copy_is_accused_and_a_slower_model_is_found(room: int) -> None:
     """Oracle: the script. 200 sessions: no equal model is refuted, one that is 15% slower is in 95% of them."""
     rng, told = np.random.default_rng(31), Counter()
     for _ in range(200):
-        verdicts, _ = session(Server(rng, room))
+        verdicts, _, _ = session(Server(rng, room), SLOWER)
         told.update((label, verdict) for label, verdict in verdicts.items())
     assert not sum(told[label, "refuted"] for label in EQUAL), told
     assert told[SLOWER, "refuted"] >= 190, told
     assert not told[SLOWER, "supported"], told
+
+
+@pytest.mark.slow
+def test_equal_models_are_cleared_as_soon_as_every_gate_says_so() -> None:
+    """Oracle: the gate itself, of the same rows: measuring ends early where it supports all, and nowhere else."""
+    rng, rounds, early = np.random.default_rng(33), [], 0
+    for _ in range(200):
+        verdicts, evaluation, why = session(Server(rng))
+        if why == "every model keeps the bound":
+            assert set(verdicts.values()) == {"supported"}, verdicts
+            early += 1
+        rounds.append(max(row["round"] for row in evaluation.speed) + 1)
+    assert early >= 190
+    assert np.median(rounds) <= 60
 
 
 @pytest.mark.slow
@@ -115,7 +137,7 @@ def test_no_copy_is_accused_where_nothing_can_be_told(room: int) -> None:
     """Oracle: the script, with the noise of a machine on which five to nine processes wait for each core."""
     rng, told = np.random.default_rng(32), Counter()
     for _ in range(200):
-        verdicts, _ = session(Server(rng, room, noise="overloaded"))
+        verdicts, _, _ = session(Server(rng, room, noise="overloaded"), SLOWER)
         told.update((label, verdict) for label, verdict in verdicts.items())
     assert not sum(told[label, "refuted"] for label in EQUAL), told
     assert not told[SLOWER, "supported"], told
@@ -137,7 +159,7 @@ def test_more_models_than_fit_are_loaded_one_at_a_time() -> None:
     assert medians[0] < 0.75 * medians[-1]
 
     server = Server(np.random.default_rng(1), room=3)
-    _, evaluation = session(server)
+    _, evaluation, _ = session(server, SLOWER)
     assert all(row["alone"] for row in evaluation.speed)
     assert len({server.loads[model] for model in ("base", CLONE_NAME, *EQUAL)}) <= 2
 
@@ -145,7 +167,7 @@ def test_more_models_than_fit_are_loaded_one_at_a_time() -> None:
 def test_all_are_loaded_anew_every_ten_rounds() -> None:
     """Oracle: the count of loads on a server with room for all."""
     server = Server(np.random.default_rng(2))
-    _, evaluation = session(server)
+    _, evaluation, _ = session(server, SLOWER)
     rounds = max(row["round"] for row in evaluation.speed) + 1
     assert set(server.loads.values()) == {math.ceil(rounds / EPOCH)}
     assert not any(row["alone"] for row in evaluation.speed)
@@ -163,7 +185,8 @@ def test_all_are_loaded_anew_every_ten_rounds() -> None:
 )
 def test_a_server_that_serves_a_copy_otherwise_decides_nothing(biased: dict[str, float], words: str) -> None:
     """Oracle: the planted bias; without a copy all three would refute."""
-    _, evaluation = session(Server(np.random.default_rng(3), scatter=0.0, biased={**biased, "larger": 0.9}))
+    server = Server(np.random.default_rng(3), scatter=0.0, biased={**biased, "larger": 0.9})
+    _, evaluation, _ = session(server, SLOWER)
     judged = decide(evaluation, "delta_speed", "pure", -10.0)
     assert judged.verdict == "inconclusive"
     assert words in judged.summary
@@ -172,7 +195,7 @@ def test_a_server_that_serves_a_copy_otherwise_decides_nothing(biased: dict[str,
 def test_without_a_copy_nobody_is_accused(fake_ollama) -> None:
     """Oracle: a server that copies nothing: a slow model is not refuted, a fast one is supported."""
     server = Server(np.random.default_rng(4), biased={"pure": 0.5})
-    _, evaluation = session(server)
+    _, evaluation, _ = session(server, SLOWER)
     evaluation.speed = [row for row in evaluation.speed if row["label"] != CLONE]
     assert decide(evaluation, "delta_speed", "pure", -10.0).verdict == "inconclusive"
     assert decide(evaluation, "delta_speed", "hybrid", -10.0).verdict == "supported"
@@ -180,7 +203,7 @@ def test_without_a_copy_nobody_is_accused(fake_ollama) -> None:
 
 def test_what_the_models_are_stands_beside_the_verdict() -> None:
     """Oracle: details as a server gives them."""
-    _, evaluation = session(Server(np.random.default_rng(5)))
+    _, evaluation, _ = session(Server(np.random.default_rng(5)), SLOWER)
     kind = {"family": "llama", "parameter_size": "1.87M", "quantization_level": "Q8_0"}
     evaluation.meta["details"] = {"base": kind, "pure": kind, SLOWER: {**kind, "quantization_level": "F16"}}
     assert "same architecture, size and number type" in decide(evaluation, "delta_speed", "pure", -10.0).summary

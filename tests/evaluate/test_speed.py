@@ -192,7 +192,7 @@ def test_noise_is_measured_longer_and_a_quiet_machine_is_not() -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 8, 14])
-def test_measuring_ends_far_from_the_bound(lost: int) -> None:
+def test_measuring_ends_where_every_model_keeps_the_bound(lost: int) -> None:
     """Oracle: models that lose 0, 8 and 14% at a scatter of 4%: only equality is far from 10%, and told early."""
     found = {}
     for loss in (None, 10.0):
@@ -205,7 +205,7 @@ def test_measuring_ends_far_from_the_bound(lost: int) -> None:
     if lost:
         assert found[10.0] == found[None]
     else:
-        assert found[10.0] == ("far from the bound", 60)
+        assert found[10.0] == ("every model keeps the bound", 30)
         assert found[None][1] == 240
 
 
