@@ -265,19 +265,27 @@ def test_seeds_begin_in_turn_and_end_together(session: Any, monkeypatch: pytest.
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        ({"sha256": "0"}, {"seeds": "seed 3407: no evaluation"}),
+        ("no such shape", {"export:base": "no such shape", "seeds": "seed 3407: no evaluation"}),
+    ],
+    ids=["base", "no base"],
+)
 def test_seeds_are_exported_in_turn_and_evaluated_together(
-    session: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    session: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Any, why: dict[str, str]
 ) -> None:
     """Oracle: the script: no two exports at once; an evaluation waits until another one has begun, too."""
     inside: list[str] = []
     both = threading.Barrier(2)
 
-    def export(self: Any, name: str, record: Any) -> dict[str, str]:
+    def export(self: Any, name: str, record: Any) -> Any:
         inside.append(name)
         time.sleep(0.02)
         assert inside == [name], "two threads build models at the same time"
         inside.pop()
-        return {"sha256": f"{name} {getattr(record, 'path', '')}"}
+        return {"sha256": f"{name} {record.path}"} if record else base
 
     def evaluated(self: Any, exports: Any, *, speed: bool = True, only: Any = None) -> str:
         if not speed:
@@ -295,4 +303,4 @@ def test_seeds_are_exported_in_turn_and_evaluated_together(
     monkeypatch.setattr(LiveEvidence, "_exported", export)
     monkeypatch.setattr(LiveEvidence, "_evaluated", evaluated)
     evidence = session(seeds=3, jobs=24).gather(["seeds:baseline", "seeds:pure"])
-    assert evidence.failed == {"seeds": "seed 3407: no evaluation"}
+    assert evidence.failed == why

@@ -346,6 +346,8 @@ class LiveEvidence(ProductEvidence):
         """Export notes of the base and of one seed's arms, made now if they are not there, or why there are none."""
         if why := "; ".join(run for run in runs.values() if isinstance(run, str)):
             return why
+        if "base" not in self.exports:
+            return "nothing to compare with: no export of base"
         exports: dict[str, dict[str, Any]] = {"base": dict(self.exports["base"])}
         for name, record in runs.items():
             assert isinstance(record, RunRecord)
