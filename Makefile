@@ -14,7 +14,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c requirements/
 .PHONY: verify test bench fixtures lint mutants clean help
 
 help:
-	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (about 11 minutes on 2 cores)"
+	@echo "make verify   train, export, evaluate and judge all arms on the embedded default (about 10 minutes on 2 cores)"
 	@echo "make test     the project's own tests, through tox (about 33 minutes on 2 cores); ENV=py311-tf5: on those versions"
 	@echo "make bench    what GRIT costs, against plain LoRA and its peers (7 minutes, nothing else running; 14 to 24 with the converter of llama.cpp: pip install sentencepiece)"
 	@echo "make fixtures rebuild the tiny base model and the frozen test sets"
