@@ -92,6 +92,8 @@ class Looks:
             probe = Probe(who or self.context[-1], moment, look.table, missing, samples, look=look)
             probe.written = before is not None and not same
             now.stamps, now.check = stamps(grads), self._checksum(grads)
+            if before is not None:
+                before.look = None  # no later look is compared with it, and each is as large as all gradients
         now.probes.append(probe)
         return probe
 

@@ -118,6 +118,7 @@ class Step:
         """Begin to copy to the host, without waiting."""
         for probe in self.probes:
             probe.table, probe.look = _to_host(probe.table), None
+        self.raw_look = None
         self._multiply()
         self.moved = [(held, _to_host(b), _to_host(a)) for held, b, a in self.moved]
         self.left, self.kept = _to_host(self.left), _to_host(self.kept)

@@ -6,6 +6,8 @@ somebody last wrote to the weights; a constraint, a projection or noise goes ano
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ class KeptWatch:
     def __init__(self, n: int) -> None:
         self._n = n
         self._anchor: Look | None = None
-        self._compared: Look | None = None
+        self._compared: weakref.ref[Look] | None = None
 
     @torch.no_grad()
     def look(self, now: Look, left: Look | None) -> Tensor | None:
@@ -39,9 +41,9 @@ class KeptWatch:
         if anchor is None or left is None:
             self._anchor = now
             return None
-        if left is self._compared:  # a step of a class inside the step of a subclass
+        if self._compared is not None and left is self._compared():  # a step of a class inside the step of a subclass
             return None
-        self._compared = left
+        self._compared = weakref.ref(left)
         out, stacks = torch.full((self._n, 2), torch.nan, dtype=torch.float64), dict(anchor.stacks)
         for key, (members, values) in now.stacks.items():
             before, begin = left.values(key, members), anchor.values(key, members)
