@@ -198,6 +198,16 @@ def _take_mixes_for_raw(t: pd.DataFrame, steps: list[dict[str, Any]]) -> None:
     t.loc[mixed & ~turned, ["written", "turn_written"]] = np.nan
 
 
+def update_ratio(rows: pd.DataFrame) -> float:
+    """Median size of the updates, in those that the raw gradients would have made.
+
+    NaN where most of the latter round to nothing: what is left are differences in the last bit.
+    """
+    known = rows[rows.update_exact.notna() & rows.update_raw.notna()]
+    made = known[known.update_raw > 0]
+    return float((made.update_exact / made.update_raw).median()) if 2 * len(made) > len(known) else math.nan
+
+
 def lasting(rows: pd.DataFrame, bad: pd.Series, *, half: bool = True) -> list[str]:
     """Tensors for which something is so in half of their rows (if that counts), or at the end and has come to stay.
 

@@ -172,6 +172,30 @@ CASES: dict[str, Case] = {
         None,
         {},
     ),
+    "clipped-of-no-effect": (
+        "clipped-to-nothing",
+        ledger(lambda s, n: {**BENT, "entry": 2e-4, "update_exact": 2e-6}, lambda s: {"max_norm": 1.0}),
+        "clipping left 2.0e-04 of the gradients' norm",
+        {"room": 0.5, "gain": 2e-4, "update_ratio": 2e-5},
+    ),
+    "clipped-of-little-effect": (
+        "clipped-to-nothing",
+        ledger(lambda s, n: {**BENT, "entry": 2e-4, "update_exact": 2e-5}, lambda s: {"max_norm": 1.0}),
+        None,
+        {},
+    ),
+    "blown-up-where-updates-round-to-nothing": (
+        "blown-up",
+        ledger(lambda s, n: {**BENT, "update_raw": 0.0 if s > 4 else 1e-9, "update_exact": 1e-6}),
+        None,
+        {},
+    ),
+    "blown-up-where-few-round-to-nothing": (
+        "blown-up",
+        ledger(lambda s, n: {**BENT, "update_raw": 0.0 if s < 4 else 1e-3, "update_exact": 1.0}),
+        "the updates are 1e+03 times as large as the raw gradients'",
+        {"update_ratio": 1e3},
+    ),
     "blown-up-by-a-number": (
         "blown-up",
         ledger(lambda s, n: {"mods": 1, "entry": 1e6, "by": "GRIT"}),

@@ -8,7 +8,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from grit_impl.ledger.applied import OTHER
 from grit_impl.ledger.chain.links import LIMIT_PASSED, REPLAYED, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, most, number, of_all, since, steps_of
-from grit_impl.ledger.findings import AWAY, MIXED, OTHERWISE, Facts, lasting
+from grit_impl.ledger.findings import AWAY, MIXED, OTHERWISE, Facts, lasting, update_ratio
 from grit_impl.ledger.timeline import CLIP, CLIP_VALUE, LOOP_SCALING, TURN
 
 ASIDE = 0.9
@@ -166,7 +166,7 @@ def _blown_up(f: Facts) -> Breach | None:
     if not len(f.touched) or inside.mean() > 0.5:
         return None
     explained = f.bent[f.bent.replay <= REPLAYED]
-    ratio = median(explained.update_exact / explained.update_raw)
+    ratio = update_ratio(explained)
     weights = f"; the updates are {ratio:.3g} times as large as the raw gradients'" if np.isfinite(ratio) else ""
     aside = f.bent[(f.bent.turn > ASIDE) & (f.bent.gain > LIMIT_PASSED)]
     if 2 * len(aside) > len(f.bent):
@@ -292,11 +292,11 @@ def _clipped(f: Facts) -> Breach | None:
     # is neither.
     if not limits and (scaled.median() > NOTHING or 2 * rows.step.map(by_hand).nunique() < rows.step.nunique()):
         rows = rows.assign(gain=rows.gain / scaled)
-    gain, effect = median(rows.gain), median(rows.update_exact / rows.update_raw)
+    gain, effect = median(rows.gain), update_ratio(rows)
     by_value = {s["step"] for s in f.steps for e in s.get("events", ()) if e["who"] == CLIP_VALUE}
     if gain < NOTHING and 2 * len(by_value) > len(f.steps):
         return Breach(f"{CLIP_VALUE} left {gain:.1e} of the gradients' norm", None, {"gain": gain})
-    if room < 1e-4 or (gain < 1e-4 and effect < 0.05):
+    if room < 1e-4 or (gain < 1e-4 and effect < 0.05) or (gain < 1e-2 and effect < 1e-4):
         text = f"{'clipping' if limits else most(rows.by)} left {min(room, gain):.1e} of the gradients' norm"
         return Breach(text, None, {"room": room, "gain": gain, "update_ratio": effect})
     return _one_side_clipped(f, rows)
@@ -306,7 +306,7 @@ def _one_side_clipped(f: Facts, rows: pd.DataFrame) -> Breach | None:
     """One factor hardly moves, and the other, whose gradient is in proportion to it, with it."""
     raw = f.live.groupby("group").raw.median()
     for group, mine in rows.groupby("group"):
-        gain, effect = median(mine.gain), median(mine.update_exact / mine.update_raw)
+        gain, effect = median(mine.gain), update_ratio(mine)
         others = raw[raw.index != group]
         if gain < 1e-4 and effect < 0.05 and len(others) and others.max() < 1e-3 * raw[group]:
             names = mine.name.unique()

@@ -7,7 +7,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from grit_impl.ledger.chain.links import REPLAYED, SAME_UPDATE, Breach, check, rows_of
 from grit_impl.ledger.chain.words import degrees, median, number, of_all, since
-from grit_impl.ledger.findings import Facts, lasting, transitions
+from grit_impl.ledger.findings import Facts, lasting, transitions, update_ratio
 from grit_impl.ledger.timeline import LOOP_SCALING, TURN, UNIFORM
 
 APART, LEAD = 0.02, 0.003
@@ -88,7 +88,7 @@ def _cancelled(f: Facts) -> Breach | None:
     scaled = not len(f.bent)
     if not (scaled or (turn < SAME_UPDATE if len(rows) else gradient < TURN)):
         return None
-    ratio = median(rows.update_exact / rows.update_raw)
+    ratio = update_ratio(rows)
     if scaled and ((touched.gain - 1).abs() < ROUNDED).all() and abs(ratio - 1) <= 0.02:
         return None  # rounded to a coarser type
     numbers = {"update_turn": turn, "gradient_turn": gradient, "update_ratio": ratio, "gain": median(touched.gain)}
