@@ -45,7 +45,7 @@ CLONE = "(copy of the base)"
 CLONE_NAME = "grit-speed-copy-of-base"
 EPOCH = 10
 """Rounds after which all models are loaded anew."""
-LOOKS = (1, 2, 4, 8)
+LOOKS = (1, 2, 3, 4, 6, 8)
 """Multiples of the first number of rounds after which measuring may end."""
 
 
@@ -53,9 +53,9 @@ LOOKS = (1, 2, 4, 8)
 class Schedule:
     """When measuring ends.
 
-    After `rounds` rounds, and twice, four and eight times as many, the intervals are looked at. It ends at the first
-    look at which each is narrow enough, or every model keeps the bound, or which comes after the budget. Every interval
-    is made for one of four looks (`metrics.median`), so that its confidence does not depend on this rule.
+    After `rounds` rounds, and two, three, four, six and eight times as many, the intervals are looked at. It ends at
+    the first look at which each is narrow enough, or every model keeps the bound, or which comes after the budget.
+    Every interval is made for one of six looks (`metrics.median`), so that its confidence does not depend on this rule.
 
     Attributes:
         rounds: Until the first look; 0: no measurement.
