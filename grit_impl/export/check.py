@@ -361,7 +361,7 @@ def _compare_answers(
 ) -> None:
     answers = [answer for answer in answers if answer.steps]
     model = reference.model
-    with branches(model, apart, rounded=False):
+    with branches(model, apart):
         ours = _said(reference, answers)
     kinds = {
         name: weights.type(place)
@@ -374,9 +374,9 @@ def _compare_answers(
     kinds.setdefault("lm_head", weights.type(gguf_name(EMBEDDING, model.config.to_dict())))
     if {*kinds.values(), *(kind for branch in apart.values() for kind in branch.kinds)} == {"F32"}:
         few = answers[: max(4, len(answers) // 2)]
-        with branches(model, apart, rounded=False):
+        with branches(model, apart):
             others = [_said(reference, few, copies=2)]
-        with in_double(model), branches(model, apart, rounded=False):
+        with in_double(model), branches(model, apart, exact=True):
             others.append(_said(reference, few))
     else:
         # The order of sums is nothing beside what rounding does.

@@ -91,10 +91,18 @@ class Branch:
 
 
 @contextlib.contextmanager
-def branches(model: Any, adapter: Mapping[str, Branch], *, rounded: bool) -> Iterator[None]:
-    """Linear layers add what an adapter that stays apart gives, by the name of the module; `rounded` as llama.cpp does.
+def branches(
+    model: Any, adapter: Mapping[str, Branch], *, rounded: bool = False, exact: bool = False
+) -> Iterator[None]:
+    """Linear layers add what an adapter that stays apart gives, by the name of the module.
 
     To be entered inside of the two above: the branch takes the input before it is rounded for the matrix.
+
+    Args:
+        model: Without the adapter.
+        adapter: By module.
+        rounded: As llama.cpp does.
+        exact: Products are taken in float64, as `in_double` takes the matrices'.
     """
     import torch
 
@@ -103,6 +111,7 @@ def branches(model: Any, adapter: Mapping[str, Branch], *, rounded: bool) -> Ite
     def keep(x: torch.Tensor) -> torch.Tensor:
         return x
 
+    wide: Round = torch.Tensor.double if exact else keep
     for name, branch in adapter.items():
         first, second = (rounding(kind) if rounded else None for kind in branch.kinds)
         before: dict[str, torch.Tensor] = {}
@@ -114,8 +123,8 @@ def branches(model: Any, adapter: Mapping[str, Branch], *, rounded: bool) -> Ite
             _: Any, __: Any, output: torch.Tensor, before: dict[str, torch.Tensor] = before, branch: Branch = branch,
             first: Round = first or keep, second: Round = second or keep,
         ) -> torch.Tensor:  # fmt: skip
-            inner = torch.nn.functional.linear(first(before["x"]), branch.a)
-            return output + torch.nn.functional.linear(second(inner), branch.b)
+            inner = torch.nn.functional.linear(wide(first(before["x"])), wide(branch.a))
+            return output + torch.nn.functional.linear(second(inner), wide(branch.b)).to(output.dtype)
 
         module = model.get_submodule(name)
         handles += [module.register_forward_pre_hook(remember, prepend=True), module.register_forward_hook(add)]
