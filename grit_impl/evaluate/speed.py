@@ -12,8 +12,8 @@
   rounds all models are unloaded and loaded again, in the order of the round, so that no model keeps a good or bad
   place. And where the server has no room for all of them, each is loaded for its turn alone: taking turns among more
   models than fit, always the same ones would be measured right after a load, which costs a third of their speed.
-* How many rounds are needed depends on the machine, so they go on until the intervals are narrow, by a rule that is
-  fixed beforehand and looks at their widths alone (`Schedule`).
+* How many rounds are needed depends on the machine, so they go on until the intervals are narrow, or every model is
+  seen to be fast enough, by a rule that is fixed beforehand (`Schedule`).
 """
 
 from __future__ import annotations
