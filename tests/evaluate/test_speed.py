@@ -181,7 +181,7 @@ def test_only_corrected_intervals_survive_the_worst_rule(looks: int, kept: bool)
 
 def test_noise_is_measured_longer_and_a_quiet_machine_is_not() -> None:
     """Oracle: the scripted noise: 1% needs the fewest rounds, 15% with heavy tails more, each at a gate's alpha."""
-    for name, looks in (("quiet", {30}), ("loaded machine", {90, 120, 180, 240})):
+    for name, looks in (("quiet", {30}), ("loaded machine", {120, 240})):
         machine = _Machine(np.random.default_rng(8), 0.0, NOISES[name])
         rows, why = speed.measure(machine, MODELS, "q", base="base", schedule=Schedule(), tokens=32)
         evaluation = Evaluation(MODELS, [], rows, {"speed": {"looks": Schedule().looks}})
